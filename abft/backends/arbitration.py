@@ -1,0 +1,371 @@
+"""What to do about suspect rows, on a device whose memory the host may read (a CPU): who is wrong, and what is delivered.
+
+    operands not finite                    → INPUT
+    beyond the range of the type           → judged again in fp64: clean, OVERFLOW, or still suspect
+    few rows                               → recompute; different bits and clean: RECOMPUTED (transient)
+    many rows, or the same bits again      → arbitrate: bias, panel and weight against what is remembered of them
+        panel changed                      → rebuild it: FALSE_ALARM
+        weight changed, elements named     → the product of the restored weight: RECONSTRUCTED
+        weight changed, dense, tracked     → STALE: the present weight's product, panel rebuilt
+    still suspect                          → an independent fp64 product decides: FALSE_ALARM, or a persistent
+                                             unit, whose rows it replaces (RECONSTRUCTED)
+
+At most two recomputations. Nothing is ever written into a weight.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from abft import bits, checksum, panels, threshold
+from abft.backends import reference
+from abft.backends.call import Call
+from abft.backends.reference import Judgement, Plan
+from abft.checksum import Panel, Sums
+from abft.ledger import Finding, Outcome, Verdict
+
+RECOMPUTATIONS = 2
+#: More suspect rows than this, or an eighth of all: ask who is wrong before computing anything.
+MANY_ROWS = 128
+#: A memory fault that a tracked weight may be restored from: one element, or a part of one fragment.
+FRAGMENT_ROWS, FRAGMENT_COLUMNS = 16, 8
+#: Results this close to the largest number of the type may round beyond it.
+NEAR_LARGEST = 1.0 - 2.0**-10
+
+
+@dataclass
+class Case:
+    """One product under suspicion, as it stands."""
+
+    call: Call
+    plan: Plan
+    y: Tensor
+    judgement: Judgement
+    panel: Panel
+    entry: panels.Entry | None
+    bias: tuple[Tensor, Tensor] | None
+    compute: Callable[[Call], Tensor]  # a fresh execution
+    rebias: Callable[[], tuple[Tensor, Tensor] | None]  # the bias's sums, from the bias as it is now
+    outcome: Outcome
+
+    def suspects(self) -> np.ndarray:
+        return np.flatnonzero(self.judgement.suspects())
+
+    def examine_again(self) -> None:
+        self.judgement = reference.examine(self.y, self.call, self.panel, self.bias, self.plan)
+
+    def find(self, verdict: Verdict, rows: np.ndarray, cause: str = "unknown", at: Judgement | None = None, col: int | None = None) -> None:
+        """Write a finding about ``rows``, with the residual and place of the worst of them."""
+        if len(rows):
+            self.outcome.findings.append(_finding(verdict, rows, cause, at or self.judgement, self, col))
+
+
+def settle(case: Case) -> Tensor:
+    """Decide about every suspect row; returns what is delivered and leaves the findings in ``case.outcome``."""
+    left = _set_aside_harmless(case, case.suspects())
+    if len(left) == 0:
+        return case.y
+    if case.call.policy.level == "detect":
+        _observe(case, left)
+    else:
+        _correct(case, left)
+    return case.y
+
+
+# --- rows that are no faults ----------------------------------------------------------------------
+
+
+def _set_aside_harmless(case: Case, rows: np.ndarray) -> np.ndarray:
+    """Remove rows whose operands were not finite, or whose values only outran the arithmetic of the check."""
+    call = case.call
+    if len(rows) == 0:
+        return rows
+    finite_row = _flat(torch.isfinite(call.a).all(-1))[rows]
+    if not _weight_is_finite(case):
+        finite_row = np.zeros_like(finite_row)
+    case.find(Verdict.INPUT, rows[~finite_row])
+    rows = rows[finite_row]
+    j = case.judgement
+    with np.errstate(all="ignore"):
+        unjudgeable = ~(np.isfinite(j.tau) & np.isfinite(j.sums.actual) & np.isfinite(j.sums.predicted)).all((-1, -2))[rows]
+    outran = rows[unjudgeable]
+    if len(outran) == 0:
+        return rows
+    fine, overflowed = _judge_exactly(case, outran)
+    case.find(Verdict.OVERFLOW, outran[fine & overflowed])
+    return np.setdiff1d(rows, outran[fine])
+
+
+def _weight_is_finite(case: Case) -> bool:
+    """Whether W and the bias are finite, or became infinite only after their panel was built (a fault, not an input)."""
+    w, bias = case.call.w, case.call.bias
+    if bias is not None and not _all(torch.isfinite(bias)):
+        return False
+    return _all(torch.isfinite(w)) or bool(_changed(case))
+
+
+def _judge_exactly(case: Case, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(explained, overflowed) per row, against an independent fp64 product of those rows."""
+    y, exact, reach = _rows(case.y, rows), _exact_rows(case, rows), _reach_rows(case, rows)
+    largest, accumulator = torch.finfo(case.y.dtype).max, torch.finfo(case.plan.arithmetic.dtype).max
+    beyond = ~torch.isfinite(y) & ((exact.abs() >= largest * NEAR_LARGEST) | (reach >= accumulator / 2))
+    y = torch.where(beyond, exact, y.double())
+    s = _exact_sums(case, y, exact, rows)
+    coefficients = threshold.coefficients(case.plan.arithmetic, case.call.a.shape[-1], s.kinds, case.plan.layout.groups.width)
+    with np.errstate(all="ignore"):
+        explained = ~threshold.suspect(s, threshold.bounds(s, coefficients), np.inf).any((-1, -2))
+    return explained, _flat(beyond.any(-1))
+
+
+def _exact_sums(case: Case, y: Tensor, exact: Tensor, rows: np.ndarray) -> Sums:
+    groups, kinds = case.plan.layout.groups, case.plan.layout.form.kinds
+    actual, squares = checksum.actual_sums(y, groups, kinds, torch.float64)
+    predicted, _ = checksum.actual_sums(exact, groups, kinds, torch.float64)
+    # The uncancelled norm, exactly: Σ_k x_k² Σ_n W², from the reach of the row's elements.
+    noise2 = checksum.actual_sums(_reach_rows(case, rows), groups, ("e",), torch.float64)[1] / max(case.call.a.shape[-1], 1)
+    return Sums(kinds, actual.numpy(), predicted.numpy(), squares.numpy(), noise2.numpy())
+
+
+def _exact_rows(case: Case, rows: np.ndarray) -> Tensor:
+    return _product64(case, rows, lambda t: t.double())
+
+
+def _reach_rows(case: Case, rows: np.ndarray) -> Tensor:
+    """Σ_k |a_k| |w_k|: what partial sums of an element can reach."""
+    return _product64(case, rows, lambda t: t.double().abs())
+
+
+def _product64(case: Case, rows: np.ndarray, of: Callable[[Tensor], Tensor]) -> Tensor:
+    call = case.call
+    index = torch.from_numpy(rows)
+    if call.a.dim() == 2:
+        out = of(call.a[index]) @ of(call.w).mT
+    else:
+        batch, row = index // call.a.shape[1], index % call.a.shape[1]
+        out = torch.stack([of(call.a[b, r]) @ of(call.w[b]).mT for b, r in zip(batch.tolist(), row.tolist(), strict=True)])
+    return out if call.bias is None else out + of(call.bias)
+
+
+# --- faults ---------------------------------------------------------------------------------------
+
+
+def _observe(case: Case, rows: np.ndarray) -> None:
+    """Level detect: say what is wrong, change nothing but a stale or broken panel."""
+    before = case.judgement
+    cause = _arbitrate(case, rows, repair=False)
+    rows = np.intersect1d(rows, case.suspects()) if cause in ("stale", "panel") else rows
+    case.find(Verdict.OBSERVED, rows, "weight" if cause == "weight" else "unknown", at=before)
+
+
+def _correct(case: Case, rows: np.ndarray) -> None:
+    arbitrated = False
+    if len(rows) > max(MANY_ROWS, case.call.rows // 8):
+        arbitrated = True
+        _arbitrate(case, rows, repair=True)
+        rows = _still_suspect(case, rows)
+    for _ in range(RECOMPUTATIONS):
+        if len(rows) == 0:
+            return
+        before, old = case.judgement, case.y
+        case.y = case.compute(case.call)
+        case.outcome.executions += 1
+        case.examine_again()
+        repeated = _flat(bits.same(_rows(old, rows), _rows(case.y, rows)).all(-1))
+        still = _still_suspect(case, rows)
+        # Other rows that the fresh execution got wrong are not forgotten either.
+        new = np.setdiff1d(_set_aside_known(case), rows)
+        done = np.setdiff1d(rows, still)
+        case.find(Verdict.RECOMPUTED, done, "transient", at=before)
+        if len(still) and not arbitrated and repeated[np.isin(rows, still)].any():
+            arbitrated = True
+            _arbitrate(case, still, repair=True)
+            still = _still_suspect(case, still)
+        rows = np.union1d(still, new)
+        if len(rows) and repeated.all():
+            break
+    if len(rows):
+        _replace_by_independent(case, rows)
+
+
+def _set_aside_known(case: Case) -> np.ndarray:
+    """Suspect rows now, less those already judged harmless (INPUT, OVERFLOW repeat identically)."""
+    rows = case.suspects()
+    if len(rows) == 0:
+        return rows
+    quiet = replace(case, outcome=Outcome())
+    return _set_aside_harmless(quiet, rows)
+
+
+def _still_suspect(case: Case, rows: np.ndarray) -> np.ndarray:
+    return np.intersect1d(rows, case.suspects())
+
+
+def _replace_by_independent(case: Case, rows: np.ndarray) -> None:
+    """The same bits, and still suspect, though neither weight nor panel changed: fp64 decides who is wrong."""
+    explained, _ = _judge_exactly(case, rows)
+    case.find(Verdict.FALSE_ALARM, rows[explained])
+    wrong = rows[~explained]
+    if len(wrong) == 0:
+        return
+    if _changed(case):
+        # The operand itself can no longer be trusted, so no product of it can be either.
+        case.find(Verdict.UNCORRECTED, wrong, "weight")
+        return
+    before = case.judgement
+    case.y = _with_rows(case.y, wrong, _exact_rows(case, wrong).to(case.y.dtype))
+    case.outcome.executions += 1
+    case.examine_again()
+    still = _still_suspect(case, wrong)
+    case.find(Verdict.RECONSTRUCTED, np.setdiff1d(wrong, still), "persistent", at=before)
+    case.find(Verdict.UNCORRECTED, still, "persistent", at=before)
+
+
+# --- who is wrong: bias, panel or weight ------------------------------------------------------------
+
+
+def _changed(case: Case) -> bool:
+    """Whether the weight's bits differ from what its fingerprint remembers."""
+    if case.entry is None or case.entry.fingerprint is None:
+        return False
+    return _any(bits.changed_columns(bits.fingerprint(case.call.w), case.entry.fingerprint))
+
+
+def _arbitrate(case: Case, rows: np.ndarray, *, repair: bool) -> str:
+    """Compare bias, panel and weight with what is remembered; mend what can be mended. Returns who was wrong."""
+    case.bias = case.rebias()
+    entry = case.entry
+    if entry is None or entry.fingerprint is None or entry.integrity is None:
+        case.examine_again()
+        return "unknown"
+    now = bits.fingerprint(case.call.w)
+    if _any(bits.changed_columns(now, entry.fingerprint)):
+        return _arbitrate_weight(case, rows, now, repair=repair)
+    if _any(panels.integrity(entry.panel) != entry.integrity):
+        panels.rebuild(entry, case.call.w, entry.validity, reference.build_panel)
+        before = case.judgement
+        case.examine_again()
+        case.find(Verdict.FALSE_ALARM, np.setdiff1d(rows, case.suspects()), "panel", at=before)
+        return "panel"
+    case.examine_again()
+    return "unknown"
+
+
+def _arbitrate_weight(case: Case, rows: np.ndarray, now: bits.Fingerprint, *, repair: bool) -> str:
+    entry, call = case.entry, case.call
+    assert entry is not None and entry.fingerprint is not None
+    elements = bits.changed_elements(call.w, now, entry.fingerprint)
+    if call.policy.weights == "tracked" and not _fits_fragment(elements):
+        _accept_edit(case, rows)
+        return "stale"
+    new = [e for e in elements or () if e not in entry.known_faults]
+    case.outcome.weight_faults += len(new) if elements else 1
+    entry.known_faults.extend(new)
+    if not repair:
+        return "weight"
+    if elements is None:
+        # Which numbers were there cannot be told: deliver the present product, and say so.
+        before, case.judgement = case.judgement, _nothing_suspect(case.judgement)
+        case.find(Verdict.UNCORRECTED, rows, "weight", at=before)
+        return "weight"
+    before = case.judgement
+    case.y = case.compute(replace(call, w=bits.restored(call.w, elements)))
+    case.outcome.executions += 1
+    case.examine_again()
+    col = elements[0].row if len(elements) == 1 else None
+    case.find(Verdict.RECONSTRUCTED, np.setdiff1d(rows, case.suspects()), "weight", at=before, col=col)
+    return "weight"
+
+
+def _fits_fragment(elements: list[bits.ChangedElement] | None) -> bool:
+    """Whether the changed elements lie in one fragment of the weight, as a memory fault's would."""
+    if not elements:
+        return False
+    rows, columns = {e.row // FRAGMENT_ROWS for e in elements}, {e.column // FRAGMENT_COLUMNS for e in elements}
+    return len(rows) == 1 and len(columns) == 1
+
+
+def _accept_edit(case: Case, rows: np.ndarray) -> None:
+    """The weight changed on purpose, unannounced: what was computed is the present weight's product."""
+    entry = case.entry
+    assert entry is not None
+    before = case.judgement
+    panels.rebuild(entry, case.call.w, entry.validity, reference.build_panel)
+    case.examine_again()
+    case.find(Verdict.STALE, np.setdiff1d(rows, case.suspects()), "weight", at=before)
+    if not entry.stale_warned:
+        entry.stale_warned = True
+        warnings.warn(
+            f"abft: a weight of shape {tuple(case.call.w.shape)} changed without an announcement abft can see "
+            "(a write through .data, numpy or a custom kernel); its panel was rebuilt. Call abft.refresh(model) after such writes.",
+            stacklevel=2,
+        )
+
+
+def _nothing_suspect(j: Judgement) -> Judgement:
+    return replace(j, tau=np.full_like(j.tau, 1.0), sums=replace(j.sums, actual=j.sums.predicted * 0, predicted=j.sums.predicted * 0))
+
+
+# --- findings ---------------------------------------------------------------------------------------
+
+
+def _finding(verdict: Verdict, rows: np.ndarray, cause: str, j: Judgement, case: Case, col: int | None) -> Finding:
+    with np.errstate(all="ignore"):
+        ratio = np.nan_to_num(abs(j.sums.actual[rows] - j.sums.predicted[rows]) / j.tau[rows], nan=np.inf)
+    r, g, kind = np.unravel_index(int(np.argmax(ratio)), ratio.shape)
+    row = int(rows[r])
+    d = j.sums.actual[row, g, kind] - j.sums.predicted[row, g, kind]
+    if col is None and verdict not in (Verdict.INPUT, Verdict.OVERFLOW, Verdict.STALE):
+        col = _locate(case, j.y, row, int(g))
+    return Finding(verdict, len(rows), row, col, float(d), float(j.tau[row, g, kind]), cause)
+
+
+def _locate(case: Case, y: Tensor, row: int, group: int) -> int | None:
+    """The column of a single error in a suspect row, if one error explains all its sums there."""
+    plan = case.plan
+    if plan.layout.form.kinds != checksum.FULL.kinds:
+        return None
+    everything = replace(plan, tested=plan.layout.form.kinds)
+    if case.call.a.dim() == 2:
+        one, a, panel = y[row : row + 1], case.call.a[row : row + 1], case.panel
+    else:
+        b, r = divmod(row, case.call.a.shape[1])
+        one, a = y[b, r : r + 1], case.call.a[b, r : r + 1]
+        scales = None if case.panel.scales is None else case.panel.scales[b]
+        panel = checksum.Panel(case.panel.layout, case.panel.columns[b], scales)
+    j = reference.judge(one, reference.sums(one, a, panel, case.bias, everything), a.shape[-1], everything)
+    d = (j.sums.actual - j.sums.predicted)[0, group].astype(np.float64)
+    start, stop = plan.layout.groups.span(group)
+    column = checksum.locate(d[0], d[2], d[3], float(j.tau[0, group, 0]), stop - start)
+    return None if column is None else start + column
+
+
+def _rows(y: Tensor, rows: np.ndarray) -> Tensor:
+    return y.reshape(-1, y.shape[-1])[torch.from_numpy(rows)]
+
+
+def _with_rows(y: Tensor, rows: np.ndarray, values: Tensor) -> Tensor:
+    out = y.clone()
+    out.view(-1, y.shape[-1])[torch.from_numpy(rows)] = values
+    return out
+
+
+# Reading host memory: numpy, because nothing in this package may call Tensor.item or bool(tensor),
+# which on another device would wait for it.
+
+
+def _flat(mask: Tensor) -> np.ndarray:
+    return mask.reshape(-1).numpy()
+
+
+def _any(mask: Tensor) -> bool:
+    return bool(mask.numpy().any())
+
+
+def _all(mask: Tensor) -> bool:
+    return bool(mask.numpy().all())

@@ -1,0 +1,156 @@
+"""Floats as bit patterns: views, flips, and integer fingerprints that name a changed element."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+#: The signed integer type of the same width; torch has no unsigned arithmetic for all of them.
+INTEGER = {
+    torch.float64: torch.int64,
+    torch.float32: torch.int32,
+    torch.float16: torch.int16,
+    torch.bfloat16: torch.int16,
+}
+WIDTH = {torch.float64: 64, torch.float32: 32, torch.float16: 16, torch.bfloat16: 16}
+
+
+def as_integers(values: Tensor) -> Tensor:
+    """The same memory seen as signed integers of the same width."""
+    return values.view(INTEGER[values.dtype])
+
+
+def same(a: Tensor, b: Tensor) -> Tensor:
+    """Elementwise: equal bit for bit (so NaN equals itself, and -0 differs from +0)."""
+    return as_integers(a) == as_integers(b)
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """Per column k of a matrix (N, K): sums of its 16-bit halves over the rows, plain and weighted by n + 1.
+
+    plain, weighted: int64 held modulo 2**32 as int32, shape (halves, K). Two numbers per half are
+    enough to name one changed element of a column and to give its old bits back, whatever
+    the dtype and however wild the new value is: with d = change of the half, plain moves by d
+    and weighted by (n + 1) d.
+    """
+
+    plain: Tensor
+    weighted: Tensor
+
+    @property
+    def nbytes(self) -> int:
+        return self.plain.nbytes + self.weighted.nbytes
+
+
+@dataclass(frozen=True)
+class ChangedElement:
+    """One element (row, column) of a matrix whose bits differ from what its fingerprint remembers."""
+
+    row: int
+    column: int
+    bits: int  # the remembered bit pattern, as an unsigned integer of the dtype's width
+
+
+def _halves(matrix: Tensor) -> Tensor:
+    """(N, K) floats as (N, halves * K) unsigned 16-bit values, half-major, in int32."""
+    width = WIDTH[matrix.dtype] // 16
+    pieces = as_integers(matrix.contiguous()).view(torch.int16).view(matrix.shape[0], matrix.shape[1], width)
+    return (pieces.to(torch.int32) & 0xFFFF).permute(2, 0, 1)
+
+
+def fingerprint(matrix: Tensor) -> Fingerprint:
+    """Fingerprint of a float matrix (N, K), N below 65536, any strides; one pass over it."""
+    if matrix.device.type == "cpu":
+        return _fingerprint_numpy(matrix)
+    halves = _halves(matrix.detach()).to(torch.int64)
+    index = torch.arange(1, matrix.shape[0] + 1, device=matrix.device, dtype=torch.int64)
+    return Fingerprint(halves.sum(1).to(torch.int32), (halves * index[:, None]).sum(1).to(torch.int32))
+
+
+def _fingerprint_numpy(matrix: Tensor) -> Fingerprint:
+    # Blocks of rows keep the widened copy in cache; integer arithmetic wraps modulo 2**32 on its own.
+    rows, columns = matrix.shape
+    width = WIDTH[matrix.dtype] // 16
+    plain = np.zeros(columns * width, np.uint32)
+    weighted = np.zeros(columns * width, np.uint32)
+    whole = as_integers(matrix.detach().contiguous()).view(torch.int16).numpy().view(np.uint16).reshape(rows, -1)
+    for start in range(0, rows, 64):
+        block = whole[start : start + 64].astype(np.uint32)
+        block_plain = block.sum(0, dtype=np.uint32)
+        plain += block_plain
+        weighted += np.einsum("n,nk->k", np.arange(1, len(block) + 1, dtype=np.uint32), block)
+        weighted += np.uint32(start) * block_plain
+    shape = (columns, width)
+    return Fingerprint(
+        torch.from_numpy(plain.view(np.int32).reshape(shape).T.copy()),
+        torch.from_numpy(weighted.view(np.int32).reshape(shape).T.copy()),
+    )
+
+
+def changed_columns(now: Fingerprint, then: Fingerprint) -> Tensor:
+    """bool (K,): columns whose bits are not the remembered ones. Exact up to cancelling changes modulo 2**32."""
+    return ((now.plain != then.plain) | (now.weighted != then.weighted)).any(0)
+
+
+def changed_elements(matrix: Tensor, now: Fingerprint, then: Fingerprint) -> list[ChangedElement] | None:
+    """Name the changed elements if every changed column holds exactly one; otherwise None.
+
+    Reads device memory on the host: for the slow path only.
+    """
+    columns = changed_columns(now, then).nonzero().flatten().cpu().numpy()
+    d_plain = (now.plain.cpu().numpy().astype(np.int64) - then.plain.cpu().numpy())[:, columns]
+    d_weighted = (now.weighted.cpu().numpy().astype(np.int64) - then.weighted.cpu().numpy())[:, columns]
+    rows = matrix.shape[0]
+    found = []
+    for j, column in enumerate(columns):
+        row: int | None = None
+        for dp, dw in zip(_wrap(d_plain[:, j]), d_weighted[:, j], strict=True):
+            if dp == 0 and dw % 2**32 == 0:
+                continue
+            n = _row_of(int(dp), int(dw), rows)
+            if n is None or (row is not None and n != row):
+                return None
+            row = n
+        if row is None:
+            return None
+        width = WIDTH[matrix.dtype]
+        pattern = int(as_integers(matrix.detach()[row, column].cpu().reshape(1)).numpy()[0]) & ((1 << width) - 1)
+        for half, dp in enumerate(_wrap(d_plain[:, j])):
+            pattern_half = ((pattern >> (16 * half)) & 0xFFFF) - int(dp)
+            if not 0 <= pattern_half <= 0xFFFF:
+                return None
+            pattern = (pattern & ~(0xFFFF << (16 * half))) | (pattern_half << (16 * half))
+        found.append(ChangedElement(row, int(column), pattern))
+    return found
+
+
+def _wrap(values: np.ndarray) -> np.ndarray:
+    """Differences modulo 2**32, as the signed number nearest zero."""
+    return (values + 2**31) % 2**32 - 2**31
+
+
+def _row_of(d_plain: int, d_weighted: int, rows: int) -> int | None:
+    """The n in [0, rows) with (n + 1) * d_plain = d_weighted modulo 2**32, if a half-word changed alone."""
+    if d_plain == 0 or abs(d_plain) > 0xFFFF:
+        return None
+    # |(n + 1) d| < 2**32 for rows < 65536, so only a few wraps are possible.
+    for wrap in (-1, 0, 1):
+        numerator = (d_weighted % 2**32) + wrap * 2**32
+        if numerator % d_plain == 0 and 1 <= numerator // d_plain <= rows:
+            return numerator // d_plain - 1
+    return None
+
+
+def restored(matrix: Tensor, elements: list[ChangedElement]) -> Tensor:
+    """A copy of ``matrix`` with the remembered bits put back at ``elements``; the original is not written."""
+    copy = matrix.detach().clone(memory_format=torch.preserve_format)
+    integers = as_integers(copy)
+    width = WIDTH[matrix.dtype]
+    for element in elements:
+        signed = element.bits - (1 << width) if element.bits >= 1 << (width - 1) else element.bits
+        integers[element.row, element.column] = signed
+    return copy

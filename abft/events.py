@@ -1,0 +1,108 @@
+"""Fault events: one per call and role with a suspect row, as people and log files read them."""
+
+from __future__ import annotations
+
+import os
+import time
+from contextvars import ContextVar
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from abft import ledger, sites
+
+VERSION = 1
+
+#: Labels put on events (release, request, …); set by ``abft.context``.
+labels: ContextVar[dict[str, str]] = ContextVar("abft_labels")
+
+
+@dataclass(frozen=True)
+class FaultEvent:
+    """What one product with suspect rows learnt.
+
+    rows: how many; row, col: the worst of them (col only where one wrong element explains it; for a fault in
+    a weight the weight's own row, which is the output's column); residual, bound: of that row, in units of Y; cause: transient,
+    persistent, weight, panel or unknown; verdict: what became of it; context: labels in force.
+    """
+
+    v: int
+    time: float
+    step: int
+    rank: int
+    host: str
+    device: str
+    uuid: str
+    site: str
+    role: str
+    backend: str
+    dtype: str
+    shape: tuple[int, int, int]
+    rows: int
+    row: int
+    col: int | None
+    residual: float
+    bound: float
+    cause: str
+    verdict: ledger.Verdict
+    context: dict[str, str]
+    message: str
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"verdict": self.verdict.name, "shape": list(self.shape)}
+
+
+def rank() -> int:
+    """This process's rank; 0 when there is no group."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank()
+    return int(os.environ.get("RANK", "0"))
+
+
+def _uuid(device: str) -> str:
+    if not device.startswith("cuda"):
+        return ""
+    return str(getattr(torch.cuda.get_device_properties(device), "uuid", ""))
+
+
+def message(site: str, role: str, record: dict[str, Any], device: str) -> str:
+    """One sentence that names everything needed to find the fault again."""
+    col = "" if record["col"] < 0 else f", column {record['col']}"
+    residual, bound = ledger.bits_float(record["residual"]), ledger.bits_float(record["bound"])
+    verdict = ledger.VERDICTS[record["verdict"]]
+    return (
+        f"{verdict.name} at {site} ({role}): {record['rows']} row(s), worst row {record['row']}{col}, residual {residual:.4g} "
+        f"against a bound of {bound:.4g}, cause {ledger.CAUSES[record['cause']]}; rank {rank()}, device {device}, step {record['step']}. "
+        f"{verdict.value[0].upper()}{verdict.value[1:]}."
+    )
+
+
+def from_record(record: dict[str, Any]) -> FaultEvent:
+    """The event of one ledger record."""
+    site = sites.site_of(record["site"]).name
+    role = ledger.ROLE_NAMES[record["role"]]
+    device = record["device"]
+    return FaultEvent(
+        v=VERSION,
+        time=time.time(),
+        step=record["step"],
+        rank=rank(),
+        host=ledger.HOST,
+        device=device,
+        uuid=_uuid(device),
+        site=site,
+        role=role,
+        backend=ledger.BACKEND_NAMES[record["backend"]],
+        dtype=str(ledger.DTYPES[record["dtype"]])[6:],
+        shape=(record["m"], record["n"], record["k"]),
+        rows=record["rows"],
+        row=record["row"],
+        col=None if record["col"] < 0 else record["col"],
+        residual=ledger.bits_float(record["residual"]),
+        bound=ledger.bits_float(record["bound"]),
+        cause=ledger.CAUSES[record["cause"]],
+        verdict=ledger.VERDICTS[record["verdict"]],
+        context=dict(labels.get({})),
+        message=message(site, role, record, device),
+    )

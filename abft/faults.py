@@ -1,0 +1,102 @@
+"""What a fault is, once it is decided: a region of a product and what happens to the bits there.
+
+The vocabulary in which users ask for faults is ``abft.inject``; here is the concrete form that backends apply,
+and the one place they ask whether something strikes the product at hand.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from abft import bits
+
+Place = Literal["accumulator", "operand", "output", "panel", "weight"]
+PLACES: tuple[Place, ...] = ("accumulator", "operand", "output", "panel", "weight")
+
+
+@dataclass(frozen=True)
+class BitOperation:
+    """bits' = ((bits & keep) ^ flip) + add, on the integer pattern; covers nullify, flips, stuck bits, NaN, carries, scaling."""
+
+    keep: int = -1
+    flip: int = 0
+    add: int = 0
+
+    def apply(self, values: Tensor) -> Tensor:
+        """The faulty copy of ``values``; any float dtype."""
+        integers = bits.as_integers(values.contiguous())
+        width = bits.WIDTH[values.dtype]
+        keep, flip, add = (_signed(v, width) for v in (self.keep, self.flip, self.add))
+        return (((integers & keep) ^ flip) + add).view(values.dtype)
+
+
+def _signed(value: int, width: int) -> int:
+    value &= (1 << width) - 1
+    return value - (1 << width) if value >> (width - 1) else value
+
+
+@dataclass(frozen=True)
+class Region:
+    """Rows [row0, row1) × every ``stride``-th column of [col0, col1) of the struck matrix; ``batch`` of a batched product."""
+
+    row0: int
+    row1: int
+    col0: int
+    col1: int
+    stride: int = 1
+    batch: int = 0
+
+    def of(self, matrix: Tensor) -> Tensor:
+        """The struck part, a view of a (M, N) or (B, M, N) matrix."""
+        plane = matrix if matrix.dim() == 2 else matrix[self.batch]
+        return plane[self.row0 : self.row1, self.col0 : self.col1 : self.stride]
+
+
+@dataclass(frozen=True)
+class Strike:
+    """One fault on one product: where, which elements, and what happens to their bits.
+
+    For ``place="operand"`` the region lies in the left operand (rows of A × its k), and the wrong
+    values are seen by the result columns [tile0, tile1) only, as one wrong shared-memory tile would be.
+    For ``panel`` it lies in the panel's columns (C, K), for ``weight`` in the weight.
+    """
+
+    place: Place
+    region: Region
+    operation: BitOperation
+    tile0: int = 0
+    tile1: int = 2**31 - 1
+
+    def hit(self, matrix: Tensor) -> None:
+        """Corrupt the region of ``matrix`` in place."""
+        part = self.region.of(matrix)
+        part.copy_(self.operation.apply(part))
+
+
+@dataclass(frozen=True)
+class Target:
+    """What an injector needs to know of a product to decide: its name, sizes and the tensors a fault may lie in."""
+
+    site: str
+    role: str
+    rows: int
+    columns: int
+    depth: int
+    dtype: torch.dtype
+    batch: int = 1
+    weight: Tensor | None = None
+    panel_shape: tuple[int, int] | None = None
+
+
+#: Asked once per product; None outside ``abft.inject.faults``. Set by the injector only.
+active: Callable[[Target], list[Strike]] | None = None
+
+
+def strikes(target: Target) -> list[Strike]:
+    """The faults that hit this product now; empty without an injector."""
+    return active(target) if active is not None else []

@@ -1,0 +1,206 @@
+"""Checked products with torch's signatures: linear, matmul, bmm, addmm.
+
+Each returns what torch would return, bit for bit where nothing was wrong. What cannot be checked (integer
+and complex dtypes, tensor subclasses, ``out=``, functorch transforms, forward-mode AD) is computed by torch and counted
+in ``Report.bypassed``, never silently.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from abft import floating, ledger, scope, sites
+from abft import policy as policies
+from abft.errors import DeviceError, DtypeError, ShapeError
+from abft.ops.autograd import CheckedProduct
+from abft.ops.product import bypass
+from abft.policy import Policy, PolicyLike
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, *, policy: PolicyLike = None) -> Tensor:
+    """Return ``input @ weight.T + bias``, checked and, if the policy says so, repaired.
+
+    input is (..., in) or (in,), weight (out, in), bias (out,); any floating dtype. Detects any deviation of an output row
+    above the bound of docs/explanation/thresholds.md, and a weight that changed since its panel was built (panels are
+    kept for ``nn.Parameter`` weights; of other tensors they are built at every call). Does not see an input that was already
+    wrong when it arrived. Raises ShapeError, DtypeError, DeviceError.
+    """
+    return linear_at(functional_site("linear", policy), input, weight, bias, _own(policy))
+
+
+def matmul(input: Tensor, other: Tensor, *, out: Tensor | None = None, policy: PolicyLike = None) -> Tensor:
+    """``torch.matmul``, checked: vectors, matrices, batches, broadcasting. Sees and misses what ``linear`` does."""
+    reason = "out=" if out is not None else _why_not(input, other)
+    if reason is not None:
+        return _bypassed(reason, input, lambda: torch.matmul(input, other, out=out))
+    return _matmul_at(functional_site("matmul", policy), input, other, _own(policy))
+
+
+def bmm(input: Tensor, mat2: Tensor, *, out: Tensor | None = None, policy: PolicyLike = None) -> Tensor:
+    """``torch.bmm``, checked: input (B, M, K), mat2 (B, K, N). Raises ShapeError unless both have three dimensions."""
+    reason = "out=" if out is not None else _why_not(input, mat2)
+    if reason is not None:
+        return _bypassed(reason, input, lambda: torch.bmm(input, mat2, out=out))
+    if input.dim() != 3 or mat2.dim() != 3 or input.shape[0] != mat2.shape[0]:
+        raise ShapeError(
+            f"bmm needs input (B, M, K) and mat2 (B, K, N) of one batch size; got {tuple(input.shape)} and {tuple(mat2.shape)}. "
+            "matmul broadcasts batches."
+        )
+    return _matmul_at(functional_site("bmm", policy), input, mat2, _own(policy))
+
+
+def addmm(
+    input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: float = 1, out: Tensor | None = None, policy: PolicyLike = None
+) -> Tensor:
+    """``torch.addmm``, checked: beta · input + alpha · (mat1 @ mat2). The product is checked; scaling and adding a matrix are not."""
+    reason = "out=" if out is not None else _why_not(input, mat1, mat2)
+    if reason is not None:
+        return _bypassed(reason, mat1, lambda: torch.addmm(input, mat1, mat2, beta=beta, alpha=alpha, out=out))
+    return addmm_at(functional_site("addmm", policy), input, mat1, mat2, beta, alpha, _own(policy))
+
+
+# --- at a site: what modules and scopes call ----------------------------------------------------------
+
+
+def linear_at(site: Tensor | None, input: Tensor, weight: Tensor, bias: Tensor | None, own: Policy | None, name: str = "linear") -> Tensor:
+    """``linear`` at a given site (its 0-d tensor)."""
+    reason = _why_not(input, weight) if bias is None else _why_not(input, weight, bias)
+    if reason is not None:
+        return _bypassed(reason, input, lambda: F.linear(input, weight, bias))
+    _check_linear(input, weight, bias)
+    a = input if input.dim() == 2 else input.reshape(-1, input.shape[-1])
+    y = _product(a, weight, bias, False, site, own, name)
+    return y if input.dim() == 2 else y.view(*input.shape[:-1], weight.shape[0])
+
+
+def addmm_at(site: Tensor | None, input: Tensor, mat1: Tensor, mat2: Tensor, beta: float, alpha: float, own: Policy | None) -> Tensor:
+    """``addmm`` at a given site."""
+    if mat1.dim() != 2 or mat2.dim() != 2 or mat1.shape[1] != mat2.shape[0]:
+        raise ShapeError(f"addmm needs mat1 (M, K) and mat2 (K, N); got {tuple(mat1.shape)} and {tuple(mat2.shape)}")
+    rows, columns = mat1.shape[0], mat2.shape[1]
+    try:
+        fits = torch.broadcast_shapes(input.shape, (rows, columns)) == (rows, columns)
+    except RuntimeError:
+        fits = False
+    if not fits:
+        raise ShapeError(f"addmm's input {tuple(input.shape)} does not broadcast to the product's shape ({rows}, {columns})")
+    if beta == 1 and alpha == 1 and input.dim() == 1 and input.shape[0] == columns:
+        return _product(mat1, mat2, input, True, site, own, "addmm")
+    y = _product(mat1, mat2, None, True, site, own, "addmm")
+    y = y if alpha == 1 else alpha * y
+    return y if beta == 0 else y + (input if beta == 1 else beta * input)
+
+
+def _matmul_at(site: Tensor | None, a: Tensor, b: Tensor, own: Policy | None) -> Tensor:
+    if a.dim() == 0 or b.dim() == 0:
+        raise ShapeError(f"matmul needs at least one dimension on both sides; got {tuple(a.shape)} and {tuple(b.shape)}")
+    left, right = (a.unsqueeze(0) if a.dim() == 1 else a), (b.unsqueeze(1) if b.dim() == 1 else b)
+    if left.shape[-1] != right.shape[-2]:
+        raise ShapeError(f"matmul cannot multiply {tuple(a.shape)} by {tuple(b.shape)}: inner sizes {left.shape[-1]} and {right.shape[-2]} differ")
+    if right.dim() == 2:
+        y = _product(left.reshape(-1, left.shape[-1]), right, None, True, site, own, "matmul")
+        y = y.view(*left.shape[:-1], right.shape[-1])
+    else:
+        try:
+            batch = torch.broadcast_shapes(left.shape[:-2], right.shape[:-2])
+        except RuntimeError:
+            raise ShapeError(f"matmul cannot broadcast the batches of {tuple(a.shape)} and {tuple(b.shape)}") from None
+        flat_left = left.expand(*batch, *left.shape[-2:]).reshape(-1, *left.shape[-2:])
+        flat_right = right.expand(*batch, *right.shape[-2:]).reshape(-1, *right.shape[-2:])
+        y = _product(flat_left, flat_right, None, True, site, own, "matmul")
+        y = y.view(*batch, left.shape[-2], right.shape[-1])
+    y = y.squeeze(-1) if b.dim() == 1 else y
+    return y.squeeze(-1 if b.dim() == 1 else -2) if a.dim() == 1 else y
+
+
+def functional_site(name: str, policy: PolicyLike) -> Tensor | None:
+    """None: resolved from the policy in force when the product runs."""
+    return None
+
+
+def _own(policy: PolicyLike) -> Policy | None:
+    return None if policy is None else policies.as_policy(policy)
+
+
+def _product(a: Tensor, b: Tensor, bias: Tensor | None, tb: bool, site: Tensor | None, own: Policy | None, name: str) -> Tensor:
+    policy = scope.in_force(own)
+    device_type = a.device.type
+    if torch.is_autocast_enabled(device_type):
+        # As autocast would: inputs are cast here, where autograd sees it; the weight inside, where its identity is known.
+        dtype = torch.get_autocast_dtype(device_type)
+        a = _autocast(a, dtype)
+        bias = None if bias is None else _autocast(bias, dtype)
+        if not (isinstance(b, torch.nn.Parameter) and b.dtype != torch.float64):
+            b = _autocast(b, dtype)
+        with torch.autocast(device_type, enabled=False):
+            return _apply(a, b, bias, tb, site, policy, name)
+    if a.dtype != b.dtype:
+        raise DtypeError(f"operands must have one dtype outside autocast; got {str(a.dtype)[6:]} and {str(b.dtype)[6:]}")
+    return _apply(a, b, bias, tb, site, policy, name)
+
+
+def _apply(a: Tensor, b: Tensor, bias: Tensor | None, tb: bool, site: Tensor | None, policy: Policy, name: str) -> Tensor:
+    if site is None:
+        site = sites.as_tensor(sites.functional(name, policy.on_uncorrected), a.device)
+    return CheckedProduct.apply(a, b, bias, tb, ledger.tensor(a.device), site, policy.text)
+
+
+def _autocast(t: Tensor, dtype: torch.dtype) -> Tensor:
+    return t if t.dtype in (torch.float64, dtype) else t.to(dtype)
+
+
+# --- what cannot be checked -----------------------------------------------------------------------------
+
+
+def _why_not(*operands: Tensor) -> str | None:
+    """The reason these operands cannot be checked, in words that end up in ``Report.bypassed``; None if they can."""
+    for t in operands:
+        if not isinstance(t, Tensor):
+            raise TypeError(f"operands must be tensors; got {type(t).__name__}")
+        if not _is_plain(t):
+            return f"tensor subclass {type(t).__name__}"
+        if t.layout != torch.strided:
+            return f"layout {str(t.layout)[6:]}"
+        if not floating.is_checked(t.dtype):
+            return f"dtype {str(t.dtype)[6:]}"
+    if len({t.device for t in operands}) > 1:
+        raise DeviceError(f"operands lie on different devices: {', '.join(str(t.device) for t in operands)}; move them to one")
+    if operands[0].device.type not in ("cpu", "cuda", "meta"):
+        return f"device {operands[0].device.type}"
+    if not torch.compiler.is_compiling():
+        if torch._C._are_functorch_transforms_active():
+            return "functorch transform"
+        if torch.autograd.forward_ad._current_level >= 0:
+            return "forward-mode AD"
+    return None
+
+
+def _is_plain(t: Tensor) -> bool:
+    if type(t) in _PLAIN or torch.compiler.is_compiling():
+        return not is_traceable_wrapper_subclass(t)
+    own = type(t).__torch_function__
+    ordinary = own is Tensor.__torch_function__ or own is torch._C._disabled_torch_function_impl
+    return not is_traceable_wrapper_subclass(t) and (ordinary or isinstance(t, torch._subclasses.FakeTensor))
+
+
+def _bypassed(reason: str, example: Any, compute: Any) -> Tensor:
+    bypass(ledger.tensor(torch.device("cpu")), reason)
+    return compute()
+
+
+def _check_linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    if weight.dim() != 2:
+        raise ShapeError(f"weight must be (out, in); got {tuple(weight.shape)}")
+    if input.dim() == 0 or input.shape[-1] != weight.shape[1]:
+        features = input.shape[-1] if input.dim() else "no"
+        hint = "; did you mean weight.T?" if input.dim() and input.shape[-1] == weight.shape[0] else ""
+        raise ShapeError(f"weight has {weight.shape[1]} input features but input has {features}{hint}")
+    if bias is not None and bias.shape != (weight.shape[0],):
+        raise ShapeError(f"bias must have shape ({weight.shape[0]},), one number per output feature; got {tuple(bias.shape)}")

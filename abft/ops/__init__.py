@@ -1,0 +1,1 @@
+"""Operators: the checked product as torch sees it."""

@@ -1,0 +1,231 @@
+"""``torch.ops.abft.product``: the one operator behind every checked product.
+
+    product(a, ta, b, tb, bias, ledger, site, role, policy) = op(a) · op(b)ᵀ (+ bias)
+
+with op(x) = xᵀ where the flag says so. The operator receives the *weight itself*, not a cast or a
+transposed view of it: its panel is looked up inside, by the object's identity, where no tracer can bake it in. A
+weight of another dtype than ``a`` is cast here (autocast). The ledger argument is declared as written, so no
+compiler may drop, reorder or merge executions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from abft import events, faults, floating, ledger, panels, policy, redundancy, report, sites, threshold
+from abft.backends import arbitration, reference
+from abft.backends.call import Call
+from abft.errors import DeviceError, FaultDetected, PolicyError, UncorrectedFault
+from abft.faults import Strike, Target
+from abft.ledger import Finding, Outcome, Verdict
+from abft.policy import Policy
+
+LIBRARY = torch.library.Library("abft", "DEF")
+LIBRARY.define(
+    "product(Tensor a, bool ta, Tensor b, bool tb, Tensor? bias, Tensor(a!) ledger, Tensor site, str role, str policy) -> Tensor"
+)
+LIBRARY.define("bypass(Tensor(a!) ledger, str reason) -> ()")
+
+#: Called with (call, site, clean, struck) when faults strike a product; set by the injector, for its log.
+on_strike: Callable[[Call, Target, Tensor, Tensor, tuple[Strike, ...]], None] | None = None
+
+
+def _product(
+    a: Tensor, ta: bool, b: Tensor, tb: bool, bias: Tensor | None, ledger_: Tensor, site: Tensor, role: str, policy_text: str
+) -> Tensor:
+    chosen = policy.decode(policy_text)
+    source = b if role != "wgrad" and isinstance(b, torch.nn.Parameter) else None
+    left = a.detach().mT if ta else a.detach()
+    right = b.detach() if b.dtype == a.dtype else b.detach().to(a.dtype)
+    call = Call(left, right.mT if tb else right, None if bias is None else bias.detach(), source, tb, role, chosen, sites.index_of(site))
+    if 0 in (*left.shape, right.shape[-1 if tb else -2]):
+        # Nothing is multiplied: zero rows or columns, or a sum over nothing, which is the bias alone.
+        return reference.multiply(call.a, call.w, call.bias)
+    if faults.active is not None:
+        call = _struck(call)
+    backend = choose_backend(call)
+    if backend == "triton":
+        from abft.backends import triton
+
+        words = torch.from_numpy(ledger.cpu().words) if a.device.type == "cpu" else ledger_
+        return triton.product(call, words, site)
+    if a.device.type != "cpu":
+        from abft.backends import masked
+
+        return masked.product(call, ledger_, site, backend)
+    return _product_on_host(call, backend)
+
+
+def _struck(call: Call) -> Call:
+    """The call with the faults that an injector sends; tells the injector what they do to the result."""
+    shape = None
+    if call.source is not None and call.a.dtype in floating.PARTS:
+        layout = reference.plan_for(call).layout
+        shape = (layout.columns, call.a.shape[-1])
+    target = Target(
+        sites.site_of(call.site).name, call.role, call.a.shape[-2], call.w.shape[-2], call.a.shape[-1], call.a.dtype,
+        call.a.shape[0] if call.a.dim() == 3 else 1, call.source, shape,
+    )  # fmt: skip
+    strikes = tuple(faults.strikes(target))
+    if strikes and on_strike is not None:
+        on_strike(call, target, reference.execute(call), reference.execute(call, strikes), strikes)
+    from dataclasses import replace
+
+    return replace(call, strikes=strikes)
+
+
+# --- which backend ------------------------------------------------------------------------------
+
+
+def choose_backend(call: Call) -> str:
+    """The backend of a call: the explicit one or none; auto takes the cheapest that runs here and meets the floor."""
+    chosen = call.policy.backend
+    if chosen == "triton":
+        reason = _triton_unavailable(call)
+        if reason is not None:
+            raise DeviceError(f'backend="triton" cannot run this product: {reason}. Use backend="auto", which says in abft.coverage what it took.')
+        return chosen
+    if chosen == "auto":
+        chosen = "triton" if call.a.device.type == "cuda" and _triton_unavailable(call) is None else "reference"
+    if call.policy.max_floor is not None and call.policy.level != "off":
+        floor = _expected_floor(call)
+        if floor > call.policy.max_floor:
+            raise PolicyError(
+                f"max_floor={call.policy.max_floor:g} cannot be met: backend {chosen!r} on {call.a.device.type} reaches {floor:.2g} for "
+                f"{str(call.a.dtype)[6:]}, K={call.a.shape[-1]}, N={call.w.shape[-2]}. Use fp32, a smaller group, or a larger max_floor."
+            )
+    return chosen
+
+
+def _triton_unavailable(call: Call) -> str | None:
+    try:
+        from abft.backends import triton
+    except ImportError as error:
+        return f"Triton cannot be imported ({error})"
+    return triton.available(call.a.device, call.a.dtype)
+
+
+def _expected_floor(call: Call) -> float:
+    p = reference.plan_for(call)
+    return threshold.expected_floor(p.arithmetic, call.a.shape[-1], p.layout.groups)
+
+
+# --- on a host whose memory may be read -------------------------------------------------------------
+
+
+def _product_on_host(call: Call, backend: str) -> Tensor:
+    outcome = Outcome(checks=call.rows)
+    y = _execute(call, outcome)
+    checked = call.policy.level != "off" and call.role in call.policy.roles
+    if checked:
+        y = _check(call, y, outcome)
+    elif call.policy.redundancy == "none":
+        outcome.checks = 0
+        ledger.bypass("level off" if call.policy.level == "off" else f"role {call.role} not in policy")
+    repeated = call.role == "fprop" and torch._C._current_graph_task_id() != -1
+    book = ledger.cpu()
+    book.count(call.site, outcome, repeated=repeated)
+    if outcome.findings:
+        _announce(call, outcome.findings, backend, book)
+    return y
+
+
+def _execute(call: Call, outcome: Outcome) -> Tensor:
+    """The product, as often as the redundancy asks; a transient fault hits the first execution only."""
+    if call.policy.redundancy == "none":
+        return reference.execute(call, call.strikes)
+
+    def run(replica: int) -> Tensor:
+        if replica:
+            outcome.executions += 1
+        return reference.execute(call, call.strikes if replica == 0 else ())
+
+    x, y = run(0), run(1)
+    differ = ~redundancy.agreeing_rows(x, y)
+    third = call.policy.redundancy == "tmr" or bool(differ.numpy().any())
+    if not third:
+        return y
+    z = run(2)
+    differ |= ~redundancy.agreeing_rows(y, z)
+    rows = differ.reshape(-1).numpy().nonzero()[0]
+    if len(rows):
+        undecided = redundancy.undecided_rows(x, y, z).reshape(-1).numpy()[rows]
+        for verdict, which in ((Verdict.RECOMPUTED, rows[~undecided]), (Verdict.UNCORRECTED, rows[undecided])):
+            if len(which):
+                outcome.findings.append(Finding(verdict, len(which), int(which[0]), None, float("nan"), 0.0, "transient"))
+    return redundancy.vote(x, y, z)
+
+
+def _check(call: Call, y: Tensor, outcome: Outcome) -> Tensor:
+    p = reference.plan_for(call)
+    entry = None
+    if call.source is not None:
+        entry = panels.entry_for(
+            call.source, call.w, p.layout, transposed=call.transposed, frozen=call.policy.weights == "frozen", build=reference.build_panel
+        )
+        panel = entry.panel
+    else:
+        panel = reference.build_panel(call.w, p.layout)
+    for strike in call.strikes:
+        if strike.place == "panel":
+            strike.hit(panel.columns)
+    bias = panels.bias_sums_for(entry, call.bias, p.layout)
+    judgement = reference.examine(y, call, panel, bias, p)
+    if judgement.clean:
+        outcome.worst = judgement.worst
+        return y
+    fresh = partial(panels.bias_sums_for, None, call.bias, p.layout)
+    case = arbitration.Case(call, p, y, judgement, panel, entry, bias, reference.execute, fresh, outcome)
+    return arbitration.settle(case)
+
+
+def _announce(call: Call, findings: list[Finding], backend: str, book: ledger.CpuLedger) -> None:
+    product = {
+        "role": ledger.ROLE_NAMES.index(call.role),
+        "m": call.rows,
+        "n": call.w.shape[-2],
+        "k": call.a.shape[-1],
+        "dtype": ledger.DTYPES.index(call.a.dtype),
+        "backend": ledger.BACKEND_NAMES.index(backend),
+    }
+    # One event per call and role: the gravest finding speaks, the counters know the rest.
+    gravest = max(findings, key=lambda f: _GRAVITY.index(f.verdict))
+    site = sites.site_of(call.site)
+    event = report.note(book.record(call.site, gravest, product))
+    if call.policy.on_uncorrected == "raise":
+        if gravest.verdict is Verdict.UNCORRECTED:
+            raise UncorrectedFault(event.message)
+        if gravest.verdict is Verdict.OBSERVED:
+            raise FaultDetected(event.message)
+    elif site.on_uncorrected != "raise":
+        report.react(site, event)
+
+
+_GRAVITY = (
+    Verdict.INPUT, Verdict.OVERFLOW, Verdict.FALSE_ALARM, Verdict.STALE,
+    Verdict.RECOMPUTED, Verdict.RECONSTRUCTED, Verdict.OBSERVED, Verdict.UNCORRECTED,
+)  # fmt: skip
+
+
+def _product_meta(a: Tensor, ta: bool, b: Tensor, tb: bool, bias: Tensor | None, ledger_: Tensor, site: Tensor, role: str, policy_text: str) -> Tensor:
+    rows, columns = a.shape[-1 if ta else -2], b.shape[-1 if tb else -2]
+    return a.new_empty((*a.shape[:-2], rows, columns))
+
+
+def _bypass(ledger_: Tensor, reason: str) -> None:
+    ledger.bypass(reason)
+
+
+for key in ("CPU", "CUDA"):
+    LIBRARY.impl("product", _product, key)
+    LIBRARY.impl("bypass", _bypass, key)
+torch.library.register_fake("abft::product", _product_meta, lib=LIBRARY)
+torch.library.register_fake("abft::bypass", lambda ledger_, reason: None, lib=LIBRARY)
+
+product = torch.ops.abft.product.default
+bypass = torch.ops.abft.bypass.default
+__all__ = ["Policy", "bypass", "events", "product"]

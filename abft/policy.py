@@ -1,0 +1,192 @@
+"""Choices: what is checked, by what, and what happens when a check fails. Frozen values, validated at construction."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from functools import lru_cache
+from typing import Any, ClassVar, Literal, Union, get_args
+
+from abft.errors import PolicyError
+
+Level = Literal["off", "detect", "correct"]
+Backend = Literal["auto", "triton", "reference", "vendor"]
+Redundancy = Literal["none", "dmr", "tmr"]
+Role = Literal["fprop", "dgrad", "wgrad"]
+ROLES: frozenset[str] = frozenset(get_args(Role))
+ATTENTION_ROLES = frozenset({"qk", "pv"})
+OnUncorrected = Union[Literal["record", "warn", "raise"], Callable[[Any], None]]
+
+_CHOICES = {
+    "level": get_args(Level),
+    "backend": get_args(Backend),
+    "redundancy": get_args(Redundancy),
+    "panel": ("lean", "full"),
+    "timing": ("immediate", "deferred"),
+    "detector": ("checksum", "statistical", "both"),
+    "weights": ("tracked", "frozen"),
+}
+_NOT_YET = {
+    ("detector", "statistical"): "the statistical detector",
+    ("detector", "both"): "the statistical detector",
+    ("timing", "deferred"): "deferred verification (the decode kernels)",
+}
+
+
+def _encode(policy: Policy) -> str:
+    """What a product needs of a policy, as text: the same in every process, so compiled graphs may be cached on disk."""
+    kept = {f.name: getattr(policy, f.name) for f in fields(policy) if getattr(policy, f.name) != f.default}
+    if "roles" in kept:
+        kept["roles"] = sorted(policy.roles)
+    # Only "raise" acts inside the product; the other reactions belong to the site.
+    if kept.pop("on_uncorrected", None) == "raise":
+        kept["on_uncorrected"] = "raise"
+    return json.dumps(kept, sort_keys=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Policy:
+    """How products are protected.
+
+    level: off (nothing is checked), detect (report only), correct (repair on the device).
+    backend: auto, or an explicit one that never falls back.
+    redundancy: dmr runs a product twice and lets a third decide bitwise; tmr runs three and votes. Independent of level.
+    panel: checksum columns; lean costs half and is half-blind to equal pairs.
+    group: result columns under one check; None takes the backend's table.
+    roles: which of the three products of a layer are checked.
+    weights: tracked follows announced changes; frozen treats any change without ``abft.refresh`` as a memory fault.
+    max_floor: largest acceptable floor relative to a row's L2 norm; auto must meet it or raises PolicyError.
+    on_uncorrected: record, warn, raise, or a callable that receives the FaultEvent.
+
+    Raises PolicyError (a ValueError) for unknown values and NotImplementedError for values whose work has not landed.
+    """
+
+    level: Level = "correct"
+    backend: Backend = "auto"
+    redundancy: Redundancy = "none"
+    panel: Literal["lean", "full"] = "full"
+    group: int | None = None
+    roles: frozenset[str] = ROLES
+    timing: Literal["immediate", "deferred"] = "immediate"
+    detector: Literal["checksum", "statistical", "both"] = "checksum"
+    weights: Literal["tracked", "frozen"] = "tracked"
+    max_floor: float | None = None
+    on_uncorrected: OnUncorrected = "warn"
+    text: ClassVar[str]  # set per instance; not a choice
+
+    def __post_init__(self) -> None:
+        for name, allowed in _CHOICES.items():
+            value = getattr(self, name)
+            if value not in allowed:
+                raise PolicyError(f"Policy.{name} must be one of {', '.join(allowed)}; got {value!r}")
+            if (name, value) in _NOT_YET:
+                raise NotImplementedError(f"Policy.{name}={value!r} needs {_NOT_YET[name, value]}, which has not landed yet")
+        self._check_roles()
+        self._check_group()
+        if self.max_floor is not None and not (isinstance(self.max_floor, int | float) and self.max_floor > 0):
+            raise PolicyError(f"Policy.max_floor must be a positive number or None; got {self.max_floor!r}")
+        if not callable(self.on_uncorrected) and self.on_uncorrected not in ("record", "warn", "raise"):
+            raise PolicyError(f"Policy.on_uncorrected must be record, warn, raise or a callable; got {self.on_uncorrected!r}")
+        # How it travels as an operator argument; made once, so that tracers see a constant.
+        object.__setattr__(self, "text", _encode(self))
+
+    def _check_roles(self) -> None:
+        if isinstance(self.roles, str) or not all(isinstance(role, str) for role in self.roles):
+            raise PolicyError(f"Policy.roles must be a set of role names; got {self.roles!r}")
+        object.__setattr__(self, "roles", frozenset(self.roles))
+        if self.roles & ATTENTION_ROLES:
+            raise NotImplementedError(f"Policy.roles {sorted(self.roles & ATTENTION_ROLES)} need checked attention, which has not landed yet")
+        if self.roles - ROLES:
+            raise PolicyError(f"Policy.roles must be among {sorted(ROLES)}; got {sorted(self.roles - ROLES)}")
+
+    def _check_group(self) -> None:
+        if self.group is None:
+            return
+        if isinstance(self.group, bool) or not isinstance(self.group, int) or self.group < 16 or self.group % 16:
+            raise PolicyError(f"Policy.group must be a positive multiple of 16, or None; got {self.group!r}")
+
+    @classmethod
+    def preset(cls, name: str) -> Policy:
+        """inference · training · audit · paranoid."""
+        if name not in PRESETS:
+            raise PolicyError(f"unknown policy preset {name!r}; there are {', '.join(PRESETS)}")
+        return PRESETS[name]
+
+    def replace(self, **changes: Any) -> Policy:
+        """A copy with some fields changed."""
+        unknown = set(changes) - {f.name for f in fields(self)}
+        if unknown:
+            raise PolicyError(f"Policy has no field {sorted(unknown)}; it has {[f.name for f in fields(self)]}")
+        return replace(self, **changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON-able values; a callable on_uncorrected has none and raises PolicyError."""
+        if callable(self.on_uncorrected):
+            raise PolicyError("a callable on_uncorrected cannot be written to a dict; replace it by record, warn or raise first")
+        return asdict(self) | {"roles": sorted(self.roles)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Policy:
+        unknown = set(values) - {f.name for f in fields(cls)}
+        if unknown:
+            raise PolicyError(f"Policy has no field {sorted(unknown)}; it has {[f.name for f in fields(cls)]}")
+        return cls(**{**values, "roles": frozenset(values.get("roles", ROLES))})
+
+
+PRESETS: dict[str, Policy] = {
+    "inference": Policy(weights="frozen"),
+    "training": Policy(on_uncorrected="record"),
+    "audit": Policy(level="detect", on_uncorrected="record"),
+    "paranoid": Policy(group=128, redundancy="dmr", on_uncorrected="raise"),
+}
+
+PolicyLike = Union[Policy, str, None]
+
+
+def as_policy(value: Any, *, what: str = "policy") -> Policy:
+    """A Policy from a Policy or a preset's name."""
+    if isinstance(value, Policy):
+        return value
+    if isinstance(value, str):
+        return Policy.preset(value)
+    raise TypeError(f"{what} must be a Policy, the name of a preset ({', '.join(PRESETS)}) or None; got {type(value).__name__}")
+
+
+# --- the form in which a policy travels as an operator argument ---------------------------------
+
+
+@lru_cache(maxsize=4096)
+def decode(text: str) -> Policy:
+    """The policy of a product; ``on_uncorrected`` is ``raise`` or, for every other reaction, ``record``."""
+    return Policy.from_dict({"on_uncorrected": "record"} | json.loads(text))
+
+
+# --- mappings from module names ------------------------------------------------------------------
+
+
+def resolve(policies: Mapping[str, Any], names: list[str]) -> dict[str, Policy | None]:
+    """The policy of every name: exact keys win over ``"re:…"`` keys (full match, in order); the rest get Policy().
+
+    A None value means unprotected. A key that matches nothing raises PolicyError (a ValueError).
+    """
+    patterns = [(key, re.compile(key[3:])) for key in policies if key.startswith("re:")]
+    used: set[str] = set()
+    out: dict[str, Policy | None] = {}
+    for name in names:
+        key = name if name in policies else next((k for k, p in patterns if p.fullmatch(name)), None)
+        for k, pattern in patterns:
+            if pattern.fullmatch(name):
+                used.add(k)
+        if key is None:
+            out[name] = Policy()
+            continue
+        used.add(key)
+        value = policies[key]
+        out[name] = None if value is None else as_policy(value, what=f"policy for {key!r}")
+    unmatched = [key for key in policies if key not in used]
+    if unmatched:
+        near = ", ".join(repr(n) for n in names[:8])
+        raise PolicyError(f"policy keys {unmatched} match no protected module; there are {near}{' …' if len(names) > 8 else ''}")
+    return out

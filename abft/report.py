@@ -1,0 +1,213 @@
+"""Reports: what the ledgers say, as values. Reading waits for the devices; nothing else in the package does."""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from abft import events, ledger, sites
+from abft.errors import FaultDetected, UncorrectedFault
+from abft.events import FaultEvent
+from abft.ledger import COUNTER, WORST, Verdict
+
+MAX_EVENTS = 10_000
+_UNREPAIRED = (Verdict.UNCORRECTED, Verdict.OBSERVED)
+
+
+@dataclass(frozen=True)
+class Report:
+    """What happened: counts of rows (checks), products, faults by verdict, and the events.
+
+    A check is one output row of one product and role. ``detected == observed + corrected + uncorrected``.
+    ``false_alarms``, ``stale``, ``input_rows`` and ``overflow_rows`` are not faults and not in ``detected``.
+    ``worst`` is the largest |residual| / bound among clean rows; ``executions`` counts products really computed,
+    replicas and repairs included; ``repeated_checks`` those made again under activation checkpointing.
+    """
+
+    checks: int = 0
+    products: int = 0
+    executions: int = 0
+    observed: int = 0
+    recomputed: int = 0
+    reconstructed: int = 0
+    uncorrected: int = 0
+    false_alarms: int = 0
+    stale: int = 0
+    input_rows: int = 0
+    overflow_rows: int = 0
+    weight_faults: int = 0
+    repeated_checks: int = 0
+    dropped_events: int = 0
+    worst: float = 0.0
+    bypassed: dict[str, int] = field(default_factory=dict)
+    events: tuple[FaultEvent, ...] = ()
+    sites: dict[str, Report] = field(default_factory=dict)
+
+    @property
+    def corrected(self) -> int:
+        return self.recomputed + self.reconstructed
+
+    @property
+    def detected(self) -> int:
+        return self.observed + self.corrected + self.uncorrected
+
+    def __str__(self) -> str:
+        return _table(self)
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A point in the ledgers' history from which a report can start."""
+
+    counters: np.ndarray
+    bypassed: dict[str, int]
+    event: int  # events seen before
+
+
+_lock = threading.RLock()
+_events: list[tuple[int, FaultEvent]] = []  # (sequence, event), in the order they were drained
+_seen: set[tuple[str, int]] = set()
+_drained = 0
+_dropped = 0
+_zero: Mark | None = None
+_latest: ledger.Snapshot | None = None
+
+
+def drain(wait: bool = True) -> ledger.Snapshot:
+    """Read the ledgers, turn new records into events and react to them as their sites' policies say."""
+    global _latest, _drained, _dropped
+    if not wait and _latest is not None:
+        return _latest
+    with _lock:
+        snapshot = ledger.snapshot()
+        fresh = [r for r in snapshot.records if (r["device"], r["sequence"]) not in _seen]
+        made = []
+        for record in fresh:
+            _seen.add((record["device"], record["sequence"]))
+            made.append((record, events.from_record(record)))
+        _events.extend((r["sequence"], e) for r, e in made)
+        _drained += len(made)
+        _dropped = snapshot.written - _drained
+        if len(_events) > MAX_EVENTS:
+            del _events[: len(_events) - MAX_EVENTS]
+        _latest = snapshot
+    for record, event in made:
+        if event.device != "cpu":  # on a CPU the reaction came inside the call
+            react(sites.site_of(record["site"]), event)
+    return snapshot
+
+
+def note(record: dict[str, Any]) -> FaultEvent:
+    """Make the event of a record just written on a CPU, now, with the labels and the time of now; keep it."""
+    global _drained
+    event = events.from_record(record)
+    with _lock:
+        _seen.add((record["device"], record["sequence"]))
+        _events.append((record["sequence"], event))
+        _drained += 1
+    return event
+
+
+def react(site: sites.Site, event: FaultEvent) -> None:
+    """What the policy does about a fault that was not repaired."""
+    if event.verdict not in _UNREPAIRED:
+        return
+    how = site.on_uncorrected
+    if callable(how):
+        how(event)
+    elif how == "raise":
+        raise (UncorrectedFault if event.verdict is Verdict.UNCORRECTED else FaultDetected)(event.message)
+    elif how == "warn":
+        warnings.warn(f"abft: {event.message}", RuntimeWarning, stacklevel=2)
+
+
+def mark() -> Mark:
+    """Now, as a starting point for ``since``."""
+    snapshot = drain()
+    with _lock:
+        return Mark(snapshot.counters, snapshot.bypassed, _drained)
+
+
+def since(start: Mark | None, *, wait: bool = True) -> Report:
+    """What happened after ``start``; everything, without one."""
+    snapshot = drain(wait)
+    start = start or _zero
+    counters = snapshot.counters.copy()
+    bypassed = dict(snapshot.bypassed)
+    first = 0
+    if start is not None:
+        worst = counters[:, WORST].copy()
+        counters -= start.counters
+        # A maximum has no difference: it is this window's only if it rose.
+        counters[:, WORST] = np.where(worst > start.counters[:, WORST], worst, 0)
+        bypassed = {k: v - start.bypassed.get(k, 0) for k, v in bypassed.items() if v > start.bypassed.get(k, 0)}
+        first = start.event
+    with _lock:
+        kept = tuple(e for _, e in _events[max(0, len(_events) - (_drained - first)) :]) if _drained > first else ()
+        lost = _dropped
+    return _build(counters, bypassed, kept, lost)
+
+
+def reset() -> None:
+    """Start the process-wide report anew."""
+    global _zero
+    _zero = mark()
+
+
+def report(*, reset: bool = False, wait: bool = True) -> Report:
+    """The process-wide report since the start or the last reset.
+
+    wait=False returns what has been drained already, without waiting for a device. Raises UncorrectedFault if a
+    product under ``on_uncorrected="raise"`` on a GPU has left a fault that nobody has raised yet.
+    """
+    out = since(None, wait=wait)
+    if reset:
+        globals()["reset"]()
+    return out
+
+
+def _build(counters: np.ndarray, bypassed: dict[str, int], kept: tuple[FaultEvent, ...], dropped: int) -> Report:
+    by_name: dict[str, list[int]] = {}
+    for index in np.flatnonzero(counters[:, :WORST].any(1)):
+        by_name.setdefault(sites.site_of(int(index)).name, []).append(int(index))
+    per_site = {
+        name: _counts(counters[indices], {}, tuple(e for e in kept if e.site == name), 0, {}) for name, indices in by_name.items()
+    }
+    return _counts(counters, bypassed, kept, dropped, per_site)
+
+
+def _counts(counters: np.ndarray, bypassed: dict[str, int], kept: tuple[FaultEvent, ...], dropped: int, per_site: dict[str, Report]) -> Report:
+    total = counters.sum(0)
+    names = [n for n in ledger.COUNTER_NAMES if n != "worst"]
+    return Report(
+        **{name: int(total[COUNTER[name]]) for name in names},
+        dropped_events=dropped,
+        worst=ledger.bits_float(int(counters[:, WORST].max(initial=0))),
+        bypassed=bypassed,
+        events=kept,
+        sites=per_site,
+    )
+
+
+def _table(report: Report) -> str:
+    lines = [
+        f"{report.checks:,} rows of {report.products:,} products checked; worst clean residual {report.worst:.2f} of its bound",
+        f"detected {report.detected} (recomputed {report.recomputed}, reconstructed {report.reconstructed}, observed {report.observed}, "
+        f"uncorrected {report.uncorrected}), weight faults {report.weight_faults}",
+        f"not faults: false alarms {report.false_alarms}, stale {report.stale}, input {report.input_rows}, overflow {report.overflow_rows}",
+    ]
+    lines += [f"not checked: {count:,} × {reason}" for reason, count in sorted(report.bypassed.items())]
+    if report.dropped_events:
+        lines.append(f"events dropped: {report.dropped_events}")
+    if report.sites:
+        width = max(len(name) for name in report.sites)
+        lines.append(f"{'site':<{width}}  {'checks':>10}  {'detected':>8}  {'worst':>6}")
+        shown = sorted(report.sites.items(), key=lambda item: (-item[1].detected, item[0]))
+        lines += [f"{name:<{width}}  {r.checks:>10,}  {r.detected:>8}  {r.worst:>6.2f}" for name, r in shown[:40]]
+        if len(shown) > 40:
+            lines.append(f"… and {len(shown) - 40} more sites")
+    return "\n".join(lines)

@@ -1,0 +1,88 @@
+"""Sites: the named places where products are checked, and the numbers by which device code knows them.
+
+A site travels as a 0-d int64 tensor, never as a Python int: an int per layer would give every layer its
+own compiled graph. On a GPU the number is read from the tensor's address, without waiting for the device.
+"""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from abft.policy import OnUncorrected
+
+CAPACITY = 4096
+#: Everything past the capacity is counted together here.
+OVERFLOW = 0
+
+
+@dataclass
+class Site:
+    """name as users see it; what to do when a fault there could not be repaired."""
+
+    index: int
+    name: str
+    on_uncorrected: OnUncorrected = "warn"
+
+
+_lock = threading.Lock()
+_sites: list[Site] = [Site(OVERFLOW, "(other sites)")]
+_functional: dict[tuple[str, object], Site] = {}
+_index_tensors: dict[torch.device, Tensor] = {}
+
+
+def register(name: str, on_uncorrected: OnUncorrected = "warn") -> Site:
+    """A new site."""
+    with _lock:
+        if len(_sites) >= CAPACITY:
+            return _sites[OVERFLOW]
+        site = Site(len(_sites), name, on_uncorrected)
+        _sites.append(site)
+        return site
+
+
+def functional(name: str, on_uncorrected: OnUncorrected) -> Site:
+    """The one site of a function called without a module, per reaction."""
+    key = (name, on_uncorrected)
+    site = _functional.get(key)
+    if site is None:
+        site = _functional[key] = register(name, on_uncorrected)
+    return site
+
+
+def site_of(index: int) -> Site:
+    return _sites[index] if 0 <= index < len(_sites) else _sites[OVERFLOW]
+
+
+def count() -> int:
+    return len(_sites)
+
+
+def _indices(device: torch.device) -> Tensor:
+    if device not in _index_tensors:
+        with torch.inference_mode(False), torch.no_grad():
+            table = torch.arange(CAPACITY, dtype=torch.int64, device=device)
+        if device.type == "cuda":
+            # Graphs may bake the address; without this, every replay would copy the number in.
+            torch._dynamo.mark_static_address(table)
+        _index_tensors[device] = table
+    return _index_tensors[device]
+
+
+def as_tensor(site: Site, device: torch.device) -> Tensor:
+    """The site's number as a 0-d tensor on ``device``."""
+    return _indices(device)[site.index]
+
+
+def index_of(tensor: Tensor) -> int:
+    """The site's number, without waiting for a device."""
+    if tensor.device.type == "cpu":
+        return int(tensor.numpy())
+    table = _index_tensors.get(tensor.device)
+    if table is None:
+        return OVERFLOW
+    offset = (tensor.data_ptr() - table.data_ptr()) // tensor.element_size()
+    return offset if 0 <= offset < CAPACITY else OVERFLOW

@@ -1,0 +1,144 @@
+"""Bounds: how large a residual rounding alone can explain.
+
+    S_j[m]  = sqrt( Σ_n Y² + c_j² + h² )                     h² the sketched uncancelled norm
+    τ_j[m]  = w̄_j · ( U · κ_j · S_j  +  8 · 0.43 · u_out · sqrt(Σ_n Y² + c_j²)  +  τ_abs )
+    suspect = ~( |r_j - c_j| <= τ_j ) | ~( τ_j < largest )
+
+κ = 16 + T/2 with T = K / L accumulation steps; ones: 16 + 1.5 T; a softmax probability as operand:
+16 + 2 T. The u_out term exists only where the result arrives already rounded to a narrow type.
+NaN, Inf and an infinite bound fail closed. Constants and their evidence:
+docs/explanation/thresholds.md and bench/results/.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from abft import floating
+from abft.checksum import Groups, Kind, Sums, weight_rms
+
+KAPPA_BASE = 16.0
+KAPPA_SLOPE = 0.5
+KAPPA_SLOPE_ONE = 1.5
+KAPPA_SLOPE_SOFTMAX = 2.0
+#: 0.43 u_out ‖y‖ is the rms of a rounded segment's sum (mantissas log-uniform; never above 0.577); 8 σ of it.
+ROUNDING_SIGMA = 0.43
+ROUNDING_SIGMAS = 8.0
+
+
+@dataclass(frozen=True)
+class Arithmetic:
+    """How a unit accumulates: unit of error U, products per accumulation step L, rounding of the delivered result."""
+
+    name: str
+    unit: float
+    depth: int
+    dtype: torch.dtype  # of the accumulator
+    output_roundoff: float = 0.0  # u_out, if the result arrives rounded
+
+    @property
+    def floor_abs(self) -> float:
+        """τ_abs: below this magnitude squares underflow, and rows are effectively unchecked."""
+        return 1e-18 if self.dtype == torch.float32 else 1e-150
+
+    @property
+    def largest(self) -> float:
+        return torch.finfo(self.dtype).max
+
+
+# T-FDPA tensor cores (published MMA-Sim model): L products enter one truncated accumulation step.
+HOPPER_16 = Arithmetic("hopper16", 2.0**-23, 16, torch.float32)
+AMPERE_16 = Arithmetic("ampere16", 2.0**-23, 8, torch.float32)
+HOPPER_TF32 = Arithmetic("hopper_tf32", 2.0**-23, 8, torch.float32)
+AMPERE_TF32 = Arithmetic("ampere_tf32", 2.0**-23, 4, torch.float32)
+# Sequential fused multiply-add (CUDA cores, CPU libraries): calibrated as 16 products a step.
+FMA_32 = Arithmetic("fma32", 2.0**-23, 16, torch.float32)
+FMA_64 = Arithmetic("fma64", 2.0**-52, 16, torch.float64)
+ARITHMETICS = {a.name: a for a in (HOPPER_16, AMPERE_16, HOPPER_TF32, AMPERE_TF32, FMA_32, FMA_64)}
+
+
+def rounded(arithmetic: Arithmetic, dtype: torch.dtype) -> Arithmetic:
+    """The same accumulation whose result arrives as ``dtype``."""
+    u_out = floating.UNIT_ROUNDOFF[dtype] if dtype in (torch.float16, torch.bfloat16) else 0.0
+    return Arithmetic(f"{arithmetic.name}>{str(dtype)[6:]}", arithmetic.unit, arithmetic.depth, arithmetic.dtype, u_out)
+
+
+def kappa(arithmetic: Arithmetic, k: int, kind: Kind = "e", *, softmax_operand: bool = False) -> float:
+    """κ for a product over ``k`` products per element."""
+    slope = KAPPA_SLOPE_ONE if kind == "one" else KAPPA_SLOPE
+    if softmax_operand:
+        slope = max(slope, KAPPA_SLOPE_SOFTMAX)
+    return KAPPA_BASE + slope * k / arithmetic.depth
+
+
+@dataclass(frozen=True)
+class Coefficients:
+    """What a bound needs besides the sums, per kind: τ_j = accumulate_j · S_j + round_j · sqrt(Σ Y² + c²) + absolute_j."""
+
+    accumulate: tuple[float, ...]
+    round: tuple[float, ...]
+    absolute: tuple[float, ...]
+    largest: float
+
+
+def coefficients(arithmetic: Arithmetic, k: int, kinds: tuple[Kind, ...], width: int) -> Coefficients:
+    """The bound's coefficients for groups of ``width`` columns."""
+    rms = [weight_rms(kind, width) for kind in kinds]
+    rounding = [_rounding(arithmetic, kind, width) for kind in kinds]
+    return Coefficients(
+        tuple(w * arithmetic.unit * kappa(arithmetic, k, _judged_as(kind, width)) for w, kind in zip(rms, kinds, strict=True)),
+        tuple(w * r for w, r in zip(rms, rounding, strict=True)),
+        tuple(w * arithmetic.floor_abs for w in rms),
+        arithmetic.largest,
+    )
+
+
+def _judged_as(kind: Kind, width: int) -> Kind:
+    # Groups too narrow for balanced signs carry plain ones, and plain ones keep the truncation bias.
+    return "one" if kind == "e" and width < 4 else kind
+
+
+def _rounding(arithmetic: Arithmetic, kind: Kind, width: int) -> float:
+    if not arithmetic.output_roundoff:
+        return 0.0
+    statistical = ROUNDING_SIGMAS * ROUNDING_SIGMA
+    # Equal results round equally: for plain ones only the worst case, u · Σ|y| ≤ u √G ‖y‖, is safe.
+    factor = max(statistical, math.sqrt(width)) if _judged_as(kind, width) == "one" else statistical
+    return factor * arithmetic.output_roundoff
+
+
+def bounds(sums: Sums, c: Coefficients) -> Any:
+    """τ with the shape of ``sums.actual``; tensors or numpy arrays, in their own precision."""
+    accumulate, rounding, absolute = (_like(values, sums.actual) for values in (c.accumulate, c.round, c.absolute))
+    seen = sums.squares[..., None] + sums.predicted * sums.predicted
+    scale = (seen + sums.noise2[..., None]) ** 0.5
+    tau = accumulate * scale + absolute
+    return tau + rounding * seen**0.5 if any(c.round) else tau
+
+
+def _like(values: tuple[float, ...], example: Any) -> Any:
+    if isinstance(example, torch.Tensor):
+        return torch.tensor(values, dtype=example.dtype).to(example.device)
+    import numpy as np
+
+    return np.array(values, dtype=example.dtype)
+
+
+def suspect(sums: Sums, tau: Any, largest: float) -> Any:
+    """True where rounding does not explain the residual: (..., M, groups, kinds). Fails closed."""
+    return ~(abs(sums.actual - sums.predicted) <= tau) | ~(tau < largest)
+
+
+def expected_floor(arithmetic: Arithmetic, k: int, groups: Groups) -> float:
+    """The typical floor: smallest single deviation, relative to the row's L2, that the e check flags.
+
+    Assumes rows whose energy is spread evenly over the columns: ‖segment‖ = ‖row‖ √(G/N), c² = ‖segment‖²,
+    and a sketch of Σ W² plus four checksums: S = √7 ‖segment‖.
+    """
+    c = coefficients(arithmetic, k, ("e",), groups.width)
+    share = math.sqrt(min(groups.width, max(groups.columns, 1)) / max(groups.columns, 1))
+    return (c.accumulate[0] * math.sqrt(7.0) + c.round[0] * math.sqrt(2.0)) * share

@@ -10,3 +10,62 @@ if not (_Path(__file__).parent / "triton_kernels").is_dir():
     __path__.append(str(_Path(__file__).resolve().parent.parent))
 
 __version__ = "0.1.0"
+
+from abft import inject
+from abft.covering import Coverage, ModuleCoverage, coverage
+from abft.errors import (
+    AbftError,
+    DeviceError,
+    DtypeError,
+    FaultDetected,
+    NotInjected,
+    PolicyError,
+    ShapeError,
+    UncorrectedFault,
+)
+from abft.events import FaultEvent
+from abft.functional import addmm, bmm, linear, matmul
+from abft.ledger import Verdict
+from abft.nn import Linear
+from abft.ops import flops as _flops
+from abft.policy import Policy
+from abft.guarding import checkpoint_context, checkpoint_ops, context, protected
+from abft.protection import protect, refresh, unprotect
+from abft.reporting import Report, report
+from abft.training import StepGuard
+from abft.verification import CheckResult, verify_matmul
+
+__all__ = [
+    "AbftError",
+    "CheckResult",
+    "Coverage",
+    "DeviceError",
+    "DtypeError",
+    "FaultDetected",
+    "FaultEvent",
+    "Linear",
+    "ModuleCoverage",
+    "NotInjected",
+    "Policy",
+    "PolicyError",
+    "Report",
+    "ShapeError",
+    "StepGuard",
+    "UncorrectedFault",
+    "Verdict",
+    "addmm",
+    "bmm",
+    "checkpoint_context",
+    "checkpoint_ops",
+    "context",
+    "coverage",
+    "inject",
+    "linear",
+    "matmul",
+    "protect",
+    "protected",
+    "refresh",
+    "report",
+    "unprotect",
+    "verify_matmul",
+]

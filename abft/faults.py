@@ -88,6 +88,7 @@ class Target:
     columns: int
     depth: int
     dtype: torch.dtype
+    accumulator: torch.dtype  # of the accumulators a fault may lie in: the dtype itself where the product arrives rounded
     batch: int = 1
     weight: Tensor | None = None
     panel_shape: tuple[int, int] | None = None
@@ -95,6 +96,9 @@ class Target:
 
 #: Asked once per product; None outside ``abft.inject.faults``. Set by the injector only.
 active: Callable[[Target], list[Strike]] | None = None
+
+#: Called when a StepGuard attempt begins; set by the injector only.
+on_attempt: Callable[[], None] | None = None
 
 
 def strikes(target: Target) -> list[Strike]:

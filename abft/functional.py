@@ -18,7 +18,7 @@ from abft import floating, ledger, scope, sites
 from abft import policy as policies
 from abft.errors import DeviceError, DtypeError, ShapeError
 from abft.ops.autograd import CheckedProduct
-from abft.ops.product import bypass
+from abft.ops.checked import bypass
 from abft.policy import Policy, PolicyLike
 
 _PLAIN = (Tensor, torch.nn.Parameter)
@@ -32,38 +32,38 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, *, policy:
     kept for ``nn.Parameter`` weights; of other tensors they are built at every call). Does not see an input that was already
     wrong when it arrived. Raises ShapeError, DtypeError, DeviceError.
     """
-    return linear_at(functional_site("linear", policy), input, weight, bias, _own(policy))
+    return linear_at(None, input, weight, bias, _own(policy))
 
 
 def matmul(input: Tensor, other: Tensor, *, out: Tensor | None = None, policy: PolicyLike = None) -> Tensor:
     """``torch.matmul``, checked: vectors, matrices, batches, broadcasting. Sees and misses what ``linear`` does."""
-    reason = "out=" if out is not None else _why_not(input, other)
+    reason = "out=" if out is not None else why_not(input, other)
     if reason is not None:
-        return _bypassed(reason, input, lambda: torch.matmul(input, other, out=out))
-    return _matmul_at(functional_site("matmul", policy), input, other, _own(policy))
+        return bypassed(reason, lambda: torch.matmul(input, other, out=out))
+    return matmul_at(None, input, other, _own(policy))
 
 
 def bmm(input: Tensor, mat2: Tensor, *, out: Tensor | None = None, policy: PolicyLike = None) -> Tensor:
     """``torch.bmm``, checked: input (B, M, K), mat2 (B, K, N). Raises ShapeError unless both have three dimensions."""
-    reason = "out=" if out is not None else _why_not(input, mat2)
+    reason = "out=" if out is not None else why_not(input, mat2)
     if reason is not None:
-        return _bypassed(reason, input, lambda: torch.bmm(input, mat2, out=out))
+        return bypassed(reason, lambda: torch.bmm(input, mat2, out=out))
     if input.dim() != 3 or mat2.dim() != 3 or input.shape[0] != mat2.shape[0]:
         raise ShapeError(
             f"bmm needs input (B, M, K) and mat2 (B, K, N) of one batch size; got {tuple(input.shape)} and {tuple(mat2.shape)}. "
             "matmul broadcasts batches."
         )
-    return _matmul_at(functional_site("bmm", policy), input, mat2, _own(policy))
+    return matmul_at(None, input, mat2, _own(policy), "bmm")
 
 
 def addmm(
     input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: float = 1, out: Tensor | None = None, policy: PolicyLike = None
 ) -> Tensor:
     """``torch.addmm``, checked: beta · input + alpha · (mat1 @ mat2). The product is checked; scaling and adding a matrix are not."""
-    reason = "out=" if out is not None else _why_not(input, mat1, mat2)
+    reason = "out=" if out is not None else why_not(input, mat1, mat2)
     if reason is not None:
-        return _bypassed(reason, mat1, lambda: torch.addmm(input, mat1, mat2, beta=beta, alpha=alpha, out=out))
-    return addmm_at(functional_site("addmm", policy), input, mat1, mat2, beta, alpha, _own(policy))
+        return bypassed(reason, lambda: torch.addmm(input, mat1, mat2, beta=beta, alpha=alpha, out=out))
+    return addmm_at(None, input, mat1, mat2, beta, alpha, _own(policy))
 
 
 # --- at a site: what modules and scopes call ----------------------------------------------------------
@@ -71,9 +71,9 @@ def addmm(
 
 def linear_at(site: Tensor | None, input: Tensor, weight: Tensor, bias: Tensor | None, own: Policy | None, name: str = "linear") -> Tensor:
     """``linear`` at a given site (its 0-d tensor)."""
-    reason = _why_not(input, weight) if bias is None else _why_not(input, weight, bias)
+    reason = why_not(input, weight) if bias is None else why_not(input, weight, bias)
     if reason is not None:
-        return _bypassed(reason, input, lambda: F.linear(input, weight, bias))
+        return bypassed(reason, lambda: F.linear(input, weight, bias))
     _check_linear(input, weight, bias)
     a = input if input.dim() == 2 else input.reshape(-1, input.shape[-1])
     y = _product(a, weight, bias, False, site, own, name)
@@ -98,14 +98,15 @@ def addmm_at(site: Tensor | None, input: Tensor, mat1: Tensor, mat2: Tensor, bet
     return y if beta == 0 else y + (input if beta == 1 else beta * input)
 
 
-def _matmul_at(site: Tensor | None, a: Tensor, b: Tensor, own: Policy | None) -> Tensor:
+def matmul_at(site: Tensor | None, a: Tensor, b: Tensor, own: Policy | None, name: str = "matmul") -> Tensor:
+    """``matmul`` at a given site."""
     if a.dim() == 0 or b.dim() == 0:
         raise ShapeError(f"matmul needs at least one dimension on both sides; got {tuple(a.shape)} and {tuple(b.shape)}")
     left, right = (a.unsqueeze(0) if a.dim() == 1 else a), (b.unsqueeze(1) if b.dim() == 1 else b)
     if left.shape[-1] != right.shape[-2]:
         raise ShapeError(f"matmul cannot multiply {tuple(a.shape)} by {tuple(b.shape)}: inner sizes {left.shape[-1]} and {right.shape[-2]} differ")
     if right.dim() == 2:
-        y = _product(left.reshape(-1, left.shape[-1]), right, None, True, site, own, "matmul")
+        y = _product(left.reshape(-1, left.shape[-1]), right, None, True, site, own, name)
         y = y.view(*left.shape[:-1], right.shape[-1])
     else:
         try:
@@ -114,15 +115,10 @@ def _matmul_at(site: Tensor | None, a: Tensor, b: Tensor, own: Policy | None) ->
             raise ShapeError(f"matmul cannot broadcast the batches of {tuple(a.shape)} and {tuple(b.shape)}") from None
         flat_left = left.expand(*batch, *left.shape[-2:]).reshape(-1, *left.shape[-2:])
         flat_right = right.expand(*batch, *right.shape[-2:]).reshape(-1, *right.shape[-2:])
-        y = _product(flat_left, flat_right, None, True, site, own, "matmul")
+        y = _product(flat_left, flat_right, None, True, site, own, name)
         y = y.view(*batch, left.shape[-2], right.shape[-1])
     y = y.squeeze(-1) if b.dim() == 1 else y
     return y.squeeze(-1 if b.dim() == 1 else -2) if a.dim() == 1 else y
-
-
-def functional_site(name: str, policy: PolicyLike) -> Tensor | None:
-    """None: resolved from the policy in force when the product runs."""
-    return None
 
 
 def _own(policy: PolicyLike) -> Policy | None:
@@ -159,7 +155,7 @@ def _autocast(t: Tensor, dtype: torch.dtype) -> Tensor:
 # --- what cannot be checked -----------------------------------------------------------------------------
 
 
-def _why_not(*operands: Tensor) -> str | None:
+def why_not(*operands: Tensor) -> str | None:
     """The reason these operands cannot be checked, in words that end up in ``Report.bypassed``; None if they can."""
     for t in operands:
         if not isinstance(t, Tensor):
@@ -190,7 +186,7 @@ def _is_plain(t: Tensor) -> bool:
     return not is_traceable_wrapper_subclass(t) and (ordinary or isinstance(t, torch._subclasses.FakeTensor))
 
 
-def _bypassed(reason: str, example: Any, compute: Any) -> Tensor:
+def bypassed(reason: str, compute: Any) -> Tensor:
     bypass(ledger.tensor(torch.device("cpu")), reason)
     return compute()
 

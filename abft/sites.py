@@ -77,6 +77,11 @@ def as_tensor(site: Site, device: torch.device) -> Tensor:
     return _indices(device)[site.index]
 
 
+def number_of(tensor: Tensor) -> int:
+    """The site's number of a module's own site tensor, on any device, meta included."""
+    return tensor.storage_offset()
+
+
 def index_of(tensor: Tensor) -> int:
     """The site's number, without waiting for a device."""
     if tensor.device.type == "cpu":

@@ -1,0 +1,5 @@
+"""Modules whose products are checked."""
+
+from abft.nn.linear import Linear
+
+__all__ = ["Linear"]

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from abft.ops.product import bypass, product
+from abft.ops.checked import bypass, product
 
 
 class CheckedProduct(torch.autograd.Function):

@@ -11,18 +11,18 @@ compiler may drop, reorder or merge executions.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from abft import events, faults, floating, ledger, panels, policy, redundancy, report, sites, threshold
+from abft import faults, floating, ledger, panels, policy, redundancy, reporting, sites, threshold
 from abft.backends import arbitration, reference
 from abft.backends.call import Call
 from abft.errors import DeviceError, FaultDetected, PolicyError, UncorrectedFault
 from abft.faults import Strike, Target
 from abft.ledger import Finding, Outcome, Verdict
-from abft.policy import Policy
 
 LIBRARY = torch.library.Library("abft", "DEF")
 LIBRARY.define(
@@ -45,9 +45,9 @@ def _product(
     if 0 in (*left.shape, right.shape[-1 if tb else -2]):
         # Nothing is multiplied: zero rows or columns, or a sum over nothing, which is the bias alone.
         return reference.multiply(call.a, call.w, call.bias)
-    if faults.active is not None:
-        call = _struck(call)
     backend = choose_backend(call)
+    if faults.active is not None:
+        call = _struck(call, backend)
     if backend == "triton":
         from abft.backends import triton
 
@@ -60,21 +60,26 @@ def _product(
     return _product_on_host(call, backend)
 
 
-def _struck(call: Call) -> Call:
+def _struck(call: Call, backend: str) -> Call:
     """The call with the faults that an injector sends; tells the injector what they do to the result."""
     shape = None
-    if call.source is not None and call.a.dtype in floating.PARTS:
-        layout = reference.plan_for(call).layout
-        shape = (layout.columns, call.a.shape[-1])
+    if call.source is not None:
+        # Remembered before anything strikes: a fault in a weight comes after the weight was loaded.
+        shape = (_entry(call).panel.columns.shape[0], call.a.shape[-1]) if backend != "triton" else None
+    accumulator = floating.ACCUMULATOR[call.a.dtype] if backend == "triton" else call.a.dtype
     target = Target(
-        sites.site_of(call.site).name, call.role, call.a.shape[-2], call.w.shape[-2], call.a.shape[-1], call.a.dtype,
+        sites.site_of(call.site).name, call.role, call.a.shape[-2], call.w.shape[-2], call.a.shape[-1], call.a.dtype, accumulator,
         call.a.shape[0] if call.a.dim() == 3 else 1, call.source, shape,
     )  # fmt: skip
+    clean = reference.execute(call) if on_strike is not None else None
     strikes = tuple(faults.strikes(target))
-    if strikes and on_strike is not None:
-        on_strike(call, target, reference.execute(call), reference.execute(call, strikes), strikes)
-    from dataclasses import replace
-
+    if not strikes:
+        return call
+    if any(strike.place == "weight" for strike in strikes):
+        w = call.source.detach().to(call.a.dtype)  # type: ignore[union-attr]
+        call = replace(call, w=w.mT if call.transposed else w)
+    if on_strike is not None and clean is not None:
+        on_strike(call, target, clean, reference.execute(call, strikes), strikes)
     return replace(call, strikes=strikes)
 
 
@@ -162,14 +167,8 @@ def _execute(call: Call, outcome: Outcome) -> Tensor:
 
 def _check(call: Call, y: Tensor, outcome: Outcome) -> Tensor:
     p = reference.plan_for(call)
-    entry = None
-    if call.source is not None:
-        entry = panels.entry_for(
-            call.source, call.w, p.layout, transposed=call.transposed, frozen=call.policy.weights == "frozen", build=reference.build_panel
-        )
-        panel = entry.panel
-    else:
-        panel = reference.build_panel(call.w, p.layout)
+    entry = _entry(call) if call.source is not None else None
+    panel = entry.panel if entry is not None else reference.build_panel(call.w, p.layout)
     for strike in call.strikes:
         if strike.place == "panel":
             strike.hit(panel.columns)
@@ -181,6 +180,14 @@ def _check(call: Call, y: Tensor, outcome: Outcome) -> Tensor:
     fresh = partial(panels.bias_sums_for, None, call.bias, p.layout)
     case = arbitration.Case(call, p, y, judgement, panel, entry, bias, reference.execute, fresh, outcome)
     return arbitration.settle(case)
+
+
+def _entry(call: Call) -> panels.Entry:
+    assert call.source is not None
+    frozen = call.policy.weights == "frozen"
+    return panels.entry_for(
+        call.source, call.w, reference.plan_for(call).layout, transposed=call.transposed, frozen=frozen, build=reference.build_panel
+    )
 
 
 def _announce(call: Call, findings: list[Finding], backend: str, book: ledger.CpuLedger) -> None:
@@ -195,14 +202,14 @@ def _announce(call: Call, findings: list[Finding], backend: str, book: ledger.Cp
     # One event per call and role: the gravest finding speaks, the counters know the rest.
     gravest = max(findings, key=lambda f: _GRAVITY.index(f.verdict))
     site = sites.site_of(call.site)
-    event = report.note(book.record(call.site, gravest, product))
+    event = reporting.note(book.record(call.site, gravest, product))
     if call.policy.on_uncorrected == "raise":
         if gravest.verdict is Verdict.UNCORRECTED:
             raise UncorrectedFault(event.message)
         if gravest.verdict is Verdict.OBSERVED:
             raise FaultDetected(event.message)
     elif site.on_uncorrected != "raise":
-        report.react(site, event)
+        reporting.react(site, event)
 
 
 _GRAVITY = (
@@ -228,4 +235,4 @@ torch.library.register_fake("abft::bypass", lambda ledger_, reason: None, lib=LI
 
 product = torch.ops.abft.product.default
 bypass = torch.ops.abft.bypass.default
-__all__ = ["Policy", "bypass", "events", "product"]
+__all__ = ["bypass", "product"]

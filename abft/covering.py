@@ -1,0 +1,157 @@
+"""``abft.coverage``: which products of a model are checked, and which are not; by looking, or by counting one pass."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+from abft import policy as policies
+from abft import protection, scope
+from abft.nn.checked import Checked, ScopedForward
+from abft.ops.checked import product
+
+
+@dataclass(frozen=True)
+class ModuleCoverage:
+    """One module that multiplies: whether and how its products are checked, by which backend, or why not."""
+
+    name: str
+    type: str
+    covered: bool
+    how: str
+    backend: str
+    policy: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """modules; covered of total; flop_share: checked share of the matrix FLOPs of one forward and backward, if counted."""
+
+    modules: tuple[ModuleCoverage, ...]
+    covered: int
+    total: int
+    flop_share: float | None = None
+
+    def __str__(self) -> str:
+        share = "" if self.flop_share is None else f"; {100 * self.flop_share:.1f} % of the matrix FLOPs of a forward and backward"
+        lines = [f"{self.covered} of {self.total} modules that multiply are checked{share}"]
+        width = max((len(m.name) for m in self.modules), default=4)
+        for m in self.modules:
+            state = f"{m.how}, backend {m.backend}, {m.policy}" if m.covered else f"NOT CHECKED: {m.reason}"
+            lines.append(f"{m.name or '(root)':<{width}}  {m.type:<24} {state}")
+        return "\n".join(lines)
+
+
+#: Modules other than nn.Linear that multiply matrices.
+_MULTIPLYING = (
+    nn.MultiheadAttention, nn.Bilinear, nn.RNNBase, nn.RNNCellBase,
+    nn.modules.conv._ConvNd,
+)  # fmt: skip
+
+
+def coverage(model: nn.Module, *args: Any, **kwargs: Any) -> Coverage:
+    """Report every module of ``model`` that multiplies matrices. With inputs, one forward and backward is counted.
+
+    The counting pass leaves parameters' ``.grad``, buffers and random states as they were; it does add to the ledger.
+    Attention and anything computed by functions rather than modules shows in ``flop_share`` only.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"coverage needs a torch.nn.Module; got {type(model).__name__}")
+    hidden = protection.hidden_linears(model)
+    modules = tuple(_describe(name, m, m in hidden) for name, m in model.named_modules() if _multiplies(m))
+    share = _flop_share(model, args, kwargs) if args or kwargs else None
+    return Coverage(modules, sum(m.covered for m in modules), len(modules), share)
+
+
+def _multiplies(module: nn.Module) -> bool:
+    if isinstance(module, (nn.Linear, *_MULTIPLYING)):
+        return True
+    # Layers like GPT-2's Conv1D: a leaf with a matrix that is no embedding and no normalisation.
+    weight = module.__dict__.get("_parameters", {}).get("weight")
+    return not list(module.children()) and isinstance(weight, Tensor) and weight.dim() == 2 and not isinstance(module, (nn.Embedding, nn.EmbeddingBag))
+
+
+def _describe(name: str, module: nn.Module, hidden: bool) -> ModuleCoverage:
+    kind = type(module).__dict__.get("_abft_base", type(module)).__name__
+    if not isinstance(module, Checked):
+        reason = "its weight is read by the module above it, not through its forward" if hidden else protection.why_not(module)
+        if reason is None:
+            reason = "not protected"
+        elif reason == "not an nn.Linear":
+            reason = f"{kind} is not checked yet"
+        return ModuleCoverage(name, kind, False, "", "", "", reason)
+    policy = scope.in_force(module._abft_policy)
+    weight = getattr(module, "weight", None)
+    if isinstance(weight, Tensor) and type(weight) not in (Tensor, nn.Parameter) and torch.utils._python_dispatch.is_traceable_wrapper_subclass(weight):
+        return ModuleCoverage(name, kind, False, "", "", "", f"its weight is a {type(weight).__name__}, left to its own kernels")
+    if policy.level == "off" and policy.redundancy == "none":
+        return ModuleCoverage(name, kind, False, "", "", "", "level off")
+    how = "products inside its own forward" if isinstance(module, ScopedForward) else "its products"
+    roles = "" if policy.roles == policies.ROLES else f", roles {'+'.join(sorted(policy.roles))}"
+    text = f"level {policy.level}{roles}" + ("" if policy.redundancy == "none" else f", {policy.redundancy}")
+    return ModuleCoverage(name, kind, True, how, _backend(policy, weight), text, "")
+
+
+def _backend(policy: policies.Policy, weight: Any) -> str:
+    if policy.backend != "auto" or not isinstance(weight, Tensor):
+        return policy.backend
+    if weight.device.type != "cuda":
+        return "reference"
+    try:
+        from abft.backends import triton
+    except ImportError:
+        return "reference"
+    return "triton" if triton.available(weight.device, weight.dtype) is None else "reference"
+
+
+# --- counting ----------------------------------------------------------------------------------------
+
+
+class _FlopShare(TorchDispatchMode):
+    """FLOPs of every matrix operator that runs, and of the checked ones among them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.checked = self.total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        formula = flop_registry.get(func._overloadpacket)
+        if formula is not None:
+            flops = formula(*args, **(kwargs or {}), out_val=out)
+            self.total += flops
+            if func is product:
+                policy = policies.decode(args[-1])
+                if (policy.level != "off" and args[-2] in policy.roles) or policy.redundancy != "none":
+                    self.checked += flops
+        return out
+
+
+def _flop_share(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float | None:
+    buffers = {name: b.detach().clone() for name, b in model.named_buffers()}
+    devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
+    counter = _FlopShare()
+    with torch.random.fork_rng(devices=devices), torch.enable_grad(), counter:
+        outputs = [t for t in tree_leaves(_tensors_of(model(*args, **kwargs))) if isinstance(t, Tensor) and t.requires_grad]
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.requires_grad]
+        if outputs and parameters:
+            loss = torch.stack([t.float().sum() for t in outputs]).sum()
+            torch.autograd.grad(loss, parameters + inputs, allow_unused=True)
+    with torch.no_grad():
+        for name, b in model.named_buffers():
+            if name in buffers and not b.is_meta:
+                b.copy_(buffers[name])
+    return counter.checked / counter.total if counter.total else None
+
+
+def _tensors_of(output: Any) -> Any:
+    # Hugging Face outputs are ordered dicts of their own class.
+    return dict(output) if hasattr(output, "keys") else output

@@ -1,0 +1,148 @@
+"""``Fault``: a fault asked for in words, and its translation into a region and a bit operation on a product at hand."""
+
+from __future__ import annotations
+
+import fnmatch
+from dataclasses import dataclass, replace
+from typing import Any, get_args
+
+import numpy as np
+import torch
+
+from abft import bits
+from abft.errors import PolicyError
+from abft.faults import BitOperation, Place, Region, Strike, Target
+from abft.policy import ROLES
+
+KINDS = ("nullify", "bitflip", "carry", "nan", "inf", "-inf", "near_inf", "nonfinite", "scale", "stuck_at")
+PATTERNS = ("element", "row", "warp", "warp2", "warp4", "warp8", "warp16", "fragment", "tile")
+WEIGHTINGS = ("uniform", "lsb")
+#: An MMA accumulator fragment, and the result tile that a warp or one SM owns.
+FRAGMENT = (16, 8)
+TILE = (128, 128)
+MANTISSA = {torch.float64: 52, torch.float32: 23, torch.float16: 10, torch.bfloat16: 7}
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A fault = what × where × pattern, at which products.
+
+    what: nullify · bitflip · carry (±2^k on the pattern) · nan · inf · -inf · near_inf · nonfinite (one of the four) ·
+    scale (by a power of two) · stuck_at (one bit, at 0 or 1).
+    where: accumulator · operand (a tile of A in shared memory) · output (after the product was rounded; the fused kernel
+    has taken its sums by then) · panel (the remembered checksums) · weight (its bits in memory, undone at exit).
+    site: shell pattern of site names; role: fprop, dgrad, wgrad or "*".
+    pattern: element · row · warp2/4/8/16 (every n-th column of a row in one tile; "warp" draws n) · fragment (16 × 8) · tile (128 × 128).
+    index: (row, column) of the first struck element, drawn if None. bits: how many bits a bitflip turns; bit: exactly which one;
+    weighting: how bits are drawn ("lsb" favours low ones). call: fires once, at the call-th matching product, unless
+    ``probability`` (of every matching product) is given. Raises PolicyError for unknown words.
+    """
+
+    what: str
+    where: Place = "accumulator"
+    site: str = "*"
+    role: str = "fprop"
+    pattern: str = "element"
+    index: tuple[int, int] | None = None
+    bits: int = 1
+    bit: int | None = None
+    call: int = 0
+    probability: float | None = None
+    weighting: str = "uniform"
+
+    def __post_init__(self) -> None:
+        for name, allowed in (
+            ("what", KINDS), ("where", get_args(Place)), ("pattern", PATTERNS), ("role", (*sorted(ROLES), "*")), ("weighting", WEIGHTINGS),
+        ):  # fmt: skip
+            if getattr(self, name) not in allowed:
+                raise PolicyError(f"Fault.{name} must be one of {', '.join(allowed)}; got {getattr(self, name)!r}")
+        if self.bits < 1 or self.call < 0 or (self.bit is not None and self.bit < 0):
+            raise PolicyError(f"Fault needs bits >= 1, bit >= 0 and call >= 0; got bits={self.bits}, bit={self.bit}, call={self.call}")
+        if self.probability is not None and not 0 <= self.probability <= 1:
+            raise PolicyError(f"Fault.probability must lie in [0, 1]; got {self.probability}")
+
+    def matches(self, target: Target) -> bool:
+        """Whether a product is one this fault may strike."""
+        if self.role not in ("*", target.role) or not fnmatch.fnmatchcase(target.site, self.site):
+            return False
+        return self.where not in ("weight", "panel") or target.weight is not None
+
+    def replace(self, **changes: Any) -> Fault:
+        return replace(self, **changes)
+
+
+def strike_of(fault: Fault, target: Target, rng: np.random.Generator) -> Strike:
+    """The concrete strike of a fault on a product: draws what the fault leaves open."""
+    if fault.where == "weight":
+        assert target.weight is not None
+        shape, dtype, batch = (target.weight.shape[-2], target.weight.shape[-1]), target.weight.dtype, 0
+    elif fault.where == "panel":
+        assert target.panel_shape is not None
+        shape, dtype, batch = target.panel_shape, torch.float32 if target.dtype != torch.float64 else target.dtype, 0
+    else:
+        columns = target.depth if fault.where == "operand" else target.columns
+        shape, dtype = (target.rows, columns), target.dtype if fault.where != "accumulator" else target.accumulator
+        batch = int(rng.integers(target.batch))
+    region = _region(fault, shape, batch, rng)
+    operation = _operation(fault, dtype, rng)
+    tile0 = int(rng.integers(-(-target.columns // TILE[1]))) * TILE[1]
+    return Strike(fault.where, region, operation, tile0, min(tile0 + TILE[1], target.columns))
+
+
+def _region(fault: Fault, shape: tuple[int, int], batch: int, rng: np.random.Generator) -> Region:
+    rows, columns = shape
+    if fault.index is not None:
+        r, c = fault.index
+        if not (0 <= r < rows and 0 <= c < columns):
+            raise PolicyError(f"Fault.index {fault.index} lies outside the struck matrix {shape} (where={fault.where!r})")
+    else:
+        r, c = int(rng.integers(rows)), int(rng.integers(columns))
+    if fault.pattern == "element":
+        return Region(r, r + 1, c, c + 1, 1, batch)
+    if fault.pattern == "row":
+        return Region(r, r + 1, 0, columns, 1, batch)
+    if fault.pattern.startswith("warp"):
+        stride = int(fault.pattern[4:]) if fault.pattern != "warp" else int(rng.choice([2, 4, 8, 16]))
+        start = c // TILE[1] * TILE[1]
+        return Region(r, r + 1, start + c % stride if start + c % stride < columns else start, min(start + TILE[1], columns), stride, batch)
+    height, width = FRAGMENT if fault.pattern == "fragment" else TILE
+    r, c = r // height * height, c // width * width
+    return Region(r, min(r + height, rows), c, min(c + width, columns), 1, batch)
+
+
+def _operation(fault: Fault, dtype: torch.dtype, rng: np.random.Generator) -> BitOperation:
+    width, mantissa = bits.WIDTH[dtype], MANTISSA[dtype]
+    exponent_ones = ((1 << (width - 1 - mantissa)) - 1) << mantissa
+    what = fault.what if fault.what != "nonfinite" else str(rng.choice(["nan", "inf", "-inf", "near_inf"]))
+    fixed = {
+        "nullify": 0,
+        "nan": exponent_ones | 1 << (mantissa - 1),
+        "inf": exponent_ones,
+        "-inf": exponent_ones | 1 << (width - 1),
+        "near_inf": exponent_ones - (1 << mantissa) | ((1 << mantissa) - 1),
+    }
+    if what in fixed:
+        return BitOperation(0, fixed[what], 0)
+    if what == "bitflip":
+        mask = 0
+        for bit in _draw_bits(fault, width, rng):
+            mask |= 1 << bit
+        return BitOperation(-1, mask, 0)
+    if what == "stuck_at":
+        bit = _draw_bits(fault.replace(bits=1), width, rng)[0]
+        return BitOperation(~(1 << bit), int(rng.integers(2)) << bit, 0)
+    sign = int(rng.choice([-1, 1]))
+    if what == "carry":
+        k = fault.bit if fault.bit is not None else int(rng.integers(width - 2))
+        return BitOperation(-1, 0, sign << k if sign > 0 else -(1 << k))
+    return BitOperation(-1, 0, sign * (int(rng.integers(1, 5)) << mantissa))  # scale
+
+
+def _draw_bits(fault: Fault, width: int, rng: np.random.Generator) -> list[int]:
+    if fault.bit is not None:
+        if fault.bit >= width:
+            raise PolicyError(f"Fault.bit {fault.bit} does not exist in a {width}-bit number")
+        rest = [b for b in range(width) if b != fault.bit]
+        return [fault.bit, *(int(b) for b in rng.choice(rest, min(fault.bits, width) - 1, replace=False))]
+    weight = np.arange(width, 0, -1, dtype=float) if fault.weighting == "lsb" else np.ones(width)
+    return [int(b) for b in rng.choice(width, min(fault.bits, width), replace=False, p=weight / weight.sum())]

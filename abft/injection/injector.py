@@ -1,0 +1,223 @@
+"""``faults``: the scope in which faults strike checked products, and the log of what they did."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+
+from abft import bits
+from abft import faults as active_faults
+from abft.backends.call import Call
+from abft.errors import NotInjected, PolicyError
+from abft.faults import Strike, Target
+from abft.injection.fault import Fault, strike_of
+from abft.injection.mixture import Mixture
+from abft.ops import checked as product_op
+
+MAX_ELEMENTS = 64
+
+
+@dataclass(frozen=True)
+class Injected:
+    """One fault that struck: where, what, up to 64 of the result's elements before and after, and the relative L2
+    change of the worst row against a clean recomputation (before any repair)."""
+
+    site: str
+    role: str
+    call: int
+    what: str
+    where: str
+    pattern: str
+    elements: tuple[tuple[int, int, float, float], ...]
+    effect: float
+
+
+class faults:
+    """``with abft.inject.faults(*specs, rate=None, seed=0) as log:`` — strike the checked products inside.
+
+    specs: Fault or Mixture. Without ``rate`` every Fault fires once, at its ``call``-th matching product (a Mixture draws one
+    Fault and does the same), or with its own probability at each. With ``rate``: each outermost module forward, or each
+    StepGuard attempt, is hit with that probability, by one spec drawn at one of its products. Draws depend on ``seed`` and
+    the number of the event only. ``log`` is a list of ``Injected``. Raises NotInjected at exit for a Fault that never fired.
+
+    Products must pass through abft (a protected module, a ``protected()`` scope, or level "off" of either).
+    """
+
+    def __init__(self, *specs: Fault | Mixture, rate: float | None = None, seed: int = 0) -> None:
+        if not specs or not all(isinstance(s, Fault | Mixture) for s in specs):
+            raise TypeError("inject.faults needs at least one Fault or Mixture")
+        if rate is not None and not 0 <= rate <= 1:
+            raise PolicyError(f"rate must lie in [0, 1]; got {rate}")
+        self._specs, self._rate, self._seed = specs, rate, seed
+        self.log: list[Injected] = []
+
+    def __enter__(self) -> list[Injected]:
+        if active_faults.active is not None:
+            raise RuntimeError("inject.faults cannot be nested: one injector at a time")
+        rng = np.random.default_rng([self._seed, 0])
+        drawn = [s.draw(rng) if isinstance(s, Mixture) and self._rate is None else s for s in self._specs]
+        self._plan: _Schedule = _PerProduct(drawn, rng) if self._rate is None else _PerEvent(self._specs, self._rate, self._seed)
+        self._undo: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._calls: dict[tuple[str, str], int] = {}
+        self._pending: list[tuple[Fault, Strike, Tensor | None]] = []
+        active_faults.active = self._hits
+        product_op.on_strike = self._record
+        self._hooks = self._plan.watch()
+        return self.log
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        active_faults.active = product_op.on_strike = active_faults.on_attempt = None
+        for hook in self._hooks:
+            hook.remove()
+        for weight, place, before in reversed(self._undo):
+            _put_back(weight, place, before)
+        missing = self._plan.never_fired()
+        if kind is None and missing:
+            raise NotInjected(
+                f"{len(missing)} fault(s) never fired, first {missing[0]}: no product matched its site, role and call inside the scope. "
+                f"Products seen: {sorted({f'{s} ({r})' for s, r in self._calls})[:10] or 'none'}"
+            )
+
+    def _hits(self, target: Target) -> list[Strike]:
+        key = (target.site, target.role)
+        self._calls[key] = self._calls.get(key, -1) + 1
+        strikes = []
+        for fault, rng in self._plan.due(target):
+            strike = strike_of(fault, target, rng)
+            if strike.place == "weight":
+                self._strike_weight(target, strike)
+            self._pending.append((fault, strike, None))
+            strikes.append(strike)
+        return strikes
+
+    def _strike_weight(self, target: Target, strike: Strike) -> None:
+        assert target.weight is not None
+        part = strike.region.of(target.weight.detach())
+        self._undo.append((target.weight, torch.tensor([*_region_tuple(strike)]), part.clone()))
+        # Past the version counter, as a particle would.
+        raw = strike.region.of(bits.as_integers(target.weight.data))
+        raw.copy_(bits.as_integers(strike.operation.apply(part)))
+
+    def _record(self, call: Call, target: Target, clean: Tensor, struck: Tensor, strikes: tuple[Strike, ...]) -> None:
+        changed = ~bits.same(clean, struck)
+        flat_clean, flat_struck = (t.reshape(-1, t.shape[-1]).double().numpy() for t in (clean, struck))
+        where = np.argwhere(changed.reshape(flat_clean.shape).numpy())[:MAX_ELEMENTS]
+        elements = tuple((int(r), int(c), float(flat_clean[r, c]), float(flat_struck[r, c])) for r, c in where)
+        effect = _effect(flat_clean, flat_struck)
+        for fault, strike, _ in self._pending:
+            self.log.append(
+                Injected(target.site, target.role, self._calls[target.site, target.role], fault.what, strike.place, fault.pattern, elements, effect)
+            )
+        self._pending.clear()
+
+
+def _effect(clean: np.ndarray, struck: np.ndarray) -> float:
+    with np.errstate(all="ignore"):
+        change = np.linalg.norm(struck - clean, axis=1)
+        size = np.linalg.norm(clean, axis=1)
+        ratio = np.where(change == 0, 0.0, change / size)
+    return float(np.nan_to_num(ratio, nan=np.inf, posinf=np.inf).max(initial=0.0))
+
+
+def _region_tuple(strike: Strike) -> tuple[int, ...]:
+    r = strike.region
+    return r.row0, r.row1, r.col0, r.col1, r.stride
+
+
+def _put_back(weight: Tensor, place: Tensor, before: Tensor) -> None:
+    r0, r1, c0, c1, stride = (int(v) for v in place.numpy())
+    bits.as_integers(weight.data)[r0:r1, c0:c1:stride].copy_(bits.as_integers(before))
+
+
+# --- when faults fire -----------------------------------------------------------------------------------
+
+
+class _Schedule:
+    def due(self, target: Target) -> Iterable[tuple[Fault, np.random.Generator]]:
+        raise NotImplementedError
+
+    def watch(self) -> list[Any]:
+        return []
+
+    def never_fired(self) -> list[Fault]:
+        return []
+
+
+class _PerProduct(_Schedule):
+    """Each fault at its call-th matching product, or with its probability at each."""
+
+    def __init__(self, specs: list[Any], rng: np.random.Generator) -> None:
+        self._specs, self._rng = specs, rng
+        self._seen = [0] * len(specs)
+        self._fired = [False] * len(specs)
+
+    def due(self, target: Target) -> Iterable[tuple[Fault, np.random.Generator]]:
+        for i, fault in enumerate(self._specs):
+            if not fault.matches(target):
+                continue
+            number, self._seen[i] = self._seen[i], self._seen[i] + 1
+            hit = number == fault.call if fault.probability is None else self._rng.random() < fault.probability
+            if hit:
+                self._fired[i] = True
+                yield fault, self._rng
+
+    def never_fired(self) -> list[Fault]:
+        return [f for f, fired in zip(self._specs, self._fired, strict=True) if not fired and f.probability is None]
+
+
+class _PerEvent(_Schedule):
+    """One fault in each event (outermost forward or StepGuard attempt) that the rate selects."""
+
+    def __init__(self, specs: tuple[Fault | Mixture, ...], rate: float, seed: int) -> None:
+        self._specs, self._rate, self._seed = specs, rate, seed
+        self._event = -1
+        self._depth = 0
+        self._seen = 0
+        self._typical = 0  # products of the event before, to place the hit uniformly
+        self._fault: Fault | None = None
+        self._at = 0
+        self._attempts = False
+        self._rng = np.random.default_rng([seed, 1])
+
+    def watch(self) -> list[Any]:
+        active_faults.on_attempt = self._attempt
+        return [register_module_forward_pre_hook(self._enter), register_module_forward_hook(self._leave, always_call=True)]
+
+    def _attempt(self) -> None:
+        self._attempts = True
+        self._begin()
+
+    def _enter(self, module: Any, args: Any) -> None:
+        if self._depth == 0 and not self._attempts:
+            self._begin()
+        self._depth += 1
+
+    def _leave(self, module: Any, args: Any, output: Any) -> None:
+        self._depth = max(0, self._depth - 1)
+
+    def _begin(self) -> None:
+        self._typical = max(self._seen, 1) if self._event >= 0 else 1
+        self._event += 1
+        self._seen = 0
+        self._rng = np.random.default_rng([self._seed, 1, self._event])
+        hit, place, which = self._rng.random(3)
+        self._fault = None
+        if hit < self._rate:
+            spec = self._specs[int(which * len(self._specs))]
+            self._fault = spec.draw(self._rng) if isinstance(spec, Mixture) else spec
+            self._at = int(place * self._typical)
+
+    def due(self, target: Target) -> Iterable[tuple[Fault, np.random.Generator]]:
+        number, self._seen = self._seen, self._seen + 1
+        if self._fault is not None and number >= self._at and self._fault.matches(target):
+            fault, self._fault = self._fault, None
+            yield fault, self._rng
+
+

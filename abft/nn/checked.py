@@ -1,0 +1,97 @@
+"""What makes an existing module a checked one: a subclass built from the module's own class.
+
+``module.__class__`` is exchanged in place, so Parameters, hooks, tying, optimizer references, ``isinstance`` and wrappers
+around the module stay as they are. The state abft keeps on the module is the three attributes below; none is a
+parameter, a buffer or a key of the state dict.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from abft import panels, sites
+from abft.functional import linear_at
+from abft.modes import ProductMode
+from abft.policy import Policy
+
+ATTRIBUTES = ("_abft_site", "_abft_policy", "_abft_name")
+
+
+class Checked:
+    """Mixin before the module's own class: where its products are counted, and by which policy."""
+
+    _abft_site: Tensor
+    _abft_policy: Policy | None
+    _abft_name: str
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        out = super()._apply(fn, recurse)  # type: ignore[misc]
+        attach(self, self._abft_name, self._abft_policy, moved=True)  # type: ignore[arg-type]
+        panels.advance_epoch(announced=True)
+        return out
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)  # type: ignore[misc]
+        panels.advance_epoch(announced=True)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy is another place where products are checked: it gets a site of its own.
+        return {k: v for k, v in self.__dict__.items() if k != "_abft_site"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[misc]
+        attach(self, self._abft_name, self._abft_policy)  # type: ignore[arg-type]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        if "_abft_base" in type(self).__dict__:
+            return _blank, (type(self)._abft_base,), self.__getstate__()  # type: ignore[attr-defined]
+        return super().__reduce_ex__(protocol)
+
+
+class CheckedForward(Checked):
+    """For modules whose forward is nn.Linear's own."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return linear_at(self._abft_site, input, self.weight, self.bias, self._abft_policy)  # type: ignore[attr-defined]
+
+
+class ScopedForward(Checked):
+    """For subclasses of nn.Linear with a forward of their own: the products inside it are intercepted."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        with ProductMode(self._abft_site, self._abft_policy):
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
+
+
+def attach(module: nn.Module, name: str, policy: Policy | None, *, moved: bool = False) -> None:
+    """Give a module its site, on its weight's device; a moved module keeps the site's number."""
+    device = _device_of(module)
+    if moved and "_abft_site" in module.__dict__:
+        index = sites.number_of(module.__dict__["_abft_site"])
+        site = sites.site_of(index)
+    else:
+        site = sites.register(name, policy.on_uncorrected if policy is not None else "warn")
+    module.__dict__["_abft_site"] = sites.as_tensor(site, device)
+    module.__dict__["_abft_policy"] = policy
+    module.__dict__["_abft_name"] = name
+
+
+def _device_of(module: nn.Module) -> torch.device:
+    first = next(iter(module.parameters(recurse=True)), None)
+    return torch.device("cpu") if first is None else first.device
+
+
+@lru_cache(maxsize=None)
+def checked_class(base: type[nn.Module]) -> type[nn.Module]:
+    """The checked subclass of a module class; one per class, so that graphs are shared."""
+    mixin = CheckedForward if base.forward is nn.Linear.forward else ScopedForward
+    return type(f"Checked{base.__name__}", (mixin, base), {"_abft_base": base, "__module__": base.__module__})
+
+
+def _blank(base: type[nn.Module]) -> nn.Module:
+    cls = checked_class(base)
+    return cls.__new__(cls)

@@ -1,0 +1,117 @@
+"""``protect`` and ``unprotect``: a model's linear layers become checked ones, in place, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from abft import panels
+from abft import policy as policies
+from abft.nn.checked import ATTRIBUTES, Checked, attach, checked_class
+from abft.policy import Policy, PolicyLike
+
+Model = TypeVar("Model", bound=nn.Module)
+FilterFn = Callable[[nn.Module, str], bool]
+
+_FAST_PATH = "_abft_fast_path"
+
+
+def protect(model: Model, policy: PolicyLike | Mapping[str, Any] = None, *, filter_fn: FilterFn | None = None, name: str | None = None) -> Model:
+    """Check every product of the ``nn.Linear`` layers of ``model``, in place; returns the model.
+
+    policy: a Policy, a preset's name, None (the policy in force when a layer runs), or a mapping from module names
+    to either, where exact names win over ``"re:…"`` keys and a None value leaves a module unprotected.
+    filter_fn(module, fqn): True = protect. name: prefix of the sites' names. Idempotent; a second call may change policies.
+
+    Parameters, hooks, tying, state-dict keys and ``isinstance`` stay. Not covered (see ``abft.coverage``): attention,
+    convolutions, embeddings, and layers whose weights another module reads by itself. Raises TypeError for something that is no
+    module, or a mapping together with filter_fn; PolicyError (a ValueError) for a mapping key that matches nothing.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"protect needs a torch.nn.Module; got {type(model).__name__}")
+    if isinstance(policy, Mapping) and filter_fn is not None:
+        raise TypeError("protect takes a mapping of policies or a filter_fn, not both: a mapping already names its modules")
+    found = {fqn: module for fqn, module in model.named_modules() if why_not(module) is None}
+    hidden = hidden_linears(model)
+    found = {fqn: module for fqn, module in found.items() if module not in hidden}
+    if isinstance(policy, Mapping):
+        chosen = policies.resolve(policy, list(found))
+        unprotected = {fqn for fqn, p in chosen.items() if p is None}
+    else:
+        one = None if policy is None else policies.as_policy(policy)
+        chosen = dict.fromkeys(found, one)
+        unprotected = {fqn for fqn, m in found.items() if filter_fn is not None and not filter_fn(m, fqn)}
+    prefix = f"{name}." if name else ""
+    for fqn, module in found.items():
+        if fqn not in unprotected:
+            _protect_one(module, f"{prefix}{fqn}" if fqn else (name or type(module).__name__), chosen[fqn])
+    _switch_fast_paths(model, on=False)
+    return model
+
+
+def unprotect(model: Model) -> Model:
+    """The exact inverse of ``protect``: classes, attributes and fast paths are as they were. Returns the model."""
+    for module in model.modules():
+        if isinstance(module, Checked) and "_abft_base" not in type(module).__dict__:
+            if type(module).__module__.startswith("abft."):
+                continue  # an abft.Linear is checked by birth
+            raise TypeError(
+                f"{type(module).__name__} wraps a protected class (a parametrization added after protect?); "
+                "remove the parametrization first, or protect after parametrizing"
+            )
+    for module in model.modules():
+        base = type(module).__dict__.get("_abft_base")
+        if base is not None and isinstance(module, Checked):
+            module.__class__ = base
+            for attribute in ATTRIBUTES:
+                module.__dict__.pop(attribute, None)
+    _switch_fast_paths(model, on=True)
+    return model
+
+
+def refresh(model: nn.Module) -> None:
+    """Say that the weights changed on purpose: panels (frozen ones too) are rebuilt at their next use."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"refresh needs a torch.nn.Module; got {type(model).__name__}")
+    panels.advance_epoch(announced=True)
+
+
+def why_not(module: nn.Module) -> str | None:
+    """Why a module cannot be protected by exchanging its class; None if it can."""
+    if not isinstance(module, nn.Linear):
+        return "not an nn.Linear"
+    if isinstance(module, nn.modules.lazy.LazyModuleMixin):
+        return "uninitialised lazy module: run one forward first"
+    if isinstance(module, torch.jit.ScriptModule):
+        return "compiled by torch.jit"
+    if "forward" in module.__dict__:
+        return "its forward was replaced on the instance"
+    return None
+
+
+def hidden_linears(model: nn.Module) -> set[nn.Module]:
+    """Linear layers whose weights another module reads without calling them (nn.MultiheadAttention's out_proj)."""
+    return {m.out_proj for m in model.modules() if isinstance(m, nn.MultiheadAttention)}
+
+
+def _protect_one(module: nn.Module, name: str, policy: Policy | None) -> None:
+    if isinstance(module, Checked):
+        attach(module, name if "_abft_base" in type(module).__dict__ else name, policy)
+        return
+    module.__class__ = checked_class(type(module))
+    attach(module, name, policy)
+
+
+def _switch_fast_paths(model: nn.Module, *, on: bool) -> None:
+    # nn.TransformerEncoderLayer's inference fast path reads its layers' weights in one fused kernel that no check sees.
+    for module in model.modules():
+        if not isinstance(module, nn.TransformerEncoderLayer):
+            continue
+        if not on and _FAST_PATH not in module.__dict__:
+            module.__dict__[_FAST_PATH] = module.activation_relu_or_gelu
+            module.activation_relu_or_gelu = 0
+        elif on and _FAST_PATH in module.__dict__:
+            module.activation_relu_or_gelu = module.__dict__.pop(_FAST_PATH)

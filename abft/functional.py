@@ -18,10 +18,11 @@ from abft import floating, ledger, scope, sites
 from abft import policy as policies
 from abft.errors import DeviceError, DtypeError, ShapeError
 from abft.ops.autograd import CheckedProduct
-from abft.ops.checked import bypass
+from abft.ops.checked import bypass, product
 from abft.policy import Policy, PolicyLike
 
 _PLAIN = (Tensor, torch.nn.Parameter)
+_DEVICES = ("cpu", "cuda", "meta")
 
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, *, policy: PolicyLike = None) -> Tensor:
@@ -128,7 +129,7 @@ def _own(policy: PolicyLike) -> Policy | None:
 def _product(a: Tensor, b: Tensor, bias: Tensor | None, tb: bool, site: Tensor | None, own: Policy | None, name: str) -> Tensor:
     policy = scope.in_force(own)
     device_type = a.device.type
-    if torch.is_autocast_enabled(device_type):
+    if device_type != "meta" and torch.is_autocast_enabled(device_type):
         # As autocast would: inputs are cast here, where autograd sees it; the weight inside, where its identity is known.
         dtype = torch.get_autocast_dtype(device_type)
         a = _autocast(a, dtype)
@@ -145,7 +146,10 @@ def _product(a: Tensor, b: Tensor, bias: Tensor | None, tb: bool, site: Tensor |
 def _apply(a: Tensor, b: Tensor, bias: Tensor | None, tb: bool, site: Tensor | None, policy: Policy, name: str) -> Tensor:
     if site is None:
         site = sites.as_tensor(sites.functional(name, policy.on_uncorrected), a.device)
-    return CheckedProduct.apply(a, b, bias, tb, ledger.tensor(a.device), site, policy.text)
+    book = ledger.tensor(a.device)
+    if not torch.is_grad_enabled():
+        return product(a, False, b, tb, bias, book, site, "fprop", policy.text)
+    return CheckedProduct.apply(a, b, bias, tb, book, site, policy.text)
 
 
 def _autocast(t: Tensor, dtype: torch.dtype) -> Tensor:
@@ -157,18 +161,22 @@ def _autocast(t: Tensor, dtype: torch.dtype) -> Tensor:
 
 def why_not(*operands: Tensor) -> str | None:
     """The reason these operands cannot be checked, in words that end up in ``Report.bypassed``; None if they can."""
+    device = None
     for t in operands:
-        if not isinstance(t, Tensor):
-            raise TypeError(f"operands must be tensors; got {type(t).__name__}")
-        if not _is_plain(t):
-            return f"tensor subclass {type(t).__name__}"
+        if type(t) not in _PLAIN:
+            if not isinstance(t, Tensor):
+                raise TypeError(f"operands must be tensors; got {type(t).__name__}")
+            if not _is_plain(t):
+                return f"tensor subclass {type(t).__name__}"
         if t.layout != torch.strided:
             return f"layout {str(t.layout)[6:]}"
-        if not floating.is_checked(t.dtype):
+        if t.dtype not in floating.UNIT_ROUNDOFF:
             return f"dtype {str(t.dtype)[6:]}"
-    if len({t.device for t in operands}) > 1:
-        raise DeviceError(f"operands lie on different devices: {', '.join(str(t.device) for t in operands)}; move them to one")
-    if operands[0].device.type not in ("cpu", "cuda", "meta"):
+        if device is None:
+            device = t.device
+        elif t.device != device:
+            raise DeviceError(f"operands lie on different devices: {', '.join(str(t.device) for t in operands)}; move them to one")
+    if operands[0].device.type not in _DEVICES:
         return f"device {operands[0].device.type}"
     if not torch.compiler.is_compiling():
         if torch._C._are_functorch_transforms_active():
@@ -179,7 +187,7 @@ def why_not(*operands: Tensor) -> str | None:
 
 
 def _is_plain(t: Tensor) -> bool:
-    if type(t) in _PLAIN or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():
         return not is_traceable_wrapper_subclass(t)
     own = type(t).__torch_function__
     ordinary = own is Tensor.__torch_function__ or own is torch._C._disabled_torch_function_impl

@@ -36,6 +36,8 @@ class Entry:
     bias_key: tuple[int, int, int] | None = None
     bias_sums: tuple[Tensor, Tensor] | None = None
     stale_warned: bool = False
+    quick: object | None = None  # a backend's prepared judgement, as long as panel and bias are the same
+    uses: int = 0
     known_faults: list[bits.ChangedElement] = field(default_factory=list)  # named before, not counted again
 
 
@@ -118,7 +120,7 @@ def rebuild(entry: Entry, matrix: Tensor, now: tuple[int, ...], build: Build) ->
     entry.panel.columns.copy_(fresh.columns)
     if entry.panel.scales is not None and fresh.scales is not None:
         entry.panel.scales.copy_(fresh.scales)
-    entry.bias_key = None
+    entry.bias_key = entry.quick = None
     _remember(entry, matrix, now)
 
 
@@ -134,6 +136,11 @@ def integrity(panel: Panel) -> Tensor:
     return total if panel.scales is None else total + bits.as_integers(panel.scales).sum(dtype=torch.int64)
 
 
+def intact(entry: Entry) -> bool:
+    """Whether the panel's bits are those that were stored. On host memory only."""
+    return entry.integrity is None or bool((integrity(entry.panel) == entry.integrity).numpy())
+
+
 def live_bytes() -> int:
     """Bytes that remembered panels and fingerprints hold."""
     total = 0
@@ -146,10 +153,12 @@ def live_bytes() -> int:
 def bias_sums_for(entry: Entry | None, bias: Tensor | None, layout: Layout) -> tuple[Tensor, Tensor] | None:
     """What the bias adds to every row's sums; remembered beside the weight's panel as long as the bias is the same."""
     if bias is None:
+        if entry is not None and entry.bias_key is not None:
+            entry.bias_key = entry.bias_sums = entry.quick = None
         return None
     if entry is None:
         return bias_sums(bias, layout)
     key = (id(bias), _epoch, version_of(bias))
     if entry.bias_key != key or entry.bias_sums is None:
-        entry.bias_sums, entry.bias_key = bias_sums(bias, layout), key
+        entry.bias_sums, entry.bias_key, entry.quick = bias_sums(bias, layout), key, None
     return entry.bias_sums

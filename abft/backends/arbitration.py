@@ -3,8 +3,8 @@
     operands not finite                    → INPUT
     beyond the range of the type           → judged again in fp64: clean, OVERFLOW, or still suspect
     few rows                               → recompute; different bits and clean: RECOMPUTED (transient)
-    many rows, or the same bits again      → arbitrate: bias, panel and weight against what is remembered of them
-        panel changed                      → rebuild it: FALSE_ALARM
+    panel's own bits changed               → rebuild it: FALSE_ALARM
+    many rows, or the same bits again      → arbitrate: bias and weight against what is remembered of them
         weight changed, elements named     → the product of the restored weight: RECONSTRUCTED
         weight changed, dense, tracked     → STALE: the present weight's product, panel rebuilt
     still suspect                          → an independent fp64 product decides: FALSE_ALARM, or a persistent
@@ -68,6 +68,7 @@ class Case:
 
 def settle(case: Case) -> Tensor:
     """Decide about every suspect row; returns what is delivered and leaves the findings in ``case.outcome``."""
+    _mend_panel(case)
     left = _set_aside_harmless(case, case.suspects())
     if len(left) == 0:
         return case.y
@@ -76,6 +77,21 @@ def settle(case: Case) -> Tensor:
     else:
         _correct(case, left)
     return case.y
+
+
+def _mend_panel(case: Case) -> None:
+    """A remembered panel whose own bits changed is rebuilt first: it can make rows suspect, or hide that they are."""
+    entry = case.entry
+    if entry is None or panels.intact(entry) or _changed(case):
+        return
+    before, suspects = case.judgement, case.suspects()
+    panels.rebuild(entry, case.call.w, entry.validity, reference.build_panel)
+    case.examine_again()
+    cleared = np.setdiff1d(suspects, case.suspects())
+    if len(cleared):
+        case.find(Verdict.FALSE_ALARM, cleared, "panel", at=before)
+    else:
+        case.outcome.findings.append(Finding(Verdict.FALSE_ALARM, 0, 0, None, float("nan"), 0.0, "panel"))
 
 
 # --- rows that are no faults ----------------------------------------------------------------------
@@ -95,7 +111,8 @@ def _set_aside_harmless(case: Case, rows: np.ndarray) -> np.ndarray:
     with np.errstate(all="ignore"):
         unjudgeable = ~(np.isfinite(j.tau) & np.isfinite(j.sums.actual) & np.isfinite(j.sums.predicted)).all((-1, -2))[rows]
     outran = rows[unjudgeable]
-    if len(outran) == 0:
+    if len(outran) == 0 or _changed(case):
+        # A weight that changed in memory may well overflow: that is no property of the model.
         return rows
     fine, overflowed = _judge_exactly(case, outran)
     case.find(Verdict.OVERFLOW, outran[fine & overflowed])
@@ -143,12 +160,11 @@ def _reach_rows(case: Case, rows: np.ndarray) -> Tensor:
 
 def _product64(case: Case, rows: np.ndarray, of: Callable[[Tensor], Tensor]) -> Tensor:
     call = case.call
-    index = torch.from_numpy(rows)
     if call.a.dim() == 2:
-        out = of(call.a[index]) @ of(call.w).mT
+        out = of(call.a[torch.from_numpy(rows)]) @ of(call.w).mT
     else:
-        batch, row = index // call.a.shape[1], index % call.a.shape[1]
-        out = torch.stack([of(call.a[b, r]) @ of(call.w[b]).mT for b, r in zip(batch.tolist(), row.tolist(), strict=True)])
+        batch, row = rows // call.a.shape[1], rows % call.a.shape[1]
+        out = torch.stack([of(call.a[int(b), int(r)]) @ of(call.w[int(b)]).mT for b, r in zip(batch, row, strict=True)])
     return out if call.bias is None else out + of(call.bias)
 
 
@@ -159,7 +175,7 @@ def _observe(case: Case, rows: np.ndarray) -> None:
     """Level detect: say what is wrong, change nothing but a stale or broken panel."""
     before = case.judgement
     cause = _arbitrate(case, rows, repair=False)
-    rows = np.intersect1d(rows, case.suspects()) if cause in ("stale", "panel") else rows
+    rows = np.intersect1d(rows, case.suspects()) if cause == "stale" else rows
     case.find(Verdict.OBSERVED, rows, "weight" if cause == "weight" else "unknown", at=before)
 
 
@@ -246,12 +262,6 @@ def _arbitrate(case: Case, rows: np.ndarray, *, repair: bool) -> str:
     now = bits.fingerprint(case.call.w)
     if _any(bits.changed_columns(now, entry.fingerprint)):
         return _arbitrate_weight(case, rows, now, repair=repair)
-    if _any(panels.integrity(entry.panel) != entry.integrity):
-        panels.rebuild(entry, case.call.w, entry.validity, reference.build_panel)
-        before = case.judgement
-        case.examine_again()
-        case.find(Verdict.FALSE_ALARM, np.setdiff1d(rows, case.suspects()), "panel", at=before)
-        return "panel"
     case.examine_again()
     return "unknown"
 

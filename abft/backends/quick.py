@@ -1,0 +1,114 @@
+"""The judgement of ``reference``, for the product that is almost always clean: as few calls as it takes.
+
+Small layers are bound by the number of calls, not by arithmetic: torch multiplies, sums and takes norms, numpy does the
+rest on arrays of a few numbers per row. What it says is what ``reference.judge`` says (a test compares them); rows it does
+not like are judged again there.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from abft import checksum, threshold
+from abft.backends.reference import Plan
+from abft.checksum import SKETCHES, Panel
+
+#: Up to this many result elements one skinny product for all sums beats one matrix-vector product per sum.
+FEW_ELEMENTS = 1 << 16
+
+
+@dataclass(frozen=True)
+class Quick:
+    """Everything about a product's judgement that does not depend on its rows."""
+
+    columns: Tensor
+    sums: Tensor  # (tested, width): the weights of the judged sums
+    sum_dtype: torch.dtype
+    groups: int
+    width: int
+    kinds: int  # checksum columns per group in the panel; the first ``tested`` are judged
+    tested: int
+    shared_sketch: bool
+    accumulate: np.ndarray
+    absolute: np.ndarray
+    round: np.ndarray | None
+    largest: float
+    bias: np.ndarray | None  # (groups, tested)
+    bias_noise2: np.ndarray | None  # (groups,) or (1,)
+
+
+def prepare(panel: Panel, bias: tuple[Tensor, Tensor] | None, k: int, p: Plan) -> Quick | None:
+    """The row-independent part, or None where only the general judgement fits (batches, ragged or split panels)."""
+    layout = panel.layout
+    groups = layout.groups
+    if panel.columns.dim() != 2 or groups.ragged or layout.parts != 1 or panel.scales is not None:
+        return None
+    tested = len(p.tested)
+    c = threshold.coefficients(p.arithmetic, k, p.tested, groups.width)
+    dtype = np.float64 if p.sum_dtype == torch.float64 else np.float32
+    host = None if bias is None else (bias[0][:, :tested].numpy(), bias[1].numpy())
+    return Quick(
+        columns=panel.columns,
+        sums=checksum.weights(p.tested, groups.width, torch.device("cpu"), p.sum_dtype),
+        sum_dtype=p.sum_dtype,
+        groups=groups.count,
+        width=groups.width,
+        kinds=len(layout.form.kinds),
+        tested=tested,
+        shared_sketch=layout.shared_sketch,
+        accumulate=np.array(c.accumulate, dtype),
+        absolute=np.array(c.absolute, dtype),
+        round=np.array(c.round, dtype) if any(c.round) else None,
+        largest=c.largest,
+        bias=None if host is None else host[0],
+        bias_noise2=None if host is None else (host[1].sum(keepdims=True) if layout.shared_sketch else host[1]),
+    )
+
+
+def worst(y: Tensor, a: Tensor, q: Quick) -> float:
+    """The largest |residual| / bound over all rows of y (M, N) = a (M, K) Wᵀ; NaN if anything is not finite."""
+    if a.dtype != q.columns.dtype:
+        a, y = a.to(q.columns.dtype), y.to(q.sum_dtype)
+    rows = a.shape[0]
+    raw = F.linear(a, q.columns).numpy()
+    blocks = y.reshape(rows * q.groups, q.width)
+    if y.numel() <= FEW_ELEMENTS:
+        actual = F.linear(blocks, q.sums).numpy().reshape(rows, q.groups, q.tested)
+    else:
+        actual = np.stack([torch.mv(blocks, w).numpy() for w in q.sums], -1).reshape(rows, q.groups, q.tested)
+    seen = torch.linalg.vector_norm(blocks, dim=1).numpy().reshape(rows, q.groups)
+    with np.errstate(all="ignore"):
+        return _ratio(raw, actual, seen * seen, q)
+
+
+def _ratio(raw: np.ndarray, actual: np.ndarray, squares: np.ndarray, q: Quick) -> float:
+    rows = len(raw)
+    checks = q.groups * q.kinds
+    predicted = raw[:, :checks].reshape(rows, q.groups, q.kinds)[:, :, : q.tested]
+    sketches = raw[:, checks : checks + SKETCHES * (1 if q.shared_sketch else q.groups)].reshape(rows, -1, SKETCHES)
+    noise2 = np.einsum("rgs,rgs->rg", sketches, sketches) / SKETCHES
+    if q.bias is not None:
+        predicted = predicted + q.bias
+        noise2 += q.bias_noise2
+    seen = predicted * predicted
+    seen += squares[:, :, None]
+    tau = np.sqrt(seen + noise2[:, :, None])
+    tau *= q.accumulate
+    tau += q.absolute
+    if q.round is not None:
+        np.sqrt(seen, out=seen)
+        seen *= q.round
+        tau += seen
+    residual = actual - predicted
+    np.abs(residual, out=residual)
+    residual /= tau
+    found = float(residual.max())
+    # An infinite bound would divide any residual away.
+    return found if float(tau.max()) < q.largest else float("nan")
+
+

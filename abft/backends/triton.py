@@ -1,0 +1,265 @@
+"""The triton backend: the checked product in two stages on the device, its plan made on the host.
+
+Only this module imports Triton and the kernels, and only when a product asks for it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from abft import checksum, floating, ledger, panels, sites, threshold
+from abft.backends import reference
+from abft.backends.call import Call
+from abft.checksum import FORMS, Groups, Layout, Panel
+from abft.faults import Strike
+from abft.threshold import Arithmetic
+
+if TYPE_CHECKING:
+    from abft.triton_kernels.configs import Config
+
+KERNEL_PLACES = ("accumulator", "operand", "output")  # in the order of the kernels' own numbers
+KIND = {torch.float16: "16-bit", torch.bfloat16: "16-bit", torch.float32: "ieee"}
+#: Parts of a panel's checksums per kind of arithmetic: what carries fp32 accuracy through the operand's type.
+TF32_PARTS = 2
+ARITHMETIC = {
+    (80, "16-bit"): threshold.AMPERE_16,
+    (90, "16-bit"): threshold.HOPPER_16,
+    (100, "16-bit"): threshold.HOPPER_16,
+    (80, "tf32"): threshold.AMPERE_TF32,
+    (90, "tf32"): threshold.HOPPER_TF32,
+    (100, "tf32"): threshold.HOPPER_TF32,
+}  # fmt: skip
+
+
+# --- what runs here -------------------------------------------------------------------------------
+
+
+def available(device: torch.device, dtype: torch.dtype) -> str | None:
+    """None if products of ``dtype`` on ``device`` run here, else the reason in words."""
+    if dtype not in KIND:
+        return f"the kernels compute fp16, bf16 and fp32, not {str(dtype)[6:]}"
+    missing = _triton_missing()
+    if missing is not None:
+        return missing
+    if device.type == "cuda":
+        if torch.version.hip is not None:
+            return "the bounds of AMD's matrix units have not been measured yet"
+        if torch.cuda.get_device_capability(device) < (8, 0):
+            return "the kernels need compute capability 8.0 or later"
+        return "TRITON_INTERPRET is set: the interpreter would copy every tensor" if interpreting() else None
+    if device.type != "cpu":
+        return f"there are no kernels for device type {device.type!r}"
+    return _interpreter_unavailable(dtype)
+
+
+@lru_cache(maxsize=1)
+def _triton_missing() -> str | None:
+    try:
+        import triton
+    except ImportError as error:
+        return f"Triton is not installed ({error}); pip install 'abft[triton]'"
+    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
+    return None if version >= (3, 6) else f"Triton {triton.__version__} is older than 3.6"
+
+
+def interpreting() -> bool:
+    """Whether the kernels were, or would be, made for Triton's interpreter."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
+
+
+def _interpreter_unavailable(dtype: torch.dtype) -> str | None:
+    if not interpreting():
+        return "CPU tensors need Triton's interpreter: set TRITON_INTERPRET=1 before Triton is imported"
+    if dtype == torch.bfloat16:
+        return "Triton's interpreter multiplies bf16 numbers wrongly; fp16 and fp32 run in it"
+    import triton
+
+    if triton.__version__.startswith("3.6.") and np.lib.NumpyVersion(np.__version__) >= "2.4.0":
+        return f"the interpreter of Triton {triton.__version__} needs numpy < 2.4; there is {np.__version__}"
+    return None
+
+
+# --- plan -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything about a product's checks that its shapes, dtype, device and policy decide."""
+
+    config: Config
+    arithmetic: Arithmetic
+    layout: Layout
+    coefficients: threshold.Coefficients
+    tiles_per_group: int
+
+    @property
+    def tf32(self) -> bool:
+        return self.config.precision == "tf32"
+
+
+@lru_cache(maxsize=8192)
+def plan(n: int, k: int, dtype: torch.dtype, architecture: int | None, tf32: bool, form: str, group: int | None) -> Plan:
+    """The plan of a product; ``architecture`` as in the table of configs, None: interpreted."""
+    from abft.triton_kernels import configs
+
+    kind = "tf32" if tf32 else KIND[dtype]
+    arithmetic = ARITHMETIC.get((architecture, kind), threshold.FMA_32)  # type: ignore[arg-type]
+    bn = configs.choose(architecture, kind, group).bn
+    groups = Groups.near_equal(n, group or configs.GROUP, unit=bn)
+    layout = Layout(groups, FORMS[form], dtype, TF32_PARTS if tf32 else floating.PARTS[dtype])
+    config = configs.choose(architecture, kind, group, layout.columns)
+    tested = FORMS[form].kinds[:2]
+    coefficients = threshold.coefficients(arithmetic, k, tested, groups.width)
+    return Plan(config, arithmetic, layout, coefficients, -(-groups.width // bn))
+
+
+def plan_for(call: Call) -> Plan:
+    """The plan of a call on its own device."""
+    architecture = None if call.a.device.type == "cpu" else _architecture(call.a.device)
+    tf32 = architecture is not None and call.a.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+    return plan(call.w.shape[-2], call.a.shape[-1], call.a.dtype, architecture, tf32, call.policy.panel, call.policy.group)
+
+
+@lru_cache(maxsize=64)
+def _architecture(device: torch.device) -> int:
+    from abft.triton_kernels import configs
+
+    return configs.family(torch.cuda.get_device_capability(device))
+
+
+@lru_cache(maxsize=1024)
+def column_weights(groups: Groups, kinds: tuple[checksum.Kind, ...], device: torch.device) -> Tensor:
+    """w_kind[n] of every column, (kinds, N) fp32: the weights of checksum.column_weights, group after group."""
+    table = np.zeros((len(kinds), groups.columns), np.float32)
+    for g in range(groups.count):
+        start, stop = groups.span(g)
+        for j, kind in enumerate(kinds):
+            table[j, start:stop] = checksum.column_weights(kind, stop - start)
+    return torch.from_numpy(table).to(device)
+
+
+# --- panel ----------------------------------------------------------------------------------------
+
+
+def build_panel(matrix: Tensor, layout: Layout) -> Panel:
+    """The panel of W (N, K) or (B, N, K), built by a kernel."""
+    from abft.triton_kernels import panel as kernels
+
+    form = layout.form
+    weights = column_weights(layout.groups, form.kinds, matrix.device)
+    coefficients = checksum.sketch_coefficients(matrix.shape[-1], matrix.device)
+    rms = tuple(checksum.weight_rms(kind, layout.groups.width) for kind in form.kinds)
+    with _quiet():
+        columns, scales = kernels.build(
+            matrix.detach(), weights, coefficients, rms, layout.groups.width, layout.parts, layout.scaled, form.ingress
+        )
+    return Panel(layout, columns, scales)
+
+
+# --- the product ----------------------------------------------------------------------------------
+
+
+def product(call: Call, words: Tensor, site: Tensor) -> Tensor:
+    """Y = A Wᵀ (+ bias), checked and, if the policy says so, repaired; nothing is read back to the host.
+
+    words: the ledger's int64 words, on the device of ``call.a``; site: 0-d int64 tensor, read on the device.
+    """
+    if call.policy.level == "off" or call.role not in call.policy.roles:
+        ledger.bypass("level off" if call.policy.level == "off" else f"role {call.role} not in policy")
+        return reference.execute(call, call.strikes)
+    from abft.triton_kernels import gemm, repair
+
+    p = plan_for(call)
+    panel = _panel(call, p)
+    groups, kinds = p.layout.groups, p.layout.form.kinds
+    signs = column_weights(groups, ("e",), call.a.device)[0]
+    launch = gemm.Product(call.a, call.w, call.bias, panel.columns, signs, p.config)
+    judge = repair.Judge(
+        _bound(p, call.a.shape[-1]), panel.scales, len(kinds), p.layout.parts, groups.count, p.tiles_per_group,
+        correct=call.policy.level == "correct", repeat=_is_repeated(call),
+    )  # fmt: skip
+    labels = repair.Labels(
+        ledger.ROLE_NAMES.index(call.role), ledger.DTYPES.index(call.a.dtype), ledger.BACKEND_NAMES.index("triton"),
+        call.rows, call.w.shape[-2], call.a.shape[-1], sites.CAPACITY,
+    )  # fmt: skip
+    with _quiet(), _host_ledger(words):
+        evidence = gemm.multiply(launch, descriptors(call.strikes, call.a.device))
+        return repair.repair(launch, evidence, judge, words, site, labels)
+
+
+def _panel(call: Call, p: Plan) -> Panel:
+    if call.source is None:
+        panel = build_panel(call.w, p.layout)
+    else:
+        frozen = call.policy.weights == "frozen"
+        panel = panels.entry_for(call.source, call.w, p.layout, transposed=call.transposed, frozen=frozen, build=build_panel).panel
+    for strike in call.strikes:
+        if strike.place == "panel":
+            strike.hit(panel.columns)
+    return panel
+
+
+def _bound(p: Plan, k: int) -> Any:
+    from abft.triton_kernels.judgement import Bound
+
+    c = p.coefficients
+    reach = 4.0 * max(k, 1) * p.layout.groups.width
+    return Bound(c.accumulate[0], c.accumulate[-1], c.absolute[0], reach)
+
+
+def _is_repeated(call: Call) -> bool:
+    """A forward product inside a backward pass: recomputation under activation checkpointing."""
+    return call.role == "fprop" and torch._C._current_graph_task_id() != -1
+
+
+# --- injection ------------------------------------------------------------------------------------
+
+
+def descriptors(strikes: tuple[Strike, ...], device: torch.device) -> Tensor | None:
+    """The faults that strike inside the kernel, (count, 12) int32 as tiles.strike reads them, or None.
+
+    Bit operations act on the fp32 pattern of an accumulator and on the operand type's pattern elsewhere. A
+    wrong operand is seen by every tile that touches columns [tile0, tile1).
+    """
+    rows = []
+    for s in strikes:
+        if s.place in KERNEL_PLACES:
+            r, op = s.region, s.operation
+            place = KERNEL_PLACES.index(s.place)
+            tile0, tile1 = (s.tile0, s.tile1) if s.place == "operand" else (0, 2**31 - 1)
+            words = (place, r.batch, r.row0, r.row1, r.col0, r.col1, r.stride, tile0, tile1, op.keep, op.flip, op.add)
+            rows.append([(word + 2**31) % 2**32 - 2**31 for word in words])
+    return torch.tensor(rows, dtype=torch.int32).to(device) if rows else None
+
+
+# --- under the interpreter ------------------------------------------------------------------------
+
+
+def _quiet() -> contextlib.AbstractContextManager[Any]:
+    # numpy, which the interpreter computes with, warns of every overflow that a fault is there to cause.
+    return np.errstate(all="ignore") if interpreting() else contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def _host_ledger(words: Tensor) -> Any:
+    """On a host ledger, records carry the process's step and sequence numbers, like those of other backends."""
+    if words.device.type != "cpu":
+        yield
+        return
+    host = words.numpy()
+    before = int(host[ledger.HEAD])
+    host[ledger.STEP] = ledger._step
+    yield
+    ring = host[ledger.HEADER + sites.CAPACITY * ledger.COUNTERS :].reshape(ledger.RING, ledger.RECORD)
+    for slot in range(before, int(host[ledger.HEAD])):
+        ring[slot % ledger.RING][ledger.RECORD_NAMES.index("sequence")] = ledger.next_sequence()
+
+

@@ -153,6 +153,11 @@ def weights(kinds: tuple[Kind, ...], width: int, device: torch.device, dtype: to
     return torch.from_numpy(stacked).to(device=device, dtype=dtype)
 
 
+@lru_cache(maxsize=256)
+def _rms(kinds: tuple[Kind, ...], width: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    return torch.tensor([weight_rms(kind, width) for kind in kinds], dtype=dtype).to(device)
+
+
 @lru_cache(maxsize=64)
 def _sketch_coefficients(length: int, device: torch.device) -> Tensor:
     rng = np.random.default_rng([SKETCH_SEED, length])
@@ -231,7 +236,7 @@ def encode(matrix: Tensor, layout: Layout) -> Panel:
     s = torch.cat(sums, -3) if len(sums) > 1 else sums[0]  # (..., groups, kinds, K)
     nu2 = torch.cat(squares, -2) if len(squares) > 1 else squares[0]  # (..., groups, K)
     # ν must include every vector that is checked, else a dominant checksum outgrows its own noise estimate.
-    rms = torch.tensor([weight_rms(kind, groups.width) for kind in form.kinds], dtype=wide).to(s.device)
+    rms = _rms(form.kinds, groups.width, s.device, wide)
     nu2 = nu2 + (s / rms[:, None]).square().sum(-2)
     if layout.shared_sketch:
         nu2 = nu2.sum(-2, keepdim=True)
@@ -328,7 +333,7 @@ def bias_sums(bias: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
     """What a bias (N,) adds: (c (groups, kinds), noise2 (groups,)); as one more k with input 1."""
     dtype = floating.ACCUMULATOR[bias.dtype]
     c, squares = actual_sums(bias.detach().unsqueeze(0), layout.groups, layout.form.kinds, dtype)
-    rms = torch.tensor([weight_rms(kind, layout.groups.width) for kind in layout.form.kinds], dtype=dtype).to(c.device)
+    rms = _rms(layout.form.kinds, layout.groups.width, c.device, dtype)
     return c[0], squares[0] + (c[0] / rms).square().sum(-1)
 
 

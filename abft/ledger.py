@@ -35,6 +35,8 @@ COUNTER = {name: i for i, name in enumerate(COUNTER_NAMES)}
 #: fp32 bits of a non-negative number order like integers, so a maximum can be kept atomically.
 WORST = COUNTER["worst"]
 
+_CHECKS, _PRODUCTS, _EXECUTIONS, _REPEATED = (COUNTER[n] for n in ("checks", "products", "executions", "repeated_checks"))
+
 RING = 1024
 RECORD_NAMES = (
     "sequence", "site", "role", "verdict", "cause", "rows", "row", "col",
@@ -108,18 +110,20 @@ class CpuLedger:
     def __init__(self) -> None:
         self.words = np.zeros(WORDS, np.int64)
         self._counters = self.words[HEADER : HEADER + sites.CAPACITY * COUNTERS].reshape(-1, COUNTERS)
-        self._worst = self._counters[:, WORST]
+        self._view = memoryview(self.words)  # plain integers: ten times cheaper to add to than array elements
+        self._worst: dict[int, float] = {}
         self._ring = self.words[HEADER + sites.CAPACITY * COUNTERS :].reshape(RING, RECORD)
 
     def count(self, site: int, outcome: Outcome, *, repeated: bool) -> None:
-        row = self._counters[site]
-        row[COUNTER["repeated_checks" if repeated else "checks"]] += outcome.checks
-        row[1] += 1  # products
-        row[2] += outcome.executions
-        worst = int(np.float32(outcome.worst).view(np.int32))
-        if worst > row[WORST]:
-            row[WORST] = worst
+        words, at = self._view, HEADER + site * COUNTERS
+        words[at + (_REPEATED if repeated else _CHECKS)] += outcome.checks
+        words[at + _PRODUCTS] += 1
+        words[at + _EXECUTIONS] += outcome.executions
+        if outcome.worst > self._worst.get(site, 0.0):
+            self._worst[site] = outcome.worst
+            words[at + WORST] = float_bits(outcome.worst)
         if outcome.findings:
+            row = self._counters[site]
             row[COUNTER["weight_faults"]] += outcome.weight_faults
             for finding in outcome.findings:
                 amount = 1 if finding.verdict is Verdict.STALE else finding.rows

@@ -30,6 +30,7 @@ class Entry:
     """A remembered panel with what is needed to tell, later, who changed: the weight or the panel."""
 
     panel: Panel
+    dtype: torch.dtype  # of W as the product sees it
     fingerprint: bits.Fingerprint | None  # of W (N, K) as the product sees it
     integrity: Tensor | None  # of the panel's own bits
     validity: tuple[int, ...]
@@ -74,6 +75,7 @@ class _Panels:
 
     def __init__(self) -> None:
         self.entries: dict[tuple[object, ...], Entry] = {}
+        self.latest: tuple[Layout, bool, bool, Entry] | None = None  # asked for again far more often than not
 
 
 _by_id: dict[int, tuple[weakref.ref[Tensor], _Panels]] = {}
@@ -100,18 +102,28 @@ def _forget(key: int, ref: weakref.ref[Tensor]) -> None:
 def entry_for(source: Tensor, matrix: Tensor, layout: Layout, *, transposed: bool, frozen: bool, build: Build) -> Entry:
     """The valid panel entry of ``matrix`` (N, K), which is ``source`` seen as the product sees it; built if need be."""
     panels = _panels_of(source)
-    key = (layout, transposed, matrix.dtype, matrix.device, tuple(matrix.shape), frozen)
+    latest = panels.latest
     now = validity(source, frozen=frozen)
+    if (
+        latest is not None
+        and latest[0] is layout
+        and latest[1] is transposed
+        and latest[2] is frozen
+        and latest[3].validity == now
+        and latest[3].dtype is matrix.dtype
+    ):
+        return latest[3]
+    key = (layout, transposed, matrix.dtype, matrix.device, tuple(matrix.shape), frozen)
     entry = panels.entries.get(key)
-    if entry is not None and entry.validity == now:
-        return entry
-    with _lock, torch.no_grad():
-        if entry is None:
-            entry = panels.entries[key] = Entry(build(matrix, layout), None, None, now)
-            _remember(entry, matrix, now)
-        else:
-            rebuild(entry, matrix, now, build)
-        return entry
+    if entry is None or entry.validity != now:
+        with _lock, torch.no_grad():
+            if entry is None:
+                entry = panels.entries[key] = Entry(build(matrix, layout), matrix.dtype, None, None, now)
+                _remember(entry, matrix, now)
+            else:
+                rebuild(entry, matrix, now, build)
+    panels.latest = (layout, transposed, frozen, entry)
+    return entry
 
 
 def rebuild(entry: Entry, matrix: Tensor, now: tuple[int, ...], build: Build) -> None:

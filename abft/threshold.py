@@ -14,8 +14,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
+import numpy as np
 import torch
 
 from abft import floating
@@ -85,6 +87,7 @@ class Coefficients:
     largest: float
 
 
+@lru_cache(maxsize=8192)
 def coefficients(arithmetic: Arithmetic, k: int, kinds: tuple[Kind, ...], width: int) -> Coefficients:
     """The bound's coefficients for groups of ``width`` columns."""
     rms = [weight_rms(kind, width) for kind in kinds]
@@ -122,10 +125,13 @@ def bounds(sums: Sums, c: Coefficients) -> Any:
 
 def _like(values: tuple[float, ...], example: Any) -> Any:
     if isinstance(example, torch.Tensor):
-        return torch.tensor(values, dtype=example.dtype).to(example.device)
-    import numpy as np
-
+        return _on_device(values, example.dtype, example.device)
     return np.array(values, dtype=example.dtype)
+
+
+@lru_cache(maxsize=4096)
+def _on_device(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    return torch.tensor(values, dtype=dtype).to(device)
 
 
 def suspect(sums: Sums, tau: Any, largest: float) -> Any:

@@ -7,6 +7,7 @@ not like are judged again there.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -38,6 +39,10 @@ class Quick:
     absolute: np.ndarray
     round: np.ndarray | None
     largest: float
+    checks: int  # columns of the panel's raw products: [0, checks) sums, [checks, sketched) sketches
+    sketched: int
+    accumulate2: np.ndarray
+    absolute2: np.ndarray
     bias: np.ndarray | None  # (groups, tested)
     bias_noise2: np.ndarray | None  # (groups,) or (1,)
 
@@ -65,6 +70,10 @@ def prepare(panel: Panel, bias: tuple[Tensor, Tensor] | None, k: int, p: Plan) -
         absolute=np.array(c.absolute, dtype),
         round=np.array(c.round, dtype) if any(c.round) else None,
         largest=c.largest,
+        checks=layout.checksum_columns,
+        sketched=layout.checksum_columns + layout.sketch_columns,
+        accumulate2=np.array(c.accumulate, dtype) ** 2,
+        absolute2=np.array(c.absolute, dtype) ** 2,
         bias=None if host is None else host[0],
         bias_noise2=None if host is None else (host[1].sum(keepdims=True) if layout.shared_sketch else host[1]),
     )
@@ -88,27 +97,32 @@ def worst(y: Tensor, a: Tensor, q: Quick) -> float:
 
 def _ratio(raw: np.ndarray, actual: np.ndarray, squares: np.ndarray, q: Quick) -> float:
     rows = len(raw)
-    checks = q.groups * q.kinds
-    predicted = raw[:, :checks].reshape(rows, q.groups, q.kinds)[:, :, : q.tested]
-    sketches = raw[:, checks : checks + SKETCHES * (1 if q.shared_sketch else q.groups)].reshape(rows, -1, SKETCHES)
-    noise2 = np.einsum("rgs,rgs->rg", sketches, sketches) / SKETCHES
+    predicted = raw[:, : q.checks].reshape(rows, q.groups, q.kinds)[:, :, : q.tested]
+    sketches = raw[:, q.checks : q.sketched].reshape(rows, -1, SKETCHES)
+    noise2 = np.einsum("rgs,rgs->rg", sketches, sketches)
+    noise2 *= 1.0 / SKETCHES
     if q.bias is not None:
         predicted = predicted + q.bias
         noise2 += q.bias_noise2
-    seen = predicted * predicted
-    seen += squares[:, :, None]
-    tau = np.sqrt(seen + noise2[:, :, None])
-    tau *= q.accumulate
-    tau += q.absolute
-    if q.round is not None:
-        np.sqrt(seen, out=seen)
-        seen *= q.round
-        tau += seen
     residual = actual - predicted
-    np.abs(residual, out=residual)
-    residual /= tau
-    found = float(residual.max())
+    seen = predicted * predicted
+    if q.round is None:
+        # Squares throughout: (a S)² + b² is at most (a S + b)², so what passes here passes there.
+        noise2 += squares
+        seen += noise2[:, :, None]
+        seen *= q.accumulate2
+        seen += q.absolute2
+        residual *= residual
+        residual /= seen
+        found = math.sqrt(residual.max())
+    else:
+        seen += squares[:, :, None]
+        tau = np.sqrt(seen + noise2[:, :, None])
+        tau *= q.accumulate
+        tau += np.sqrt(seen, out=seen) * q.round
+        tau += q.absolute
+        residual /= tau
+        found = float(np.abs(residual, out=residual).max())
+        seen = tau
     # An infinite bound would divide any residual away.
-    return found if float(tau.max()) < q.largest else float("nan")
-
-
+    return found if seen.max() < q.largest else math.nan

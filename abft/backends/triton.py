@@ -151,15 +151,17 @@ def column_weights(groups: Groups, kinds: tuple[checksum.Kind, ...], device: tor
 
 def build_panel(matrix: Tensor, layout: Layout) -> Panel:
     """The panel of W (N, K) or (B, N, K), built by a kernel."""
+    from abft.triton_kernels import configs
     from abft.triton_kernels import panel as kernels
 
     form = layout.form
+    config = configs.PANEL_INTERPRETED if matrix.device.type == "cpu" else configs.PANEL
     weights = column_weights(layout.groups, form.kinds, matrix.device)
     coefficients = checksum.sketch_coefficients(matrix.shape[-1], matrix.device)
     rms = tuple(checksum.weight_rms(kind, layout.groups.width) for kind in form.kinds)
     with _quiet():
         columns, scales = kernels.build(
-            matrix.detach(), weights, coefficients, rms, layout.groups.width, layout.parts, layout.scaled, form.ingress
+            matrix.detach(), weights, coefficients, rms, layout.groups.width, layout.parts, layout.scaled, form.ingress, config
         )
     return Panel(layout, columns, scales)
 

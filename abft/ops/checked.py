@@ -73,7 +73,7 @@ def _struck(call: Call, backend: str) -> Call:
     shape = None
     if call.source is not None:
         # Remembered before anything strikes: a fault in a weight comes after the weight was loaded.
-        shape = (_entry(call).panel.columns.shape[0], call.a.shape[-1]) if backend != "triton" else None
+        shape = (_entry(call, reference.plan_for(call)).panel.columns.shape[0], call.a.shape[-1]) if backend != "triton" else None
     accumulator = floating.ACCUMULATOR[call.a.dtype] if backend == "triton" else call.a.dtype
     target = Target(
         sites.site_of(call.site).name, call.role, call.a.shape[-2], call.w.shape[-2], call.a.shape[-1], call.a.dtype, accumulator,
@@ -175,7 +175,7 @@ def _execute(call: Call, outcome: Outcome) -> Tensor:
 
 def _check(call: Call, y: Tensor, outcome: Outcome) -> Tensor:
     p = reference.plan_for(call)
-    entry = _entry(call) if call.source is not None else None
+    entry = _entry(call, p) if call.source is not None else None
     panel = entry.panel if entry is not None else reference.build_panel(call.w, p.layout)
     for strike in call.strikes:
         if strike.place == "panel":
@@ -208,12 +208,10 @@ def _quickly_clean(call: Call, y: Tensor, entry: panels.Entry, bias: Any, p: ref
     return False
 
 
-def _entry(call: Call) -> panels.Entry:
+def _entry(call: Call, p: reference.Plan) -> panels.Entry:
     assert call.source is not None
     frozen = call.policy.weights == "frozen"
-    return panels.entry_for(
-        call.source, call.w, reference.plan_for(call).layout, transposed=call.transposed, frozen=frozen, build=reference.build_panel
-    )
+    return panels.entry_for(call.source, call.w, p.layout, transposed=call.transposed, frozen=frozen, build=reference.build_panel)
 
 
 def _announce(call: Call, findings: list[Finding], backend: str, book: ledger.CpuLedger) -> None:

@@ -75,9 +75,10 @@ def linear_at(site: Tensor | None, input: Tensor, weight: Tensor, bias: Tensor |
     reason = why_not(input, weight) if bias is None else why_not(input, weight, bias)
     if reason is not None:
         return bypassed(reason, lambda: F.linear(input, weight, bias))
-    _check_linear(input, weight, bias)
-    a = input if input.dim() == 2 else input.reshape(-1, input.shape[-1])
-    y = _product(a, weight, bias, False, site, own, name)
+    unusual = _check_linear(input, weight, bias)
+    if unusual is not None:
+        return bypassed(unusual, lambda: F.linear(input, weight, bias))
+    y = _product(_as_matrix(input), weight, bias, False, site, own, name)
     return y if input.dim() == 2 else y.view(*input.shape[:-1], weight.shape[0])
 
 
@@ -95,6 +96,10 @@ def addmm_at(site: Tensor | None, input: Tensor, mat1: Tensor, mat2: Tensor, bet
     if beta == 1 and alpha == 1 and input.dim() == 1 and input.shape[0] == columns:
         return _product(mat1, mat2, input, True, site, own, "addmm")
     y = _product(mat1, mat2, None, True, site, own, "addmm")
+    if input.dtype != y.dtype:
+        if not torch.is_autocast_enabled(y.device.type):
+            raise DtypeError(f"addmm's input must have the dtype of its product, {str(y.dtype)[6:]}; got {str(input.dtype)[6:]}")
+        input = input.to(y.dtype)
     y = y if alpha == 1 else alpha * y
     return y if beta == 0 else y + (input if beta == 1 else beta * input)
 
@@ -107,19 +112,27 @@ def matmul_at(site: Tensor | None, a: Tensor, b: Tensor, own: Policy | None, nam
     if left.shape[-1] != right.shape[-2]:
         raise ShapeError(f"matmul cannot multiply {tuple(a.shape)} by {tuple(b.shape)}: inner sizes {left.shape[-1]} and {right.shape[-2]} differ")
     if right.dim() == 2:
-        y = _product(left.reshape(-1, left.shape[-1]), right, None, True, site, own, name)
+        y = _product(_as_matrix(left), right, None, True, site, own, name)
         y = y.view(*left.shape[:-1], right.shape[-1])
     else:
         try:
             batch = torch.broadcast_shapes(left.shape[:-2], right.shape[:-2])
         except RuntimeError:
             raise ShapeError(f"matmul cannot broadcast the batches of {tuple(a.shape)} and {tuple(b.shape)}") from None
-        flat_left = left.expand(*batch, *left.shape[-2:]).reshape(-1, *left.shape[-2:])
-        flat_right = right.expand(*batch, *right.shape[-2:]).reshape(-1, *right.shape[-2:])
+        # flatten, not reshape(-1, …), which cannot tell how many empty matrices there are.
+        flat_left = left.expand(*batch, *left.shape[-2:]).flatten(0, -3)
+        flat_right = right.expand(*batch, *right.shape[-2:]).flatten(0, -3)
         y = _product(flat_left, flat_right, None, True, site, own, name)
         y = y.view(*batch, left.shape[-2], right.shape[-1])
     y = y.squeeze(-1) if b.dim() == 1 else y
     return y.squeeze(-1 if b.dim() == 1 else -2) if a.dim() == 1 else y
+
+
+def _as_matrix(t: Tensor) -> Tensor:
+    """(..., K) as (rows, K), whatever is empty."""
+    if t.dim() == 2:
+        return t
+    return t.unsqueeze(0) if t.dim() == 1 else t.flatten(0, -2)
 
 
 def _own(policy: PolicyLike) -> Policy | None:
@@ -136,6 +149,8 @@ def _product(a: Tensor, b: Tensor, bias: Tensor | None, tb: bool, site: Tensor |
         bias = None if bias is None else _autocast(bias, dtype)
         if not (isinstance(b, torch.nn.Parameter) and b.dtype != torch.float64):
             b = _autocast(b, dtype)
+        if (a.dtype == torch.float64) != (b.dtype == torch.float64):
+            raise DtypeError(f"autocast leaves float64 alone, and operands must have one dtype; got {str(a.dtype)[6:]} and {str(b.dtype)[6:]}")
         with torch.autocast(device_type, enabled=False):
             return _apply(a, b, bias, tb, site, policy, name)
     if a.dtype != b.dtype:
@@ -146,6 +161,8 @@ def _product(a: Tensor, b: Tensor, bias: Tensor | None, tb: bool, site: Tensor |
 def _apply(a: Tensor, b: Tensor, bias: Tensor | None, tb: bool, site: Tensor | None, policy: Policy, name: str) -> Tensor:
     if site is None:
         site = sites.as_tensor(sites.functional(name, policy.on_uncorrected), a.device)
+    if bias is not None and bias.dtype != a.dtype:
+        raise DtypeError(f"bias must have the operands' dtype, {str(a.dtype)[6:]}; got {str(bias.dtype)[6:]}")
     book = ledger.tensor(a.device)
     if not torch.is_grad_enabled():
         return product(a, False, b, tb, bias, book, site, "fprop", policy.text)
@@ -199,12 +216,18 @@ def bypassed(reason: str, compute: Any) -> Tensor:
     return compute()
 
 
-def _check_linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    if weight.dim() != 2:
+def _check_linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
+    """None for a layer's product; in words what torch allows beside it; ShapeError for what torch would refuse."""
+    if weight.dim() not in (1, 2):
         raise ShapeError(f"weight must be (out, in); got {tuple(weight.shape)}")
-    if input.dim() == 0 or input.shape[-1] != weight.shape[1]:
+    if input.dim() == 0 or input.shape[-1] != weight.shape[-1]:
         features = input.shape[-1] if input.dim() else "no"
         hint = "; did you mean weight.T?" if input.dim() and input.shape[-1] == weight.shape[0] else ""
-        raise ShapeError(f"weight has {weight.shape[1]} input features but input has {features}{hint}")
+        raise ShapeError(f"weight has {weight.shape[-1]} input features but input has {features}{hint}")
+    if weight.dim() == 1:
+        return "weight of one dimension"
     if bias is not None and bias.shape != (weight.shape[0],):
+        if bias.dim() < 2 and bias.numel() == 1 or bias.dim() >= 2:
+            return "bias of another shape"
         raise ShapeError(f"bias must have shape ({weight.shape[0]},), one number per output feature; got {tuple(bias.shape)}")
+    return None

@@ -1,28 +1,43 @@
 """Panels remembered: when the checksums of a weight are still the checksums of that weight.
 
-A panel belongs to the *source tensor object* (weakly; never to an address, never to a cast or contiguous
-copy), to its ``_version`` where it has one, and to a process-wide *weight epoch*. The epoch is advanced by every
-optimizer step (fused and compiled ones leave ``_version`` alone), by ``load_state_dict`` and ``_apply`` of
-protected modules and by ``abft.refresh``. Under ``weights="frozen"`` only the last three count.
+A panel belongs to the *source tensor object* (it lies in that object's ``__dict__`` and dies with it; never to an
+address, never to a cast or contiguous copy), to its ``_version`` where it has one (of its shards, for a weight that FSDP2
+gathered), and to a process-wide *weight epoch*. The epoch is advanced by every optimizer step (fused and compiled ones leave
+``_version`` alone) and by announcements: ``load_state_dict`` and ``_apply`` of protected modules, ``abft.refresh``.
+Under ``weights="frozen"`` only announcements count, and only those about the weight itself.
 
-Panels are rebuilt in place, in the same storage: captured graphs bake addresses.
+No weak reference points to a weight: ``torch.utils.swap_tensors`` refuses tensors that have one. Panels are rebuilt
+in place, in the same storage: captured graphs bake addresses.
 """
 
 from __future__ import annotations
 
+import sys
 import threading
 import weakref
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from abft import bits
 from abft.checksum import Layout, Panel, bias_sums
 
 Build = Callable[[Tensor, Layout], Panel]
+
+
+@dataclass(frozen=True)
+class RememberedBias:
+    """A bias as it was: its values, what they add to every row's sums, and whose they are."""
+
+    owner: Panels
+    validity: tuple[int, ...]
+    values: Tensor  # in the product's dtype
+    sums: tuple[Tensor, Tensor]
 
 
 @dataclass
@@ -34,76 +49,128 @@ class Entry:
     fingerprint: bits.Fingerprint | None  # of W (N, K) as the product sees it
     integrity: Tensor | None  # of the panel's own bits
     validity: tuple[int, ...]
-    bias_key: tuple[int, int, int] | None = None
-    bias_sums: tuple[Tensor, Tensor] | None = None
+    source: Source  # what the weight itself was when the entry was made
+    owner: Panels
+    bias: RememberedBias | None = None
     stale_warned: bool = False
     quick: object | None = None  # a backend's prepared judgement, as long as panel and bias are the same
     uses: int = 0
-    known_faults: list[bits.ChangedElement] = field(default_factory=list)  # named before, not counted again
 
 
+Source = tuple[torch.dtype, torch.device, torch.Size]
+
+
+class Panels:
+    """The panels of one weight. They lie in the weight's own ``__dict__``, so they die with it."""
+
+    def __init__(self, source: Tensor) -> None:
+        self.entries: dict[tuple[object, ...], Entry] = {}
+        self.latest: tuple[Layout, bool, bool, Entry] | None = None  # asked for again far more often than not
+        self.announced = 0  # how often somebody said that this weight changed on purpose
+        self.known_faults: set[tuple[object, ...]] = set()  # counted before
+        self._source = id(source)
+        self._gathered = _gathered_by(source)
+        _all.add(self)
+
+    def belong_to(self, source: Tensor) -> bool:
+        """Whether ``source`` is the weight these were made for, not one whose attributes were copied or swapped."""
+        return self._source == id(source)
+
+    def version(self, source: Tensor) -> tuple[int, ...]:
+        """The weight's version; that of its shards if FSDP2 gathered it, which leaves the gathered weight's own alone."""
+        if self._gathered is None:
+            return (0,) if source.is_inference() else (source._version,)
+        shard = getattr(self._gathered(), "sharded_param", None)
+        if shard is None:
+            return (source._version,)
+        return source._version, id(shard), shard._version, shard._local_tensor._version
+
+    def new_faults(self, entry: Entry, elements: Iterable[tuple[int, ...]]) -> int:
+        """How many of the changed elements had not been counted; from now on they have."""
+        fresh = {(entry.validity, *element) for element in elements} - self.known_faults
+        self.known_faults |= fresh
+        return len(fresh)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Weights are pickled with their attributes; a file must neither hold panels nor need abft to be read.
+        return OrderedDict, ()
+
+
+ATTRIBUTE = "_abft_panels"
+_all: weakref.WeakSet[Panels] = weakref.WeakSet()
 _lock = threading.RLock()
 _epoch = 0
-_frozen_epoch = 0
 
 
-def advance_epoch(*, announced: bool = False) -> None:
-    """Weights may have changed: tracked panels are rebuilt at their next use; frozen ones too if ``announced``."""
-    global _epoch, _frozen_epoch
+def advance_epoch() -> None:
+    """Any weight may have changed: tracked panels are rebuilt at their next use."""
+    global _epoch
     _epoch += 1
-    if announced:
-        _frozen_epoch += 1
+
+
+def announce(sources: Iterable[Tensor]) -> None:
+    """These weights changed on purpose: their panels, frozen ones too, are rebuilt at their next use."""
+    advance_epoch()
+    for source in sources:
+        found = source.__dict__.get(ATTRIBUTE)
+        if isinstance(found, Panels):
+            found.announced += 1
+
+
+def sources_of(model: nn.Module) -> Iterator[Tensor]:
+    """The tensors of a model that may have panels: its parameters, and those that FSDP2 gathers in their place."""
+    yield from model.parameters()
+    mine = {id(p) for p in model.parameters()}
+    for shards in _fsdp_parameters():
+        if id(shards.sharded_param) in mine and hasattr(shards, "_unsharded_param"):
+            yield shards._unsharded_param
 
 
 register_optimizer_step_post_hook(lambda *_: advance_epoch())
 
 
-def version_of(tensor: Tensor) -> int:
-    """The tensor's version; 0 for inference tensors, which have none."""
-    return 0 if tensor.is_inference() else tensor._version
+def _fsdp_parameters() -> Iterator[Any]:
+    """FSDP2's own records of its parameters. It gathers into a tensor whose version and address never change."""
+    states = getattr(sys.modules.get("torch.distributed._composable_state"), "_module_state_mapping", {})
+    for reference in list(states.values()):
+        state = reference()
+        for group in getattr(state, "_fsdp_param_groups", None) or [getattr(state, "_fsdp_param_group", None)]:
+            yield from getattr(group, "fsdp_params", ())
 
 
-def validity(source: Tensor, *, frozen: bool) -> tuple[int, ...]:
+def _gathered_by(source: Tensor) -> weakref.ref[Any] | None:
+    return next((weakref.ref(p) for p in _fsdp_parameters() if getattr(p, "_unsharded_param", None) is source), None)
+
+
+def validity(source: Tensor, owner: Panels, *, frozen: bool) -> tuple[int, ...]:
     """What must be unchanged for a panel to be believed. The address is here only to notice ``.data =`` swaps."""
     if frozen:
-        return (_frozen_epoch,)
-    return (_epoch, version_of(source), source.data_ptr())
+        return (owner.announced,)
+    return (_epoch, source.data_ptr(), *owner.version(source))
 
 
-class _Panels:
-    """The panels of one source tensor; dies with it."""
-
-    def __init__(self) -> None:
-        self.entries: dict[tuple[object, ...], Entry] = {}
-        self.latest: tuple[Layout, bool, bool, Entry] | None = None  # asked for again far more often than not
-
-
-_by_id: dict[int, tuple[weakref.ref[Tensor], _Panels]] = {}
-
-
-def _panels_of(source: Tensor) -> _Panels:
-    key = id(source)
-    found = _by_id.get(key)
-    if found is not None and found[0]() is source:
-        return found[1]
+def panels_of(source: Tensor) -> Panels:
+    """The panels of a weight; made if need be."""
+    attributes = source.__dict__
+    found = attributes.get(ATTRIBUTE)
+    if type(found) is Panels and found._source == id(source):
+        return found
     with _lock:
-        panels = _Panels()
-        # The id may be reused only after the callback ran or the reference is dead; both are checked above.
-        _by_id[key] = (weakref.ref(source, lambda ref: _forget(key, ref)), panels)
-        return panels
+        made = attributes[ATTRIBUTE] = Panels(source)
+        return made
 
 
-def _forget(key: int, ref: weakref.ref[Tensor]) -> None:
-    found = _by_id.get(key)
-    if found is not None and found[0] is ref:
-        del _by_id[key]
+def forget(sources: Iterable[Tensor]) -> None:
+    """Leave no trace on these weights."""
+    for source in sources:
+        source.__dict__.pop(ATTRIBUTE, None)
 
 
 def entry_for(source: Tensor, matrix: Tensor, layout: Layout, *, transposed: bool, frozen: bool, build: Build) -> Entry:
     """The valid panel entry of ``matrix`` (N, K), which is ``source`` seen as the product sees it; built if need be."""
-    panels = _panels_of(source)
+    panels = panels_of(source)
     latest = panels.latest
-    now = validity(source, frozen=frozen)
+    now = validity(source, panels, frozen=frozen)
     if (
         latest is not None
         and latest[0] is layout
@@ -111,14 +178,19 @@ def entry_for(source: Tensor, matrix: Tensor, layout: Layout, *, transposed: boo
         and latest[2] is frozen
         and latest[3].validity == now
         and latest[3].dtype is matrix.dtype
+        and latest[3].panel.columns.shape[-1] == matrix.shape[-1]
     ):
         return latest[3]
     key = (layout, transposed, matrix.dtype, matrix.device, tuple(matrix.shape), frozen)
     entry = panels.entries.get(key)
     if entry is None or entry.validity != now:
-        with _lock, torch.no_grad():
+        # Outside inference mode: an inference tensor could not be written in place later, outside of it.
+        with _lock, torch.inference_mode(False), torch.no_grad():
             if entry is None:
-                entry = panels.entries[key] = Entry(build(matrix, layout), matrix.dtype, None, None, now)
+                kind = (source.dtype, source.device, source.shape)
+                for old in [k for k, e in panels.entries.items() if e.source != kind]:
+                    del panels.entries[old]  # the weight was moved or cast since
+                entry = panels.entries[key] = Entry(build(matrix, layout), matrix.dtype, None, None, now, kind, panels)
                 _remember(entry, matrix, now)
             else:
                 rebuild(entry, matrix, now, build)
@@ -132,7 +204,7 @@ def rebuild(entry: Entry, matrix: Tensor, now: tuple[int, ...], build: Build) ->
     entry.panel.columns.copy_(fresh.columns)
     if entry.panel.scales is not None and fresh.scales is not None:
         entry.panel.scales.copy_(fresh.scales)
-    entry.bias_key = entry.quick = None
+    entry.bias = entry.quick = None
     _remember(entry, matrix, now)
 
 
@@ -154,23 +226,29 @@ def intact(entry: Entry) -> bool:
 
 
 def live_bytes() -> int:
-    """Bytes that remembered panels and fingerprints hold."""
+    """Bytes that remembered panels, fingerprints and biases hold."""
     total = 0
-    for _, panels in list(_by_id.values()):
+    for panels in list(_all):
         for entry in panels.entries.values():
             total += entry.panel.nbytes + (entry.fingerprint.nbytes if entry.fingerprint is not None else 0)
+            total += entry.bias.values.nbytes if entry.bias is not None else 0
     return total
 
 
-def bias_sums_for(entry: Entry | None, bias: Tensor | None, layout: Layout) -> tuple[Tensor, Tensor] | None:
-    """What the bias adds to every row's sums; remembered beside the weight's panel as long as the bias is the same."""
-    if bias is None:
-        if entry is not None and entry.bias_key is not None:
-            entry.bias_key = entry.bias_sums = entry.quick = None
-        return None
-    if entry is None:
-        return bias_sums(bias, layout)
-    key = (id(bias), _epoch, version_of(bias))
-    if entry.bias_key != key or entry.bias_sums is None:
-        entry.bias_sums, entry.bias_key, entry.quick = bias_sums(bias, layout), key, None
-    return entry.bias_sums
+def bias_sums_for(entry: Entry | None, source: Tensor | None, bias: Tensor | None, layout: Layout, *, frozen: bool) -> tuple[Tensor, Tensor] | None:
+    """What the bias adds to every row's sums; remembered beside the weight's panel as long as the bias is the same.
+
+    ``bias`` is the parameter ``source`` as the product sees it, or has none; then it is not remembered.
+    """
+    if entry is None or bias is None or source is None:
+        if entry is not None and (entry.bias is not None or bias is not None):
+            entry.bias = entry.quick = None
+        return None if bias is None else bias_sums(bias, layout)
+    owner = panels_of(source)
+    now = validity(source, owner, frozen=frozen)
+    kept = entry.bias
+    if kept is None or kept.owner is not owner or kept.validity != now or kept.values.dtype != bias.dtype:
+        with torch.inference_mode(False), torch.no_grad():
+            kept = entry.bias = RememberedBias(owner, now, bias.clone(), bias_sums(bias, layout))
+        entry.quick = None
+    return kept.sums

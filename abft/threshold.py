@@ -1,11 +1,12 @@
 """Bounds: how large a residual rounding alone can explain.
 
     S_j[m]  = sqrt( Σ_n Y² + c_j² + h² )                     h² the sketched uncancelled norm
-    τ_j[m]  = w̄_j · ( U · κ_j · S_j  +  8 · 0.43 · u_out · sqrt(Σ_n Y² + c_j²)  +  τ_abs )
+    τ_j[m]  = w̄_j · ( U · κ_j · S_j  +  8 · 0.43 · u_out · sqrt(Σ_n Y² + c_j²)  +  8 · √(G/12) · q_out  +  τ_abs )
     suspect = ~( |r_j - c_j| <= τ_j ) | ~( τ_j < largest )
 
-κ = 16 + T/2 with T = K / L accumulation steps; ones: 16 + 1.5 T; a softmax probability as operand:
-16 + 2 T. The u_out term exists only where the result arrives already rounded to a narrow type.
+κ = 16 g + T/2 with T = K / L accumulation steps and g = √(G/512) ≥ 1 for the summation over a group's G columns; ones:
+16 g + G/16 + 1.5 T; a softmax probability as operand: 2 T. The terms in u_out, and in q_out, the spacing of the type's
+subnormal numbers, exist only where the result arrives already rounded to a narrow type.
 NaN, Inf and an infinite bound fail closed. Constants and their evidence:
 docs/explanation/thresholds.md and bench/results/.
 """
@@ -13,7 +14,7 @@ docs/explanation/thresholds.md and bench/results/.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -27,9 +28,15 @@ KAPPA_BASE = 16.0
 KAPPA_SLOPE = 0.5
 KAPPA_SLOPE_ONE = 1.5
 KAPPA_SLOPE_SOFTMAX = 2.0
+#: Summing G columns adds noise of 0.034 √G U S rms (CPU libraries, G = 128 … 8192): inside the base up to this width.
+KAPPA_WIDTH = 512
+#: Sums of equal results round the same way at every step: worst case u per step of a chain of G/8, measured G/16.
+KAPPA_PER_COLUMN_ONE = 1.0 / 16.0
 #: 0.43 u_out ‖y‖ is the rms of a rounded segment's sum (mantissas log-uniform; never above 0.577); 8 σ of it.
 ROUNDING_SIGMA = 0.43
 ROUNDING_SIGMAS = 8.0
+#: Rounding to a fixed spacing q: uniform in ±q/2.
+SPACING_SIGMA = math.sqrt(1.0 / 12.0)
 
 
 @dataclass(frozen=True)
@@ -41,6 +48,7 @@ class Arithmetic:
     depth: int
     dtype: torch.dtype  # of the accumulator
     output_roundoff: float = 0.0  # u_out, if the result arrives rounded
+    output_spacing: float = 0.0  # … and the spacing of that type's subnormal numbers
 
     @property
     def floor_abs(self) -> float:
@@ -65,16 +73,26 @@ ARITHMETICS = {a.name: a for a in (HOPPER_16, AMPERE_16, HOPPER_TF32, AMPERE_TF3
 
 def rounded(arithmetic: Arithmetic, dtype: torch.dtype) -> Arithmetic:
     """The same accumulation whose result arrives as ``dtype``."""
-    u_out = floating.UNIT_ROUNDOFF[dtype] if dtype in (torch.float16, torch.bfloat16) else 0.0
-    return Arithmetic(f"{arithmetic.name}>{str(dtype)[6:]}", arithmetic.unit, arithmetic.depth, arithmetic.dtype, u_out)
+    if dtype not in (torch.float16, torch.bfloat16):
+        return replace(arithmetic, name=f"{arithmetic.name}>{str(dtype)[6:]}")
+    info = torch.finfo(dtype)
+    return replace(
+        arithmetic,
+        name=f"{arithmetic.name}>{str(dtype)[6:]}",
+        output_roundoff=floating.UNIT_ROUNDOFF[dtype],
+        output_spacing=info.smallest_normal * info.eps,
+    )
 
 
-def kappa(arithmetic: Arithmetic, k: int, kind: Kind = "e", *, softmax_operand: bool = False) -> float:
-    """κ for a product over ``k`` products per element."""
+def kappa(arithmetic: Arithmetic, k: int, kind: Kind = "e", *, width: int = KAPPA_WIDTH, softmax_operand: bool = False) -> float:
+    """κ for a product over ``k`` products per element, summed over groups of ``width`` columns."""
     slope = KAPPA_SLOPE_ONE if kind == "one" else KAPPA_SLOPE
     if softmax_operand:
         slope = max(slope, KAPPA_SLOPE_SOFTMAX)
-    return KAPPA_BASE + slope * k / arithmetic.depth
+    base = KAPPA_BASE * max(1.0, math.sqrt(width / KAPPA_WIDTH))
+    if kind == "one":
+        base += KAPPA_PER_COLUMN_ONE * width
+    return base + slope * k / arithmetic.depth
 
 
 @dataclass(frozen=True)
@@ -93,9 +111,9 @@ def coefficients(arithmetic: Arithmetic, k: int, kinds: tuple[Kind, ...], width:
     rms = [weight_rms(kind, width) for kind in kinds]
     rounding = [_rounding(arithmetic, kind, width) for kind in kinds]
     return Coefficients(
-        tuple(w * arithmetic.unit * kappa(arithmetic, k, _judged_as(kind, width)) for w, kind in zip(rms, kinds, strict=True)),
+        tuple(w * arithmetic.unit * kappa(arithmetic, k, _judged_as(kind, width), width=width) for w, kind in zip(rms, kinds, strict=True)),
         tuple(w * r for w, r in zip(rms, rounding, strict=True)),
-        tuple(w * arithmetic.floor_abs for w in rms),
+        tuple(w * (arithmetic.floor_abs + _spacing(arithmetic, kind, width)) for w, kind in zip(rms, kinds, strict=True)),
         arithmetic.largest,
     )
 
@@ -112,6 +130,12 @@ def _rounding(arithmetic: Arithmetic, kind: Kind, width: int) -> float:
     # Equal results round equally: for plain ones only the worst case, u · Σ|y| ≤ u √G ‖y‖, is safe.
     factor = max(statistical, math.sqrt(width)) if _judged_as(kind, width) == "one" else statistical
     return factor * arithmetic.output_roundoff
+
+
+def _spacing(arithmetic: Arithmetic, kind: Kind, width: int) -> float:
+    """What rounding to subnormal numbers does to a sum: their spacing is the same however small they are."""
+    statistical = ROUNDING_SIGMAS * SPACING_SIGMA * math.sqrt(width)
+    return arithmetic.output_spacing * (max(statistical, width / 2) if _judged_as(kind, width) == "one" else statistical)
 
 
 def bounds(sums: Sums, c: Coefficients) -> Any:

@@ -28,6 +28,7 @@ class Call:
     policy: Policy
     site: int
     strikes: tuple[Strike, ...] = ()
+    bias_source: Tensor | None = None  # the parameter the bias came from, if it is one
 
     @property
     def rows(self) -> int:

@@ -41,10 +41,10 @@ class Quick:
     largest: float
     checks: int  # columns of the panel's raw products: [0, checks) sums, [checks, sketched) sketches
     sketched: int
+    bias_columns: Tensor | None  # (C,): what the bias adds to the panel's raw products
     accumulate2: np.ndarray
-    absolute2: np.ndarray
-    bias: np.ndarray | None  # (groups, tested)
-    bias_noise2: np.ndarray | None  # (groups,) or (1,)
+    absolute2: np.ndarray  # (groups, tested), the bias's share of the noise included
+    bias_noise2: np.ndarray | float
 
 
 def prepare(panel: Panel, bias: tuple[Tensor, Tensor] | None, k: int, p: Plan) -> Quick | None:
@@ -56,7 +56,8 @@ def prepare(panel: Panel, bias: tuple[Tensor, Tensor] | None, k: int, p: Plan) -
     tested = len(p.tested)
     c = threshold.coefficients(p.arithmetic, k, p.tested, groups.width)
     dtype = np.float64 if p.sum_dtype == torch.float64 else np.float32
-    host = None if bias is None else (bias[0][:, :tested].numpy(), bias[1].numpy())
+    noise2 = 0.0 if bias is None else (bias[1].sum(0, keepdim=True) if layout.shared_sketch else bias[1]).numpy()
+    accumulate2 = np.array(c.accumulate, dtype) ** 2
     return Quick(
         columns=panel.columns,
         sums=checksum.weights(p.tested, groups.width, torch.device("cpu"), p.sum_dtype),
@@ -72,10 +73,10 @@ def prepare(panel: Panel, bias: tuple[Tensor, Tensor] | None, k: int, p: Plan) -
         largest=c.largest,
         checks=layout.checksum_columns,
         sketched=layout.checksum_columns + layout.sketch_columns,
-        accumulate2=np.array(c.accumulate, dtype) ** 2,
-        absolute2=np.array(c.absolute, dtype) ** 2,
-        bias=None if host is None else host[0],
-        bias_noise2=None if host is None else (host[1].sum(keepdims=True) if layout.shared_sketch else host[1]),
+        bias_columns=None if bias is None else F.pad(bias[0].flatten(), (0, layout.columns - layout.checksum_columns)),
+        accumulate2=accumulate2,
+        absolute2=np.array(c.absolute, dtype) ** 2 + accumulate2 * np.reshape(noise2, (-1, 1)).astype(dtype),
+        bias_noise2=noise2,
     )
 
 
@@ -84,7 +85,7 @@ def worst(y: Tensor, a: Tensor, q: Quick) -> float:
     if a.dtype != q.columns.dtype:
         a, y = a.to(q.columns.dtype), y.to(q.sum_dtype)
     rows = a.shape[0]
-    raw = F.linear(a, q.columns).numpy()
+    raw = F.linear(a, q.columns, q.bias_columns).numpy()
     blocks = y.reshape(rows * q.groups, q.width)
     if y.numel() <= FEW_ELEMENTS:
         actual = F.linear(blocks, q.sums).numpy().reshape(rows, q.groups, q.tested)
@@ -97,13 +98,11 @@ def worst(y: Tensor, a: Tensor, q: Quick) -> float:
 
 def _ratio(raw: np.ndarray, actual: np.ndarray, squares: np.ndarray, q: Quick) -> float:
     rows = len(raw)
-    predicted = raw[:, : q.checks].reshape(rows, q.groups, q.kinds)[:, :, : q.tested]
-    sketches = raw[:, q.checks : q.sketched].reshape(rows, -1, SKETCHES)
+    predicted, sketches = raw[:, : q.checks], raw[:, q.checks : q.sketched]
+    predicted = predicted.reshape(rows, q.groups, q.kinds)[:, :, : q.tested]
+    sketches = sketches.reshape(rows, -1, SKETCHES)
     noise2 = np.einsum("rgs,rgs->rg", sketches, sketches)
     noise2 *= 1.0 / SKETCHES
-    if q.bias is not None:
-        predicted = predicted + q.bias
-        noise2 += q.bias_noise2
     residual = actual - predicted
     seen = predicted * predicted
     if q.round is None:
@@ -115,14 +114,14 @@ def _ratio(raw: np.ndarray, actual: np.ndarray, squares: np.ndarray, q: Quick) -
         residual *= residual
         residual /= seen
         found = math.sqrt(residual.max())
-    else:
-        seen += squares[:, :, None]
-        tau = np.sqrt(seen + noise2[:, :, None])
-        tau *= q.accumulate
-        tau += np.sqrt(seen, out=seen) * q.round
-        tau += q.absolute
-        residual /= tau
-        found = float(np.abs(residual, out=residual).max())
-        seen = tau
+        return found if seen.max() < q.largest else math.nan
+    noise2 += q.bias_noise2
+    seen += squares[:, :, None]
+    tau = np.sqrt(seen + noise2[:, :, None])
+    tau *= q.accumulate
+    tau += np.sqrt(seen, out=seen) * q.round
+    tau += q.absolute
+    residual /= tau
+    found = float(np.abs(residual, out=residual).max())
     # An infinite bound would divide any residual away.
-    return found if seen.max() < q.largest else math.nan
+    return found if tau.max() < q.largest else math.nan

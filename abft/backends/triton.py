@@ -155,7 +155,7 @@ def build_panel(matrix: Tensor, layout: Layout) -> Panel:
     from abft.triton_kernels import panel as kernels
 
     form = layout.form
-    config = configs.PANEL_INTERPRETED if matrix.device.type == "cpu" else configs.PANEL
+    config = configs.PANEL_INTERPRETED if interpreting() else configs.PANEL
     weights = column_weights(layout.groups, form.kinds, matrix.device)
     coefficients = checksum.sketch_coefficients(matrix.shape[-1], matrix.device)
     rms = tuple(checksum.weight_rms(kind, layout.groups.width) for kind in form.kinds)
@@ -177,24 +177,24 @@ def product(call: Call, words: Tensor, site: Tensor) -> Tensor:
     if call.policy.level == "off" or call.role not in call.policy.roles:
         ledger.bypass("level off" if call.policy.level == "off" else f"role {call.role} not in policy")
         return reference.execute(call, call.strikes)
-    from abft.triton_kernels import gemm, repair
+    from abft.triton_kernels import gemm, launch, record
 
     p = plan_for(call)
     panel = _panel(call, p)
     groups, kinds = p.layout.groups, p.layout.form.kinds
     signs = column_weights(groups, ("e",), call.a.device)[0]
-    launch = gemm.Product(call.a, call.w, call.bias, panel.columns, signs, p.config)
-    judge = repair.Judge(
+    operands = gemm.Product(call.a, call.w, call.bias, panel.columns, signs, p.config)
+    judge = launch.Judge(
         _bound(p, call.a.shape[-1]), panel.scales, len(kinds), p.layout.parts, groups.count, p.tiles_per_group,
         correct=call.policy.level == "correct", repeat=_is_repeated(call),
     )  # fmt: skip
-    labels = repair.Labels(
+    labels = record.Labels(
         ledger.ROLE_NAMES.index(call.role), ledger.DTYPES.index(call.a.dtype), ledger.BACKEND_NAMES.index("triton"),
         call.rows, call.w.shape[-2], call.a.shape[-1], sites.CAPACITY,
     )  # fmt: skip
     with _quiet(), _host_ledger(words):
-        evidence = gemm.multiply(launch, descriptors(call.strikes, call.a.device))
-        return repair.repair(launch, evidence, judge, words, site, labels)
+        evidence = gemm.multiply(operands, descriptors(call.strikes, call.a.device))
+        return launch.check(operands, evidence, judge, words, site, labels)
 
 
 def _panel(call: Call, p: Plan) -> Panel:

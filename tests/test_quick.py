@@ -1,0 +1,70 @@
+"""The fused judgement of clean products says what the specification says."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from abft import checksum
+from abft.backends import quick, reference
+from abft.backends.call import Call
+from abft.policy import Policy
+
+SHAPES = [(16, 384, 384), (5, 48, 7), (3, 3, 2), (1, 1, 1), (40, 1024, 130), (300, 640, 64)]
+
+
+def _case(m, n, k, dtype, *, bias, group=None):
+    generator = torch.Generator().manual_seed(m * 7 + n)
+    a, w = torch.randn(m, k, generator=generator).to(dtype), torch.randn(n, k, generator=generator).to(dtype)
+    b = 3 * torch.randn(n, generator=generator).to(dtype) if bias else None
+    call = Call(a, w, b, None, False, "fprop", Policy(group=group), 0)
+    p = reference.plan_for(call)
+    panel = reference.build_panel(w, p.layout)
+    sums = None if b is None else checksum.bias_sums(b, p.layout)
+    return call, p, panel, sums
+
+
+@pytest.mark.parametrize("bias", [False, True], ids=["nobias", "bias"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "m{}-n{}-k{}".format(*s))
+@pytest.mark.parametrize("group", [None, 16], ids=["table", "g16"])
+def test_same_worst_ratio_as_the_specification(shape, dtype, bias, group):
+    call, p, panel, sums = _case(*shape, dtype, bias=bias, group=group)
+    q = quick.prepare(panel, sums, shape[2], p)
+    if p.layout.groups.ragged:
+        assert q is None
+        return
+    y = reference.execute(call)
+    specified = reference.examine(y, call, panel, sums, p)
+    found = quick.worst(y, call.a, q)
+    assert specified.clean
+    # The same numbers summed by another call: they differ by rounding, which is what the bound is made of.
+    assert found == pytest.approx(specified.worst, abs=0.5 * (1 if dtype.itemsize >= 4 else 0.05))
+    assert found <= 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 3e38, 0.0], ids=str)
+def test_what_the_specification_suspects_is_not_passed(dtype, value):
+    call, p, panel, sums = _case(16, 384, 384, dtype, bias=True)
+    q = quick.prepare(panel, sums, 384, p)
+    y = reference.execute(call)
+    y[3, 17 : 17 + 64] = value
+    assert not reference.examine(y, call, panel, sums, p).clean
+    assert not quick.worst(y, call.a, q) <= 1.0
+
+
+def test_agrees_with_the_specification_on_a_sweep_of_small_errors():
+    call, p, panel, sums = _case(16, 384, 384, torch.float32, bias=True)
+    q = quick.prepare(panel, sums, 384, p)
+    clean = reference.execute(call)
+    tau = reference.examine(clean, call, panel, sums, p).tau[3, 0, 0]
+    passed = []
+    for factor in (0.2, 0.5, 2.0, 5.0, 50.0):
+        y = clean.clone()
+        y[3, 17] += factor * float(tau)
+        passed.append(quick.worst(y, call.a, q) <= 1.0)
+        assert passed[-1] == reference.examine(y, call, panel, sums, p).clean
+    assert passed == [True, True, False, False, False]

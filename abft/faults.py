@@ -91,7 +91,7 @@ class Target:
     accumulator: torch.dtype  # of the accumulators a fault may lie in: the dtype itself where the product arrives rounded
     batch: int = 1
     weight: Tensor | None = None
-    panel_shape: tuple[int, int] | None = None
+    panel: Tensor | None = None
 
 
 #: Asked once per product; None outside ``abft.inject.faults``. Set by the injector only.

@@ -146,23 +146,22 @@ def _product(a: Tensor, b: Tensor, bias: Tensor | None, tb: bool, site: Tensor |
         # As autocast would: inputs are cast here, where autograd sees it; the weight inside, where its identity is known.
         dtype = torch.get_autocast_dtype(device_type)
         a = _autocast(a, dtype)
-        bias = None if bias is None else _autocast(bias, dtype)
-        if not (isinstance(b, torch.nn.Parameter) and b.dtype != torch.float64):
-            b = _autocast(b, dtype)
+        bias = None if bias is None else _autocast_weight(bias, dtype)
+        b = _autocast_weight(b, dtype)
         if (a.dtype == torch.float64) != (b.dtype == torch.float64):
             raise DtypeError(f"autocast leaves float64 alone, and operands must have one dtype; got {str(a.dtype)[6:]} and {str(b.dtype)[6:]}")
         with torch.autocast(device_type, enabled=False):
             return _apply(a, b, bias, tb, site, policy, name)
     if a.dtype != b.dtype:
         raise DtypeError(f"operands must have one dtype outside autocast; got {str(a.dtype)[6:]} and {str(b.dtype)[6:]}")
+    if bias is not None and bias.dtype != a.dtype:
+        raise DtypeError(f"bias must have the operands' dtype, {str(a.dtype)[6:]}; got {str(bias.dtype)[6:]}")
     return _apply(a, b, bias, tb, site, policy, name)
 
 
 def _apply(a: Tensor, b: Tensor, bias: Tensor | None, tb: bool, site: Tensor | None, policy: Policy, name: str) -> Tensor:
     if site is None:
         site = sites.as_tensor(sites.functional(name, policy.on_uncorrected), a.device)
-    if bias is not None and bias.dtype != a.dtype:
-        raise DtypeError(f"bias must have the operands' dtype, {str(a.dtype)[6:]}; got {str(bias.dtype)[6:]}")
     book = ledger.tensor(a.device)
     if not torch.is_grad_enabled():
         return product(a, False, b, tb, bias, book, site, "fprop", policy.text)
@@ -171,6 +170,10 @@ def _apply(a: Tensor, b: Tensor, bias: Tensor | None, tb: bool, site: Tensor | N
 
 def _autocast(t: Tensor, dtype: torch.dtype) -> Tensor:
     return t if t.dtype in (torch.float64, dtype) else t.to(dtype)
+
+
+def _autocast_weight(t: Tensor, dtype: torch.dtype) -> Tensor:
+    return t if isinstance(t, torch.nn.Parameter) and t.dtype != torch.float64 else _autocast(t, dtype)
 
 
 # --- what cannot be checked -----------------------------------------------------------------------------
@@ -212,8 +215,9 @@ def _is_plain(t: Tensor) -> bool:
 
 
 def bypassed(reason: str, compute: Any) -> Tensor:
+    out = compute()  # first: what torch refuses is no product
     bypass(ledger.tensor(torch.device("cpu")), reason)
-    return compute()
+    return out
 
 
 def _check_linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:

@@ -91,6 +91,7 @@ class Finding:
     residual: float
     bound: float
     cause: str = "unknown"
+    element: tuple[int, ...] | None = None  # of the weight or bias that changed, where there is one
 
 
 @dataclass
@@ -108,6 +109,7 @@ class CpuLedger:
     """One thread's ledger: the same words as on a device, written through numpy."""
 
     def __init__(self) -> None:
+        self.name = ""
         self.words = np.zeros(WORDS, np.int64)
         self._counters = self.words[HEADER : HEADER + sites.CAPACITY * COUNTERS].reshape(-1, COUNTERS)
         self._view = memoryview(self.words)  # plain integers: ten times cheaper to add to than array elements
@@ -131,7 +133,8 @@ class CpuLedger:
 
     def record(self, site: int, finding: Finding, product: dict[str, int]) -> dict[str, Any]:
         """Write one finding to the ring; returns the record as a reader will see it."""
-        slot = self._ring[int(self.words[HEAD]) % RING]
+        place = int(self.words[HEAD])
+        slot = self._ring[place % RING]
         values = {
             "site": site,
             "verdict": VERDICTS.index(finding.verdict),
@@ -148,7 +151,7 @@ class CpuLedger:
         for i, name in enumerate(RECORD_NAMES):
             slot[i] = values[name]
         self.words[HEAD] += 1
-        return {"device": "cpu"} | values
+        return {"device": "cpu", "ledger": self.name, "place": place, "element": finding.element} | values
 
 
 def float_bits(value: float) -> int:
@@ -184,6 +187,7 @@ def cpu() -> CpuLedger:
     if ledger is None:
         ledger = _local.ledger = CpuLedger()
         with _lock:
+            ledger.name = f"cpu, thread {len(_cpu_ledgers)}"
             _cpu_ledgers.append(ledger)
     return ledger
 
@@ -198,6 +202,17 @@ def tensor(device: torch.device) -> Tensor:
             torch._dynamo.mark_static_address(ledger)
         _device_ledgers[device] = ledger
     return ledger
+
+
+_scratch: dict[torch.device, Tensor] = {}
+
+
+def scratch(device: torch.device) -> Tensor:
+    """Words that nobody reads: for replicas, whose checks are not counted."""
+    if device not in _scratch:
+        with torch.inference_mode(False), torch.no_grad():
+            _scratch[device] = torch.zeros(WORDS, dtype=torch.int64, device=device)
+    return _scratch[device]
 
 
 def bypass(reason: str) -> None:
@@ -220,41 +235,56 @@ def set_step(step: int) -> None:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """Counters (sites, COUNTERS) summed over devices and threads, bypasses, and every record still in a ring."""
+    """Counters (sites, COUNTERS) summed over devices and threads, bypasses, and the records nobody has read before."""
 
     counters: np.ndarray
     bypassed: dict[str, int]
     records: tuple[dict[str, Any], ...]
     written: int  # records ever written, to tell how many a ring has lost
+    heads: dict[str, int]  # per ledger: records ever written
 
 
-def snapshot() -> Snapshot:
-    """Read all ledgers; waits for the devices."""
+def snapshot(read: dict[str, int] | None = None) -> Snapshot:
+    """Read all ledgers; waits for the devices. ``read``: per ledger, how many of its records are known already."""
+    read = read or {}
     total = np.zeros((sites.CAPACITY, COUNTERS), np.int64)
     records: list[dict[str, Any]] = []
-    written = 0
-    for words, device in _all_words():
+    heads = {}
+    for words, device, name in _all_words():
         body = words[HEADER : HEADER + sites.CAPACITY * COUNTERS].reshape(-1, COUNTERS)
         worst = np.maximum(total[:, WORST], body[:, WORST])
         total += body
         total[:, WORST] = worst
-        head = int(words[HEAD])
-        written += head
+        head = heads[name] = int(words[HEAD])
         ring = words[HEADER + sites.CAPACITY * COUNTERS :].reshape(RING, RECORD)
-        for i in range(max(0, head - RING), head):
-            records.append({"device": device} | dict(zip(RECORD_NAMES, (int(v) for v in ring[i % RING]), strict=True)))
+        for i in range(max(0, head - RING, read.get(name, 0)), head):
+            values = dict(zip(RECORD_NAMES, (int(v) for v in ring[i % RING]), strict=True))
+            records.append({"device": device, "ledger": name, "place": i} | values)
     with _lock:
         bypassed = dict(_bypassed)
     records.sort(key=lambda r: r["sequence"])
-    return Snapshot(total, bypassed, tuple(records), written)
+    return Snapshot(total, bypassed, tuple(records), sum(heads.values()), heads)
 
 
-def _all_words() -> list[tuple[np.ndarray, str]]:
+def clear_worst() -> None:
+    """Start the maxima anew. A maximum, unlike a sum, has no difference between two readings."""
     with _lock:
-        out = [(ledger.words, "cpu") for ledger in _cpu_ledgers]
+        ledgers = list(_cpu_ledgers)
+    for ledger in ledgers:
+        ledger._counters[:, WORST] = 0
+        ledger._worst.clear()
     for device, words in _device_ledgers.items():
         if device.type == "cuda":
-            out.append((words.cpu().numpy(), str(device)))
+            words[HEADER : HEADER + sites.CAPACITY * COUNTERS].view(-1, COUNTERS)[:, WORST].zero_()
+
+
+def _all_words() -> list[tuple[np.ndarray, str, str]]:
+    """(words on the host, device, name of the ledger) of every ledger."""
+    with _lock:
+        out = [(ledger.words, "cpu", ledger.name) for ledger in _cpu_ledgers]
+    for device, words in _device_ledgers.items():
+        if device.type == "cuda":
+            out.append((words.cpu().numpy(), str(device), str(device)))
     return out
 
 

@@ -52,7 +52,6 @@ class Entry:
     source: Source  # what the weight itself was when the entry was made
     owner: Panels
     bias: RememberedBias | None = None
-    stale_warned: bool = False
     quick: object | None = None  # a backend's prepared judgement, as long as panel and bias are the same
     uses: int = 0
 
@@ -68,13 +67,10 @@ class Panels:
         self.latest: tuple[Layout, bool, bool, Entry] | None = None  # asked for again far more often than not
         self.announced = 0  # how often somebody said that this weight changed on purpose
         self.known_faults: set[tuple[object, ...]] = set()  # counted before
-        self._source = id(source)
+        self.warned_sites: set[int] = set()  # told that the weight was stale
+        self.source = id(source)  # attributes may be copied or swapped to another tensor: these are not its panels
         self._gathered = _gathered_by(source)
         _all.add(self)
-
-    def belong_to(self, source: Tensor) -> bool:
-        """Whether ``source`` is the weight these were made for, not one whose attributes were copied or swapped."""
-        return self._source == id(source)
 
     def version(self, source: Tensor) -> tuple[int, ...]:
         """The weight's version; that of its shards if FSDP2 gathered it, which leaves the gathered weight's own alone."""
@@ -83,11 +79,11 @@ class Panels:
         shard = getattr(self._gathered(), "sharded_param", None)
         if shard is None:
             return (source._version,)
-        return source._version, id(shard), shard._version, shard._local_tensor._version
+        return source._version, id(shard), shard._version, getattr(shard, "_local_tensor", shard)._version
 
-    def new_faults(self, entry: Entry, elements: Iterable[tuple[int, ...]]) -> int:
-        """How many of the changed elements had not been counted; from now on they have."""
-        fresh = {(entry.validity, *element) for element in elements} - self.known_faults
+    def new_faults(self, since: tuple[int, ...], elements: Iterable[tuple[int, ...]]) -> int:
+        """How many of the elements changed since that validity had not been counted; from now on they have."""
+        fresh = {(since, *element) for element in elements} - self.known_faults
         self.known_faults |= fresh
         return len(fresh)
 
@@ -153,7 +149,7 @@ def panels_of(source: Tensor) -> Panels:
     """The panels of a weight; made if need be."""
     attributes = source.__dict__
     found = attributes.get(ATTRIBUTE)
-    if type(found) is Panels and found._source == id(source):
+    if type(found) is Panels and found.source == id(source):
         return found
     with _lock:
         made = attributes[ATTRIBUTE] = Panels(source)
@@ -248,7 +244,13 @@ def bias_sums_for(entry: Entry | None, source: Tensor | None, bias: Tensor | Non
     now = validity(source, owner, frozen=frozen)
     kept = entry.bias
     if kept is None or kept.owner is not owner or kept.validity != now or kept.values.dtype != bias.dtype:
-        with torch.inference_mode(False), torch.no_grad():
-            kept = entry.bias = RememberedBias(owner, now, bias.clone(), bias_sums(bias, layout))
-        entry.quick = None
-    return kept.sums
+        remember_bias(entry, owner, now, bias)
+    assert entry.bias is not None
+    return entry.bias.sums
+
+
+def remember_bias(entry: Entry, owner: Panels, now: tuple[int, ...], bias: Tensor) -> None:
+    """Take the bias as it is now for the right one."""
+    with torch.inference_mode(False), torch.no_grad():
+        entry.bias = RememberedBias(owner, now, bias.clone(), bias_sums(bias, entry.panel.layout))
+    entry.quick = None

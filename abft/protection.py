@@ -68,6 +68,7 @@ def unprotect(model: Model) -> Model:
             module.__class__ = base
             for attribute in ATTRIBUTES:
                 module.__dict__.pop(attribute, None)
+            panels.forget(module.parameters())
     _switch_fast_paths(model, on=True)
     return model
 
@@ -76,7 +77,7 @@ def refresh(model: nn.Module) -> None:
     """Say that the weights changed on purpose: panels (frozen ones too) are rebuilt at their next use."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"refresh needs a torch.nn.Module; got {type(model).__name__}")
-    panels.advance_epoch(announced=True)
+    panels.announce(panels.sources_of(model))
 
 
 def why_not(module: nn.Module) -> str | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import warnings
+import weakref
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -59,41 +60,50 @@ class Report:
         return _table(self)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Mark:
     """A point in the ledgers' history from which a report can start."""
 
     counters: np.ndarray
     bypassed: dict[str, int]
-    event: int  # events seen before
+    events: int  # made before
+    lost: int  # records that rings had overwritten before
+
+
+@dataclass
+class _Peaks:
+    """The maxima of every site between one mark and the next (None: the beginning of time)."""
+
+    mark: weakref.ref[Mark] | None
+    worst: np.ndarray
 
 
 _lock = threading.RLock()
-_events: list[tuple[int, FaultEvent]] = []  # (sequence, event), in the order they were drained
-_seen: set[tuple[str, int]] = set()
-_drained = 0
-_dropped = 0
+_events: list[FaultEvent] = []  # the last MAX_EVENTS, in the order they were made
+_made = 0  # events ever made
+_read: dict[str, int] = {}  # per ledger: records whose events were made by reading it
+_noted: set[tuple[str, int]] = set()  # records beyond those whose events were made when they were written
+_peaks: list[_Peaks] = [_Peaks(None, np.zeros(sites.CAPACITY, np.int64))]
 _zero: Mark | None = None
 _latest: ledger.Snapshot | None = None
 
 
 def drain(wait: bool = True) -> ledger.Snapshot:
     """Read the ledgers, turn new records into events and react to them as their sites' policies say."""
-    global _latest, _drained, _dropped
+    global _latest
     if not wait and _latest is not None:
         return _latest
     with _lock:
-        snapshot = ledger.snapshot()
-        fresh = [r for r in snapshot.records if (r["device"], r["sequence"]) not in _seen]
+        snapshot = ledger.snapshot(_read)
+        _read.update(snapshot.heads)
         made = []
-        for record in fresh:
-            _seen.add((record["device"], record["sequence"]))
+        for record in snapshot.records:
+            key = (record["ledger"], record["place"])
+            if key in _noted:
+                _noted.discard(key)
+                continue
             made.append((record, events.from_record(record)))
-        _events.extend((r["sequence"], e) for r, e in made)
-        _drained += len(made)
-        _dropped = snapshot.written - _drained
-        if len(_events) > MAX_EVENTS:
-            del _events[: len(_events) - MAX_EVENTS]
+        _keep([event for _, event in made])
         _latest = snapshot
     for record, event in made:
         if event.device != "cpu":  # on a CPU the reaction came inside the call
@@ -103,13 +113,20 @@ def drain(wait: bool = True) -> ledger.Snapshot:
 
 def note(record: dict[str, Any]) -> FaultEvent:
     """Make the event of a record just written on a CPU, now, with the labels and the time of now; keep it."""
-    global _drained
     event = events.from_record(record)
     with _lock:
-        _seen.add((record["device"], record["sequence"]))
-        _events.append((record["sequence"], event))
-        _drained += 1
+        if record["place"] >= _read.get(record["ledger"], 0):  # else another thread's report was faster
+            _noted.add((record["ledger"], record["place"]))
+            _keep([event])
     return event
+
+
+def _keep(fresh: list[FaultEvent]) -> None:
+    global _made
+    _made += len(fresh)
+    _events.extend(fresh)
+    if len(_events) > MAX_EVENTS:
+        del _events[: len(_events) - MAX_EVENTS]
 
 
 def react(site: sites.Site, event: FaultEvent) -> None:
@@ -127,35 +144,63 @@ def react(site: sites.Site, event: FaultEvent) -> None:
 
 def mark() -> Mark:
     """Now, as a starting point for ``since``."""
-    snapshot = drain()
     with _lock:
-        return Mark(snapshot.counters, snapshot.bypassed, _drained)
+        return _mark_at(drain())
+
+
+def _mark_at(snapshot: ledger.Snapshot) -> Mark:
+    now = Mark(snapshot.counters.copy(), snapshot.bypassed, _made, _lost(snapshot))
+    _start_peaks(now, snapshot)
+    return now
+
+
+def _start_peaks(now: Mark, snapshot: ledger.Snapshot) -> None:
+    """File the maxima since the last mark, and start them anew; those before a mark nobody holds any more are merged."""
+    worst = snapshot.counters[:, WORST]
+    np.maximum(_peaks[-1].worst, worst, out=_peaks[-1].worst)
+    ledger.clear_worst()
+    worst[:] = 0
+    for i in range(len(_peaks) - 1, 0, -1):
+        reference = _peaks[i].mark
+        if reference is not None and reference() is None:
+            np.maximum(_peaks[i - 1].worst, _peaks[i].worst, out=_peaks[i - 1].worst)
+            del _peaks[i]
+    _peaks.append(_Peaks(weakref.ref(now), np.zeros(sites.CAPACITY, np.int64)))
+
+
+def _worst_since(start: Mark | None, now: np.ndarray) -> np.ndarray:
+    worst = now.copy()
+    for peaks in reversed(_peaks):
+        np.maximum(worst, peaks.worst, out=worst)
+        if start is not None and peaks.mark is not None and peaks.mark() is start:
+            break
+    return worst
+
+
+def _lost(snapshot: ledger.Snapshot) -> int:
+    return snapshot.written - _made
 
 
 def since(start: Mark | None, *, wait: bool = True) -> Report:
-    """What happened after ``start``; everything, without one."""
+    """What happened after ``start``; everything since the last reset, without one."""
     snapshot = drain(wait)
-    start = start or _zero
-    counters = snapshot.counters.copy()
-    bypassed = dict(snapshot.bypassed)
-    first = 0
-    if start is not None:
-        worst = counters[:, WORST].copy()
-        counters -= start.counters
-        # A maximum has no difference: it is this window's only if it rose.
-        counters[:, WORST] = np.where(worst > start.counters[:, WORST], worst, 0)
-        bypassed = {k: v - start.bypassed.get(k, 0) for k, v in bypassed.items() if v > start.bypassed.get(k, 0)}
-        first = start.event
     with _lock:
-        kept = tuple(e for _, e in _events[max(0, len(_events) - (_drained - first)) :]) if _drained > first else ()
-        lost = _dropped
-    return _build(counters, bypassed, kept, lost)
+        return _between(start or _zero, snapshot)
 
 
-def reset() -> None:
-    """Start the process-wide report anew."""
-    global _zero
-    _zero = mark()
+def _between(start: Mark | None, snapshot: ledger.Snapshot) -> Report:
+    counters = snapshot.counters.copy()
+    counters[:, WORST] = _worst_since(start, counters[:, WORST])
+    bypassed = dict(snapshot.bypassed)
+    first = lost = 0
+    if start is not None:
+        counters[:, :WORST] -= start.counters[:, :WORST]
+        bypassed = {k: v - start.bypassed.get(k, 0) for k, v in bypassed.items() if v > start.bypassed.get(k, 0)}
+        first, lost = start.events, start.lost
+    window = _made - first
+    kept = tuple(_events[max(0, len(_events) - window) :]) if window else ()
+    dropped = window - len(kept) + _lost(snapshot) - lost
+    return _build(counters, bypassed, kept, max(0, dropped))
 
 
 def report(*, reset: bool = False, wait: bool = True) -> Report:
@@ -164,9 +209,12 @@ def report(*, reset: bool = False, wait: bool = True) -> Report:
     wait=False returns what has been drained already, without waiting for a device. Raises UncorrectedFault if a
     product under ``on_uncorrected="raise"`` on a GPU has left a fault that nobody has raised yet.
     """
-    out = since(None, wait=wait)
-    if reset:
-        globals()["reset"]()
+    global _zero
+    snapshot = drain(wait)
+    with _lock:
+        out = _between(_zero, snapshot)
+        if reset:
+            _zero = _mark_at(snapshot)
     return out
 
 

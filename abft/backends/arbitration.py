@@ -16,14 +16,14 @@ At most two recomputations. Nothing is ever written into a weight.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from abft import bits, checksum, panels, threshold
+from abft import bits, checksum, panels, sites, threshold
 from abft.backends import reference
 from abft.backends.call import Call
 from abft.backends.reference import Judgement, Plan
@@ -39,6 +39,10 @@ FRAGMENT_ROWS, FRAGMENT_COLUMNS = 16, 8
 NEAR_LARGEST = 1.0 - 2.0**-10
 
 
+#: Elements of a weight, (row, column), or of a bias, (column,), whose bits are not the remembered ones.
+Changed = Sequence[tuple[int, ...]]
+
+
 @dataclass
 class Case:
     """One product under suspicion, as it stands."""
@@ -51,7 +55,6 @@ class Case:
     entry: panels.Entry | None
     bias: tuple[Tensor, Tensor] | None
     compute: Callable[[Call], Tensor]  # a fresh execution
-    rebias: Callable[[], tuple[Tensor, Tensor] | None]  # the bias's sums, from the bias as it is now
     outcome: Outcome
 
     def suspects(self) -> np.ndarray:
@@ -60,10 +63,10 @@ class Case:
     def examine_again(self) -> None:
         self.judgement = reference.examine(self.y, self.call, self.panel, self.bias, self.plan)
 
-    def find(self, verdict: Verdict, rows: np.ndarray, cause: str = "unknown", at: Judgement | None = None, col: int | None = None) -> None:
+    def find(self, verdict: Verdict, rows: np.ndarray, cause: str = "unknown", at: Judgement | None = None, changed: Changed = ()) -> None:
         """Write a finding about ``rows``, with the residual and place of the worst of them."""
         if len(rows):
-            self.outcome.findings.append(_finding(verdict, rows, cause, at or self.judgement, self, col))
+            self.outcome.findings.append(_finding(verdict, rows, cause, at or self.judgement, self, changed))
 
 
 def settle(case: Case) -> Tensor:
@@ -123,8 +126,8 @@ def _weight_is_finite(case: Case) -> bool:
     """Whether W and the bias are finite, or became infinite only after their panel was built (a fault, not an input)."""
     w, bias = case.call.w, case.call.bias
     if bias is not None and not _all(torch.isfinite(bias)):
-        return False
-    return _all(torch.isfinite(w)) or bool(_changed(case))
+        return len(_changed_bias(case)) > 0
+    return _all(torch.isfinite(w)) or _changed(case)
 
 
 def _judge_exactly(case: Case, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -246,36 +249,70 @@ def _replace_by_independent(case: Case, rows: np.ndarray) -> None:
 
 
 def _changed(case: Case) -> bool:
-    """Whether the weight's bits differ from what its fingerprint remembers."""
+    """Whether the bits of the weight or its bias differ from what is remembered."""
     if case.entry is None or case.entry.fingerprint is None:
         return False
+    if len(_changed_bias(case)):
+        return True
     return _any(bits.changed_columns(bits.fingerprint(case.call.w), case.entry.fingerprint))
+
+
+def _changed_bias(case: Case) -> np.ndarray:
+    """Columns in which the bias is not the remembered one."""
+    kept = None if case.entry is None else case.entry.bias
+    if kept is None or case.call.bias is None:
+        return np.empty(0, np.int64)
+    return np.flatnonzero(~bits.same(case.call.bias, kept.values).numpy())
 
 
 def _arbitrate(case: Case, rows: np.ndarray, *, repair: bool) -> str:
     """Compare bias, panel and weight with what is remembered; mend what can be mended. Returns who was wrong."""
-    case.bias = case.rebias()
     entry = case.entry
     if entry is None or entry.fingerprint is None or entry.integrity is None:
         case.examine_again()
         return "unknown"
+    columns = _changed_bias(case)
+    who = _arbitrate_bias(case, rows, columns, repair=repair) if len(columns) else "unknown"
     now = bits.fingerprint(case.call.w)
     if _any(bits.changed_columns(now, entry.fingerprint)):
         return _arbitrate_weight(case, rows, now, repair=repair)
-    case.examine_again()
-    return "unknown"
+    if who == "unknown":
+        case.examine_again()
+    return who
+
+
+def _arbitrate_bias(case: Case, rows: np.ndarray, columns: np.ndarray, *, repair: bool) -> str:
+    """The bias is not the remembered one: a memory fault, undone in a copy, or an edit, followed."""
+    entry, call = case.entry, case.call
+    assert entry is not None and entry.bias is not None and call.bias is not None
+    changed: Changed = [(int(n),) for n in columns]
+    before = case.judgement
+    if call.policy.weights == "tracked" and not _fits_fragment(changed, call.bias.numel()):
+        panels.remember_bias(entry, entry.bias.owner, entry.bias.validity, call.bias)
+        case.bias = entry.bias.sums
+        case.examine_again()
+        _say_stale(case, rows, before)
+        return "stale"
+    case.outcome.weight_faults += entry.bias.owner.new_faults(entry.bias.validity, changed)
+    if repair:
+        case.call, case.bias = replace(call, bias=entry.bias.values), entry.bias.sums
+        case.y = case.compute(case.call)
+        case.outcome.executions += 1
+        case.examine_again()
+        case.find(Verdict.RECONSTRUCTED, np.setdiff1d(rows, case.suspects()), "weight", at=before, changed=changed)
+    return "weight"
 
 
 def _arbitrate_weight(case: Case, rows: np.ndarray, now: bits.Fingerprint, *, repair: bool) -> str:
     entry, call = case.entry, case.call
     assert entry is not None and entry.fingerprint is not None
     elements = bits.changed_elements(call.w, now, entry.fingerprint)
-    if call.policy.weights == "tracked" and not _fits_fragment(elements):
+    # In the weight's own coordinates: a product with its transpose sees it the other way round.
+    changed: Changed = [(e.column, e.row) if call.transposed else (e.row, e.column) for e in elements or ()]
+    if call.policy.weights == "tracked" and not _fits_fragment(changed, call.w.numel()):
         _accept_edit(case, rows)
         return "stale"
-    new = [e for e in elements or () if e not in entry.known_faults]
-    case.outcome.weight_faults += len(new) if elements else 1
-    entry.known_faults.extend(new)
+    case.outcome.weight_faults += entry.owner.new_faults(entry.validity, changed or [_summary(now)])
     if not repair:
         return "weight"
     if elements is None:
@@ -287,17 +324,21 @@ def _arbitrate_weight(case: Case, rows: np.ndarray, now: bits.Fingerprint, *, re
     case.y = case.compute(replace(call, w=bits.restored(call.w, elements)))
     case.outcome.executions += 1
     case.examine_again()
-    col = elements[0].row if len(elements) == 1 else None
-    case.find(Verdict.RECONSTRUCTED, np.setdiff1d(rows, case.suspects()), "weight", at=before, col=col)
+    case.find(Verdict.RECONSTRUCTED, np.setdiff1d(rows, case.suspects()), "weight", at=before, changed=changed)
     return "weight"
 
 
-def _fits_fragment(elements: list[bits.ChangedElement] | None) -> bool:
-    """Whether the changed elements lie in one fragment of the weight, as a memory fault's would."""
-    if not elements:
-        return False
-    rows, columns = {e.row // FRAGMENT_ROWS for e in elements}, {e.column // FRAGMENT_COLUMNS for e in elements}
-    return len(rows) == 1 and len(columns) == 1
+def _summary(now: bits.Fingerprint) -> tuple[int, ...]:
+    """One state of a weight whose changed elements cannot be named, to be counted once."""
+    return -1, int(now.plain.numpy().sum(dtype=np.int64)), int(now.weighted.numpy().sum(dtype=np.int64))
+
+
+def _fits_fragment(changed: Changed, of: int) -> bool:
+    """Whether the changed elements are what a memory fault leaves: one, or a part of one fragment, and few of the ``of``."""
+    if len(changed) < 2:
+        return len(changed) == 1
+    fragments = {(e[0] // FRAGMENT_ROWS, e[-1] // FRAGMENT_COLUMNS if len(e) > 1 else 0) for e in changed}
+    return len(fragments) == 1 and 2 * len(changed) <= of
 
 
 def _accept_edit(case: Case, rows: np.ndarray) -> None:
@@ -307,11 +348,17 @@ def _accept_edit(case: Case, rows: np.ndarray) -> None:
     before = case.judgement
     panels.rebuild(entry, case.call.w, entry.validity, reference.build_panel)
     case.examine_again()
+    _say_stale(case, rows, before)
+
+
+def _say_stale(case: Case, rows: np.ndarray, before: Judgement) -> None:
     case.find(Verdict.STALE, np.setdiff1d(rows, case.suspects()), "weight", at=before)
-    if not entry.stale_warned:
-        entry.stale_warned = True
+    entry = case.entry
+    assert entry is not None
+    if case.call.site not in entry.owner.warned_sites:
+        entry.owner.warned_sites.add(case.call.site)
         warnings.warn(
-            f"abft: a weight of shape {tuple(case.call.w.shape)} changed without an announcement abft can see "
+            f"abft: the weight or bias at {sites.site_of(case.call.site).name} changed without an announcement abft can see "
             "(a write through .data, numpy or a custom kernel); its panel was rebuilt. Call abft.refresh(model) after such writes.",
             stacklevel=2,
         )
@@ -324,15 +371,19 @@ def _nothing_suspect(j: Judgement) -> Judgement:
 # --- findings ---------------------------------------------------------------------------------------
 
 
-def _finding(verdict: Verdict, rows: np.ndarray, cause: str, j: Judgement, case: Case, col: int | None) -> Finding:
+def _finding(verdict: Verdict, rows: np.ndarray, cause: str, j: Judgement, case: Case, changed: Changed) -> Finding:
     with np.errstate(all="ignore"):
         ratio = np.nan_to_num(abs(j.sums.actual[rows] - j.sums.predicted[rows]) / j.tau[rows], nan=np.inf)
     r, g, kind = np.unravel_index(int(np.argmax(ratio)), ratio.shape)
     row = int(rows[r])
     d = j.sums.actual[row, g, kind] - j.sums.predicted[row, g, kind]
-    if col is None and verdict not in (Verdict.INPUT, Verdict.OVERFLOW, Verdict.STALE):
+    element = changed[0] if len(changed) == 1 else None
+    col = None
+    if element is not None:
+        col = element[-1] if case.call.transposed and len(element) > 1 else element[0]
+    elif verdict not in (Verdict.INPUT, Verdict.OVERFLOW, Verdict.STALE):
         col = _locate(case, j.y, row, int(g))
-    return Finding(verdict, len(rows), row, col, float(d), float(j.tau[row, g, kind]), cause)
+    return Finding(verdict, len(rows), row, col, float(d), float(j.tau[row, g, kind]), cause, element)
 
 
 def _locate(case: Case, y: Tensor, row: int, group: int) -> int | None:

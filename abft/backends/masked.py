@@ -8,6 +8,7 @@ Of a changed weight this path says UNCORRECTED (or STALE is not told from it): a
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import lru_cache
 
 import torch
@@ -19,6 +20,7 @@ from abft.backends.call import Call
 from abft.backends.reference import Plan
 from abft.checksum import FORMS, Groups, Layout, Panel, Sums
 from abft.errors import DeviceError
+from abft.faults import Strike
 from abft.ledger import COUNTER, COUNTERS, HEAD, HEADER, RECORD, RECORD_NAMES, RING, WORST, Verdict
 
 GROUP = 512
@@ -27,10 +29,12 @@ GROUP = 512
 def product(call: Call, words: Tensor, site: Tensor, backend: str) -> Tensor:
     """The product, judged and repaired without a host decision; counts and one record go into ``words``."""
     if call.policy.level == "off" or call.role not in call.policy.roles:
-        ledger.bypass("level off" if call.policy.level == "off" else f"role {call.role} not in policy")
-        return _redundant(call)
+        return reference.execute(call, call.strikes)
     p = plan_for(call, fused=backend == "reference")
-    panel, bias = _panel(call, p), None
+    panel, bias = panel_of(call, p), None
+    for strike in call.strikes:
+        if strike.place == "panel":
+            strike.hit(panel.columns)
     y, wide = _execute(call, p, struck=True)
     s = _sums(wide, call, panel, bias, p)
     tau = _bounds(s, call, p)
@@ -83,33 +87,33 @@ def plan_for(call: Call, *, fused: bool) -> Plan:
     return plan(call.w.shape[-2], call.a.shape[-1], call.a.dtype, call.policy.panel, call.policy.group, fused, capability)
 
 
-def _panel(call: Call, p: Plan) -> Panel:
+def panel_of(call: Call, p: Plan) -> Panel:
+    """The panel of a call's W, remembered if W is a weight."""
     if call.source is None:
-        panel = reference.build_panel(call.w, p.layout)
-    else:
-        frozen = call.policy.weights == "frozen"
-        panel = panels.entry_for(call.source, call.w, p.layout, transposed=call.transposed, frozen=frozen, build=reference.build_panel).panel
-    for strike in call.strikes:
-        if strike.place == "panel":
-            strike.hit(panel.columns)
-    return panel
+        return reference.build_panel(call.w, p.layout)
+    frozen = call.policy.weights == "frozen"
+    return panels.entry_for(
+        call.source, call.w, p.layout, transposed=call.transposed, frozen=frozen, build=reference.build_panel
+    ).panel
 
 
 def _execute(call: Call, p: Plan, *, struck: bool) -> tuple[Tensor, Tensor]:
     """(result, what is judged): the fp32 accumulators before bias and rounding where the product is fused, else the result."""
     strikes = call.strikes if struck else ()
-    if p.rounded or call.a.dtype == p.layout.dtype == p.sum_dtype:
+    if p.rounded or call.a.dtype == p.sum_dtype:
         y = reference.execute(call, strikes)
-        return y, y if call.bias is None else y
+        return y, y
+    unbiased = replace(call, bias=None)
     wide = _wide_product(call.a, call.w)
-    for strike in strikes:
-        if strike.place == "accumulator":
-            strike.hit(wide)
+    reference.strike_accumulators(wide, unbiased, strikes)
     y = (wide if call.bias is None else wide + call.bias).to(call.a.dtype)
-    for strike in strikes:
-        if strike.place == "output":
-            strike.hit(y)
+    reference.strike_output(y, strikes)
     return y, wide
+
+
+def execute_fused(call: Call, strikes: tuple[Strike, ...] = ()) -> Tensor:
+    """The result of a fused kernel: struck in its fp32 accumulators, then rounded once."""
+    return _execute(replace(call, strikes=strikes), plan_for(call, fused=True), struck=True)[0]
 
 
 def _wide_product(a: Tensor, w: Tensor) -> Tensor:
@@ -138,22 +142,12 @@ def _bounds(s: Sums, call: Call, p: Plan) -> Tensor:
     return threshold.bounds(s, threshold.coefficients(p.arithmetic, call.a.shape[-1], p.tested, p.layout.groups.width))
 
 
-def _redundant(call: Call) -> Tensor:
-    """DMR and TMR without a host decision: three executions, and a vote."""
-    from abft import redundancy
-
-    x = reference.execute(call, call.strikes)
-    if call.policy.redundancy == "none":
-        return x
-    return redundancy.vote(x, reference.execute(call), reference.execute(call))
-
-
 # --- the ledger ---------------------------------------------------------------------------------
 
 
 def _write(words: Tensor, site: Tensor, call: Call, backend: str, s: Sums, tau: Tensor, verdicts: dict[Verdict, Tensor]) -> None:
     device = words.device
-    place = sites.as_tensor(sites.site_of(sites.index_of(site)), device)
+    place = _place(site, device)
     at = HEADER + place * COUNTERS + _arange(COUNTERS, device)
     counts = {ledger.COUNTER_OF[v]: rows.sum() for v, rows in verdicts.items()}
     repeated = call.role == "fprop" and torch._C._current_graph_task_id() != -1
@@ -168,6 +162,28 @@ def _write(words: Tensor, site: Tensor, call: Call, backend: str, s: Sums, tau: 
     clean_worst = torch.where(bad, torch.zeros_like(ratio), ratio).amax().float().view(torch.int32).long()
     words.scatter_reduce_(0, at[WORST : WORST + 1], clean_worst.reshape(1), "amax")
     _record(words, place, call, backend, s, tau, ratio, bad, verdicts)
+
+
+def count_votes(words: Tensor, site: Tensor, agreed: Tensor, undecided: Tensor, *, alone: bool) -> None:
+    """Count the rows that a vote decided (RECOMPUTED) or could not (UNCORRECTED), and the executions.
+
+    ``alone``: nothing else checked this product, so the vote is its check.
+    """
+    device = words.device
+    counts = {
+        "recomputed": (~agreed & ~undecided).sum(),
+        "uncorrected": undecided.sum(),
+        "executions": _constant(3 if alone else 2, device),
+        "products": _constant(int(alone), device),
+        "checks": _constant(agreed.numel() if alone else 0, device),
+    }
+    at = HEADER + _place(site, device) * COUNTERS + torch.stack([_constant(COUNTER[name], device) for name in counts])
+    words.index_add_(0, at, torch.stack(list(counts.values())))
+
+
+def _place(site: Tensor, device: torch.device) -> Tensor:
+    """The site's number on the ledger's device, wherever the module's own tensor lies."""
+    return sites.as_tensor(sites.site_of(sites.index_of(site)), device)
 
 
 def _record(

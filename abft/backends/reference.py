@@ -79,11 +79,8 @@ def multiply(a: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
 def execute(call: Call, strikes: tuple[Strike, ...] = ()) -> Tensor:
     """The product, hit by ``strikes`` where they lie in its operands, accumulators or output."""
     y = multiply(call.a, call.w, call.bias)
-    for strike in strikes:
-        if strike.place == "operand":
-            _strike_operand(y, call, strike)
-        elif strike.place in ("accumulator", "output"):
-            strike.hit(y)
+    strike_accumulators(y, call, strikes)
+    strike_output(y, strikes)
     return y
 
 
@@ -93,12 +90,32 @@ def _strike_operand(y: Tensor, call: Call, strike: Strike) -> None:
     wrong = call.a.clone()
     strike.hit(wrong)
     rows = slice(region.row0, region.row1)
-    bias = None if call.bias is None else call.bias[columns]
     if call.a.dim() == 2:
-        y[rows, columns] = F.linear(wrong[rows], call.w[columns], bias)
+        # In y's own precision, so that accumulators may be struck before they are rounded.
+        y[rows, columns] = multiply(wrong[rows].to(y.dtype), call.w[columns].to(y.dtype), _part(call.bias, columns, y))
     else:
         b = region.batch
-        y[b, rows, columns] = F.linear(wrong[b, rows], call.w[b, columns], bias)
+        y[b, rows, columns] = multiply(wrong[b, rows].to(y.dtype), call.w[b, columns].to(y.dtype), _part(call.bias, columns, y))
+
+
+def _part(bias: Tensor | None, columns: slice, y: Tensor) -> Tensor | None:
+    return None if bias is None else bias[columns].to(y.dtype)
+
+
+def strike_accumulators(y: Tensor, call: Call, strikes: tuple[Strike, ...]) -> None:
+    """Apply, in place, the strikes that a product's sums see."""
+    for strike in strikes:
+        if strike.place == "operand":
+            _strike_operand(y, call, strike)
+        elif strike.place == "accumulator":
+            strike.hit(y)
+
+
+def strike_output(y: Tensor, strikes: tuple[Strike, ...]) -> None:
+    """Apply, in place, the strikes on the delivered, rounded result."""
+    for strike in strikes:
+        if strike.place == "output":
+            strike.hit(y)
 
 
 # --- the evidence -------------------------------------------------------------------------------

@@ -175,12 +175,14 @@ def product(call: Call, words: Tensor, site: Tensor) -> Tensor:
     words: the ledger's int64 words, on the device of ``call.a``; site: 0-d int64 tensor, read on the device.
     """
     if call.policy.level == "off" or call.role not in call.policy.roles:
-        ledger.bypass("level off" if call.policy.level == "off" else f"role {call.role} not in policy")
         return reference.execute(call, call.strikes)
     from abft.triton_kernels import gemm, launch, record
 
     p = plan_for(call)
-    panel = _panel(call, p)
+    panel = panel_of(call, p)
+    for strike in call.strikes:
+        if strike.place == "panel":
+            strike.hit(panel.columns)
     groups, kinds = p.layout.groups, p.layout.form.kinds
     signs = column_weights(groups, ("e",), call.a.device)[0]
     operands = gemm.Product(call.a, call.w, call.bias, panel.columns, signs, p.config)
@@ -197,16 +199,14 @@ def product(call: Call, words: Tensor, site: Tensor) -> Tensor:
         return launch.check(operands, evidence, judge, words, site, labels)
 
 
-def _panel(call: Call, p: Plan) -> Panel:
+def panel_of(call: Call, p: Plan) -> Panel:
+    """The panel of a call's W, remembered if W is a weight."""
     if call.source is None:
-        panel = build_panel(call.w, p.layout)
-    else:
-        frozen = call.policy.weights == "frozen"
-        panel = panels.entry_for(call.source, call.w, p.layout, transposed=call.transposed, frozen=frozen, build=build_panel).panel
-    for strike in call.strikes:
-        if strike.place == "panel":
-            strike.hit(panel.columns)
-    return panel
+        return build_panel(call.w, p.layout)
+    frozen = call.policy.weights == "frozen"
+    return panels.entry_for(
+        call.source, call.w, p.layout, transposed=call.transposed, frozen=frozen, build=build_panel
+    ).panel
 
 
 def _bound(p: Plan, k: int) -> Any:

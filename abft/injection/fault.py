@@ -77,8 +77,8 @@ def strike_of(fault: Fault, target: Target, rng: np.random.Generator) -> Strike:
         assert target.weight is not None
         shape, dtype, batch = (target.weight.shape[-2], target.weight.shape[-1]), target.weight.dtype, 0
     elif fault.where == "panel":
-        assert target.panel_shape is not None
-        shape, dtype, batch = target.panel_shape, torch.float32 if target.dtype != torch.float64 else target.dtype, 0
+        assert target.panel is not None
+        shape, dtype, batch = (target.panel.shape[-2], target.panel.shape[-1]), target.panel.dtype, 0
     else:
         columns = target.depth if fault.where == "operand" else target.columns
         shape, dtype = (target.rows, columns), target.dtype if fault.where != "accumulator" else target.accumulator

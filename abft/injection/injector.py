@@ -65,6 +65,7 @@ class faults:
         drawn = [s.draw(rng) if isinstance(s, Mixture) and self._rate is None else s for s in self._specs]
         self._plan: _Schedule = _PerProduct(drawn, rng) if self._rate is None else _PerEvent(self._specs, self._rate, self._seed)
         self._undo: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._broken_panels: list[tuple[Tensor, Tensor, Tensor]] = []
         self._calls: dict[tuple[str, str], int] = {}
         self._pending: list[tuple[Fault, Strike, Tensor | None]] = []
         active_faults.active = self._hits
@@ -78,6 +79,9 @@ class faults:
             hook.remove()
         for weight, place, before in reversed(self._undo):
             _put_back(weight, place, before)
+        for panel, before, struck in reversed(self._broken_panels):
+            # What still holds the fault; a panel rebuilt since is left alone.
+            panel.copy_(torch.where(bits.same(panel, struck), before, panel))
         missing = self._plan.never_fired()
         if kind is None and missing:
             raise NotInjected(
@@ -93,6 +97,8 @@ class faults:
             strike = strike_of(fault, target, rng)
             if strike.place == "weight":
                 self._strike_weight(target, strike)
+            elif strike.place == "panel":
+                self._remember_panel(target, strike)
             self._pending.append((fault, strike, None))
             strikes.append(strike)
         return strikes
@@ -104,6 +110,12 @@ class faults:
         # Past the version counter, as a particle would.
         raw = strike.region.of(bits.as_integers(target.weight.data))
         raw.copy_(bits.as_integers(strike.operation.apply(part)))
+
+    def _remember_panel(self, target: Target, strike: Strike) -> None:
+        assert target.panel is not None
+        before, struck = target.panel.clone(), target.panel.clone()
+        strike.hit(struck)
+        self._broken_panels.append((target.panel, before, struck))
 
     def _record(self, call: Call, target: Target, clean: Tensor, struck: Tensor, strikes: tuple[Strike, ...]) -> None:
         changed = ~bits.same(clean, struck)

@@ -31,12 +31,12 @@ class Checked:
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         out = super()._apply(fn, recurse)  # type: ignore[misc]
         attach(self, self._abft_name, self._abft_policy, moved=True)  # type: ignore[arg-type]
-        panels.advance_epoch(announced=True)
+        panels.announce(panels.sources_of(self))  # type: ignore[arg-type]
         return out
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)  # type: ignore[misc]
-        panels.advance_epoch(announced=True)
+        panels.announce(panels.sources_of(self))  # type: ignore[arg-type]
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy is another place where products are checked: it gets a site of its own.

@@ -12,15 +12,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from abft import faults, floating, ledger, panels, policy, redundancy, reporting, sites, threshold
-from abft.backends import arbitration, quick, reference
+from abft.backends import arbitration, masked, quick, reference
 from abft.backends.call import Call
+from abft.checksum import Panel
 from abft.errors import DeviceError, FaultDetected, PolicyError, UncorrectedFault
 from abft.faults import Strike, Target
 from abft.ledger import Finding, Outcome, Verdict
@@ -49,37 +49,34 @@ def _product(
     source = b if role != "wgrad" and isinstance(b, torch.nn.Parameter) else None
     left = a.mT if ta else a
     right = b if b.dtype == a.dtype else b.to(a.dtype)
-    call = Call(left, right.mT if tb else right, bias, source, tb, role, chosen, sites.index_of(site))
+    offset = bias if bias is None or bias.dtype == a.dtype else bias.to(a.dtype)
+    bias_source = bias if isinstance(bias, torch.nn.Parameter) else None
+    call = Call(left, right.mT if tb else right, offset, source, tb, role, chosen, sites.index_of(site), bias_source=bias_source)
     if left.numel() == 0 or right.numel() == 0:
         # Nothing is multiplied: zero rows or columns, or a sum over nothing, which is the bias alone.
         return reference.multiply(call.a, call.w, call.bias)
     backend = choose_backend(call)
     if faults.active is not None:
         call = _struck(call, backend)
-    if backend == "triton":
-        from abft.backends import triton
-
+    if backend == "triton" or a.device.type != "cpu":
         words = torch.from_numpy(ledger.cpu().words) if a.device.type == "cpu" else ledger_
-        return triton.product(call, words, site)
-    if a.device.type != "cpu":
-        from abft.backends import masked
-
-        return masked.product(call, ledger_, site, backend)
+        return _product_on_device(call, words, site, backend)
     return _product_on_host(call, backend)
 
 
 def _struck(call: Call, backend: str) -> Call:
     """The call with the faults that an injector sends; tells the injector what they do to the result."""
-    shape = None
-    if call.source is not None:
-        # Remembered before anything strikes: a fault in a weight comes after the weight was loaded.
-        shape = (_entry(call, reference.plan_for(call)).panel.columns.shape[0], call.a.shape[-1]) if backend != "triton" else None
-    accumulator = floating.ACCUMULATOR[call.a.dtype] if backend == "triton" else call.a.dtype
+    # Remembered before anything strikes: a fault in a weight comes after the weight was loaded.
+    panel = _panel_of(call, backend) if call.source is not None else None
+    # Of the kernels' accumulators every bit can flip; elsewhere the product arrives rounded to its dtype.
+    fused = backend == "triton" or (call.a.device.type != "cpu" and backend == "reference")
     target = Target(
-        sites.site_of(call.site).name, call.role, call.a.shape[-2], call.w.shape[-2], call.a.shape[-1], call.a.dtype, accumulator,
-        call.a.shape[0] if call.a.dim() == 3 else 1, call.source, shape,
+        sites.site_of(call.site).name, call.role, call.a.shape[-2], call.w.shape[-2], call.a.shape[-1], call.a.dtype,
+        floating.ACCUMULATOR[call.a.dtype] if fused else call.a.dtype, call.a.shape[0] if call.a.dim() == 3 else 1, call.source,
+        None if panel is None else panel.columns,
     )  # fmt: skip
-    clean = reference.execute(call) if on_strike is not None else None
+    execute = masked.execute_fused if fused else reference.execute
+    clean = execute(call, ()) if on_strike is not None else None
     strikes = tuple(faults.strikes(target))
     if not strikes:
         return call
@@ -87,8 +84,18 @@ def _struck(call: Call, backend: str) -> Call:
         w = call.source.detach().to(call.a.dtype)  # type: ignore[union-attr]
         call = replace(call, w=w.mT if call.transposed else w)
     if on_strike is not None and clean is not None:
-        on_strike(call, target, clean, reference.execute(call, strikes), strikes)
+        on_strike(call, target, clean, execute(call, strikes), strikes)
     return replace(call, strikes=strikes)
+
+
+def _panel_of(call: Call, backend: str) -> Panel:
+    if backend == "triton":
+        from abft.backends import triton
+
+        return triton.panel_of(call, triton.plan_for(call))
+    if call.a.device.type != "cpu":
+        return masked.panel_of(call, masked.plan_for(call, fused=backend == "reference"))
+    return _entry(call, reference.plan_for(call)).panel
 
 
 # --- which backend ------------------------------------------------------------------------------
@@ -105,7 +112,7 @@ def choose_backend(call: Call) -> str:
     if chosen == "auto":
         chosen = "triton" if call.a.device.type == "cuda" and _triton_unavailable(call) is None else "reference"
     if call.policy.max_floor is not None and call.policy.level != "off":
-        floor = _expected_floor(call)
+        floor = _expected_floor(call, chosen)
         if floor > call.policy.max_floor:
             raise PolicyError(
                 f"max_floor={call.policy.max_floor:g} cannot be met: backend {chosen!r} on {call.a.device.type} reaches {floor:.2g} for "
@@ -122,9 +129,41 @@ def _triton_unavailable(call: Call) -> str | None:
     return triton.available(call.a.device, call.a.dtype)
 
 
-def _expected_floor(call: Call) -> float:
-    p = reference.plan_for(call)
+def _expected_floor(call: Call, backend: str) -> float:
+    p: Any
+    if backend == "triton":
+        from abft.backends import triton
+
+        p = triton.plan_for(call)
+    elif call.a.device.type != "cpu":
+        p = masked.plan_for(call, fused=backend == "reference")
+    else:
+        p = reference.plan_for(call)
     return threshold.expected_floor(p.arithmetic, call.a.shape[-1], p.layout.groups)
+
+
+# --- on a device the host does not wait for -----------------------------------------------------------
+
+
+def _product_on_device(call: Call, words: Tensor, site: Tensor, backend: str) -> Tensor:
+    def run(c: Call, book: Tensor) -> Tensor:
+        if backend == "triton":
+            from abft.backends import triton
+
+            return triton.product(c, book, site)
+        return masked.product(c, book, site, backend)
+
+    unchecked = call.policy.level == "off" or call.role not in call.policy.roles
+    if call.policy.redundancy == "none":
+        if unchecked:
+            ledger.bypass("level off" if call.policy.level == "off" else f"role {call.role} not in policy")
+        return run(call, words)
+    # No host decision can save the third execution, so dmr costs here what tmr costs. Replicas keep no books.
+    scratch = ledger.scratch(words.device)
+    x, y, z = run(call, words), run(replace(call, strikes=()), scratch), run(replace(call, strikes=()), scratch)
+    agreed = redundancy.agreeing_rows(x, y) & redundancy.agreeing_rows(y, z)
+    masked.count_votes(words, site, agreed, redundancy.undecided_rows(x, y, z), alone=unchecked)
+    return redundancy.vote(x, y, z)
 
 
 # --- on a host whose memory may be read -------------------------------------------------------------
@@ -180,15 +219,14 @@ def _check(call: Call, y: Tensor, outcome: Outcome) -> Tensor:
     for strike in call.strikes:
         if strike.place == "panel":
             strike.hit(panel.columns)
-    bias = panels.bias_sums_for(entry, call.bias, p.layout)
+    bias = panels.bias_sums_for(entry, call.bias_source, call.bias, p.layout, frozen=call.policy.weights == "frozen")
     if entry is not None and _quickly_clean(call, y, entry, bias, p, outcome):
         return y
     judgement = reference.examine(y, call, panel, bias, p)
     if judgement.clean and (entry is None or entry.uses % PANEL_AUDIT or panels.intact(entry)):
         outcome.worst = judgement.worst
         return y
-    fresh = partial(panels.bias_sums_for, None, call.bias, p.layout)
-    case = arbitration.Case(call, p, y, judgement, panel, entry, bias, reference.execute, fresh, outcome)
+    case = arbitration.Case(call, p, y, judgement, panel, entry, bias, reference.execute, outcome)
     return arbitration.settle(case)
 
 

@@ -1,0 +1,35 @@
+"""``python -m bench COMMAND [options]``: without a command, what there is."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+COMMANDS = {
+    "clean": "fault-free rows of every data family through the public path: alarms, largest residual over bound",
+    "emulated-clean": "the same on emulated tensor cores (needs the emulator: --emulator or ABFT_EMULATOR)",
+    "campaign": "faults of every class, place, pattern and role through abft.inject: detected, repaired, located, missed",
+    "emulated-faults": "flips and nullifications in emulated tensor-core accumulators, weights and panels",
+    "floors": "the smallest deviation found, per backend, dtype and K, beside threshold.expected_floor",
+    "activations": "a real sentence encoder's activations and gradients, fault-free",
+    "memory": "bytes of panels, per direction and group",
+    "host": "cost of the dispatch, and of a small checked linear beside torch's",
+    "summary": "the committed results as one table",
+    "cubins": "compiled kernels: registers, spills, shared memory, instructions",
+}
+MODULES = {"emulated-clean": "emulated_clean", "emulated-faults": "emulated_faults"}
+
+
+def main() -> int:
+    if len(sys.argv) < 2 or sys.argv[1] not in COMMANDS:
+        print(__doc__)
+        for name, meaning in COMMANDS.items():
+            print(f"  {name:<16} {meaning}")
+        return 0 if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help") else 2
+    name = sys.argv[1]
+    module = importlib.import_module(f"bench.{MODULES.get(name, name)}")
+    return module.main(sys.argv[2:]) or 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,266 @@
+"""Fault campaign on the public path: every class × place × pattern × role, through ``abft.inject``; what became of each.
+
+    python -m bench campaign --dtype fp32 --trials 300
+
+A trial is one fault in one product of a protected ``nn.Linear``: of its forward, input gradient or weight gradient. Its
+effect is the relative L2 change of the worst row before any repair. Counted per class, never as one average:
+
+    harmful     effect ≥ 1e-3 (fp32), ≥ 1e-2 where the product arrives rounded (bf16, fp16 on a CPU)
+    detected    a verdict that is a fault (or, for a broken panel: the panel was rebuilt)
+    repaired    detected, and what was delivered equals the fault-free result bit for bit
+    rounded     … or differs from it by no more than one rounding of the output type
+    located     of detected single wrong elements: row and column named rightly
+    void        nothing changed (a zero nullified, a bit stuck where it was): not a fault, not counted
+"""
+
+from __future__ import annotations
+
+import argparse
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import abft
+from abft.inject import Fault
+from bench import families, intervals
+from bench.clean import DTYPES
+from bench.results import Results
+
+HARM = {"fp32": 1e-3, "fp64": 1e-3, "bf16": 1e-2, "fp16": 1e-2}
+WHATS = {
+    "nullify": {"what": "nullify"},
+    "flip1": {"what": "bitflip", "bits": 1},
+    "flip2-lsb": {"what": "bitflip", "bits": 2, "weighting": "lsb"},
+    "flip4-lsb": {"what": "bitflip", "bits": 4, "weighting": "lsb"},
+    "carry": {"what": "carry"},
+    "nan": {"what": "nan"},
+    "inf": {"what": "inf"},
+    "near-inf": {"what": "near_inf"},
+    "scale": {"what": "scale"},
+    "stuck-at": {"what": "stuck_at"},
+}
+#: place → (patterns, roles, how the weight is watched). A panel or a weight belongs to products with a remembered weight.
+PLACES: dict[str, tuple[tuple[str, ...], tuple[str, ...], str]] = {
+    "accumulator": (("element", "row", "warp", "fragment", "tile"), ("fprop", "dgrad", "wgrad"), "tracked"),
+    "output": (("element", "row", "warp", "fragment", "tile"), ("fprop", "dgrad", "wgrad"), "tracked"),
+    "operand": (("element", "row", "warp", "fragment", "tile"), ("fprop", "dgrad", "wgrad"), "tracked"),
+    "panel": (("element", "row", "fragment"), ("fprop", "dgrad"), "tracked"),
+    "weight": (("element", "warp", "fragment"), ("fprop", "dgrad"), "frozen"),
+}
+#: (activations, weights, rows, columns, depth): ragged and even sizes, one and several groups.
+SUBJECTS = (
+    ("gauss", "gauss", 48, 256, 64),
+    ("post-norm", "output-scales", 130, 96, 512),
+    ("post-gelu", "two-valued", 64, 384, 384),
+    ("shifted", "offset", 40, 200, 512),
+    ("outlier-channels", "gauss", 33, 1024, 256),
+    ("row-scales", "big-output", 48, 256, 512),
+    ("softmax", "half-offset", 64, 128, 2048),
+    ("student-t", "student-t3", 48, 520, 128),
+)
+KEPT = 8  # misses of a class that are written out, to be run again
+
+
+class Subject:
+    """One layer with its operands and fault-free results."""
+
+    def __init__(self, number: int, dtype: torch.dtype, weights: str) -> None:
+        activation, weight, m, n, k = SUBJECTS[number]
+        g = families.generator(number, 7)
+        self.number = number
+        self.layer = nn.Linear(k, n, dtype=dtype)
+        with torch.no_grad():
+            self.layer.weight.copy_(families.weights(weight, n, k, g, dtype))
+            self.layer.bias.copy_(torch.randn(n, generator=g))
+        self.x = families.activations(activation, m, k, g, dtype).requires_grad_()
+        self.gradient = families.activations("gauss", m, n, g, dtype)
+        abft.protect(self.layer, abft.Policy(weights=weights, on_uncorrected="record"), name=f"{number}/{weights}/{dtype}")  # type: ignore[arg-type]
+        self.clean = {role: self.run(role) for role in ("fprop", "dgrad", "wgrad")}
+        found = abft.report(reset=True)
+        assert found.detected == found.false_alarms == 0, f"alarm on clean data of subject {number}: {found}"
+
+    def run(self, role: str) -> Tensor:
+        if role == "fprop":
+            with torch.no_grad():
+                return self.layer(self.x)
+        y = self.layer(self.x)
+        return torch.autograd.grad(y, self.x if role == "dgrad" else self.layer.weight, self.gradient)[0]
+
+
+@dataclass
+class Tally:
+    """Counts of one class."""
+
+    trials: int = 0
+    void: int = 0
+    harmful: int = 0
+    detected: int = 0
+    harmful_detected: int = 0
+    repaired: int = 0
+    rounded: int = 0
+    single: int = 0
+    located: int = 0
+    mislocated: int = 0
+    benign_missed: int = 0
+    false_alarms: int = 0
+    weight_named: int = 0
+    floor: float = float("inf")  # smallest effect found
+    largest_missed: float = 0.0
+    misses: list[dict[str, Any]] = field(default_factory=list)
+    unrepaired: list[dict[str, Any]] = field(default_factory=list)
+    by_role: dict[str, list[int]] = field(default_factory=dict)  # role → [harmful, of these detected]
+
+
+def trial(tally: Tally, subject: Subject, fault: Fault, seed: int, harm: float) -> None:
+    """One fault, and what became of it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with abft.inject.faults(fault, seed=seed) as log:
+            delivered = subject.run(fault.role)
+    report = abft.report(reset=True)
+    effect = max(entry.effect for entry in log)
+    on_panel = fault.where == "panel"
+    detected = report.detected > 0 or (on_panel and report.false_alarms > 0)
+    same = _same_bits(delivered, subject.clean[fault.role])
+    if not on_panel and not log[0].elements:
+        tally.void += 1
+        tally.false_alarms += detected or report.false_alarms > 0
+        return
+    tally.trials += 1
+    tally.detected += detected
+    tally.false_alarms += report.false_alarms > 0 and not on_panel
+    harmful = effect >= harm
+    tally.harmful += harmful
+    tally.harmful_detected += harmful and detected
+    counts = tally.by_role.setdefault(fault.role, [0, 0])
+    counts[0] += harmful
+    counts[1] += harmful and detected
+    how = {"subject": subject.number, "role": fault.role, "seed": seed, "effect": effect}
+    if detected:
+        tally.floor = min(tally.floor, effect)
+        tally.repaired += same
+        tally.rounded += same or _within_rounding(delivered, subject.clean[fault.role])
+        if not same and len(tally.unrepaired) < KEPT:
+            tally.unrepaired.append(how | {"left": _effect(delivered, subject.clean[fault.role]), "verdicts": _verdicts(report)})
+        _locate(tally, fault, log[0], report)
+    elif harmful:
+        tally.largest_missed = max(tally.largest_missed, effect)
+        if len(tally.misses) < KEPT:
+            tally.misses.append(how | {"verdicts": _verdicts(report)})
+    else:
+        tally.benign_missed += 1
+        tally.largest_missed = max(tally.largest_missed, effect)
+
+
+def _locate(tally: Tally, fault: Fault, entry: abft.inject.Injected, report: abft.Report) -> None:
+    event = report.events[-1] if report.events else None
+    if event is None:
+        return
+    if fault.where == "weight" and fault.pattern == "element":
+        # A weight's element changes one column of the result; the event names it.
+        tally.weight_named += event.cause == "weight" and event.col in {c for _, c, _, _ in entry.elements}
+        tally.single += 1
+    elif fault.pattern == "element" and fault.where in ("accumulator", "output"):
+        tally.single += 1
+        right = (event.row, event.col) == entry.elements[0][:2]
+        tally.located += right
+        tally.mislocated += event.col is not None and not right
+
+
+def _same_bits(a: Tensor, b: Tensor) -> bool:
+    return bool(((a == b) | (a.isnan() & b.isnan())).all()) and torch.equal(torch.signbit(a), torch.signbit(b))
+
+
+def _within_rounding(a: Tensor, b: Tensor) -> bool:
+    """One spacing of the output type at the element, or, where an element cancelled, at a thousandth of its row."""
+    a64, b64 = a.double(), b.double()
+    size = b64.abs().clamp(min=1e-3 * float(b64.square().mean(-1, keepdim=True).sqrt().max()))
+    return bool(((a64 - b64).abs() <= 2 * torch.finfo(b.dtype).eps * size).all())
+
+
+def _effect(a: Tensor, b: Tensor) -> float:
+    change = torch.linalg.vector_norm(a.double() - b.double(), dim=-1)
+    return float((change / torch.linalg.vector_norm(b.double(), dim=-1).clamp(min=1e-300)).nan_to_num(torch.inf).max())
+
+
+def _verdicts(report: abft.Report) -> dict[str, int]:
+    names = ("observed", "recomputed", "reconstructed", "uncorrected", "false_alarms", "stale", "input_rows", "overflow_rows", "weight_faults")
+    return {name: getattr(report, name) for name in names if getattr(report, name)}
+
+
+def cells() -> Iterator[tuple[str, str, str]]:
+    for place, (patterns, _, _) in PLACES.items():
+        for what in WHATS:
+            for pattern in patterns:
+                yield place, what, pattern
+
+
+def run_cell(place: str, what: str, pattern: str, trials: int, seed: int, subjects: dict[str, list[Subject]], harm: float) -> Tally:
+    """``trials`` seeded faults of one class, roles and subjects in turn."""
+    tally = Tally()
+    _, roles, watched = PLACES[place]
+    rng = np.random.default_rng([seed, *f"{place} {what} {pattern}".encode()])
+    for i in range(trials):
+        fault = Fault(where=place, role=roles[i % len(roles)], pattern=pattern, **WHATS[what])  # type: ignore[arg-type]
+        pool = subjects[watched]
+        trial(tally, pool[int(rng.integers(len(pool)))], fault, int(rng.integers(2**31)), harm)
+    return tally
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench campaign", description=__doc__)
+    parser.add_argument("--dtype", default="fp32", choices=DTYPES)
+    parser.add_argument("--trials", type=int, default=300, help="per class")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--fresh", action="store_true")
+    options = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    results = Results(f"faults-reference-{options.dtype}", fresh=options.fresh, trials=options.trials, seed=options.seed)
+    harm = HARM[options.dtype]
+    subjects = {w: [Subject(i, DTYPES[options.dtype], w) for i in range(len(SUBJECTS))] for w in ("tracked", "frozen")}
+    todo = list(cells())
+    for i, (place, what, pattern) in enumerate(todo):
+        key = f"{place} {what} {pattern} trials{options.trials} seed{options.seed}"
+        if results.find(key) is None:
+            t = run_cell(place, what, pattern, options.trials, options.seed, subjects, harm)
+            kept = {k: v for k, v in vars(t).items() if v}
+            results.add("class", key=key, place=place, what=what, pattern=pattern, **kept)
+        results.progress(i + 1, len(todo), key)
+    print(summarise(results, harm))
+    return 0
+
+
+def summarise(results: Results, harm: float) -> str:
+    """Write one summary record per place, with exact intervals; returns them as lines."""
+    classes = [r for r in results.records if r["kind"] == "class"]
+    summary = {place: _sum([r for r in classes if r["place"] == place]) for place in PLACES}
+    summary["all but panels"] = _sum([r for r in classes if r["place"] != "panel"])
+    results.replace("summary", harmful_from=harm, confidence=0.95, places=summary)
+    lines = [f"{results.path.stem}: harmful = effect ≥ {harm:g}"]
+    for place, s in summary.items():
+        lines.append(
+            f"  {place:<15} {s['trials']:>6} faults, {s['harmful']:>6} harmful, detected {s['harmful_detected']:>6} (≥ {s['harmful_detected_at_least']:.5f}); "
+            f"repaired {s['repaired']}/{s['detected']}, within a rounding {s['rounded']}; located {s['located']}/{s['single']}; "
+            f"false alarms {s['false_alarms']}; smallest found {s['floor']:.2g}, largest missed {s['largest_missed']:.2g}"
+        )
+    return "\n".join(lines)
+
+
+def _sum(classes: list[dict[str, Any]]) -> dict[str, Any]:
+    names = (
+        "trials", "void", "harmful", "harmful_detected", "detected", "repaired", "rounded", "single", "located", "mislocated", "weight_named",
+        "benign_missed", "false_alarms",
+    )  # fmt: skip
+    out: dict[str, Any] = {name: sum(r.get(name, 0) for r in classes) for name in names}
+    out["located"] += out["weight_named"]
+    out["harmful_detected_at_least"] = intervals.lower_limit(out["harmful_detected"], out["harmful"]) if out["harmful"] else 0.0
+    out["repaired_interval"] = intervals.proportion(out["repaired"], out["detected"])
+    out["located_interval"] = intervals.proportion(out["located"], out["single"])
+    out["floor"] = min((float(r.get("floor", "inf")) for r in classes), default=float("inf"))
+    out["largest_missed"] = max((float(r.get("largest_missed", 0)) for r in classes), default=0.0)
+    return out

@@ -1,0 +1,61 @@
+"""What a measured number belongs to: code, versions and kind of machine; nothing that names a particular machine."""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import numpy
+import scipy
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def stamp() -> dict[str, Any]:
+    return {
+        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        "commit": _commit(),
+        "sources": sources(),
+        "cpu": cpu_model(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": numpy.__version__,
+        "scipy": scipy.__version__,
+        "system": f"{platform.system()} {platform.machine()}",
+    }
+
+
+def sources() -> str:
+    """A hash of the package's sources: which code was measured, whether or not it was committed."""
+    digest = hashlib.sha256()
+    for path in sorted((ROOT / "abft").rglob("*.py")):
+        digest.update(path.relative_to(ROOT).as_posix().encode())
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def cpu_model() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def _commit() -> str:
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True).stdout.strip()
+
+    try:
+        changed = "+changes" if git("status", "--porcelain", "--", "abft") else ""
+        return git("rev-parse", "--short=12", "HEAD") + changed
+    except OSError:
+        return "unknown"

@@ -1,0 +1,70 @@
+"""What a person reads at the end: each act's table, what its columns mean, and what it showed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from . import tables
+from .faultlog import Tally
+from .retrieval import Retrieval
+from .training import YARDSTICK, Distance, Run, Text
+
+
+def of_retrieval(result: Retrieval) -> str:
+    lines = [
+        f"(a) RETRIEVAL  {result.questions} questions, {result.passages} docstrings (corpus {result.corpus_sha256[:12]})",
+        f"  Fault-free, the expected docstring comes first for {result.top1:.0%} of the questions, "
+        f"among three for {result.top3:.0%}.",
+        tables.retrieval_table(result),
+        "  harmful: changes a row of a product by ≥ 1e-3.  missed: asked under a harmful fault, nothing detected.",
+        "  alarms: detections without a fault.  wrong, top-5: not the fault-free answer, not its list of five.",
+        "  ms: median of a request.  The products inside attention (QKᵀ, PV) are neither struck nor checked.",
+    ]
+    example = next((example for example in result.wrong_answers if example.arm == "unprotected"), None)
+    if example is not None:
+        lines += [
+            f"  Unprotected, asked “{example.question}”:",
+            f"    answered {example.wrong}, not {example.right}, after {example.fault}.",
+        ]
+    for name in ("protected", "DMR"):
+        arms = [arm for arm in result.arms if arm.arm == name]
+        wrong, asked = sum(arm.wrong for arm in arms), sum(arm.requests for arm in arms)
+        lines.append(f"  {name}: {wrong} wrong answers in {asked} requests; {_undetected(arm.faults for arm in arms)}")
+    return "\n".join(lines)
+
+
+def of_training(text: Text, rows: Sequence[tuple[Run, Distance]]) -> str:
+    run = rows[0][0]
+    guarded, equal = _arm(rows, "protected"), sum(distance.bit_equal for _, distance in _arm(rows, "protected"))
+    skipped = sum(run.skipped for run, _ in _arm(rows, "NaN watching"))
+    replays, dropped = sum(run.replays for run, _ in guarded), sum(run.dropped for run, _ in guarded)
+    lines = [
+        f"(b) TRAINING  {len(run.losses)} steps of a GPT with {run.parameters.numel() / 1e6:.2f} M parameters on "
+        f"{text.characters / 1e6:.1f} M characters (corpus {text.sha256[:12]})",
+        tables.training_table(rows),
+        "  Δ: against the fault-free run of the same seed.  held-out: final loss on other text, without faults.",
+        "  other threads: fault-free, sums in another order; what separates it is rounding alone.",
+        f"  NaN watching skipped {skipped} steps; StepGuard replayed {replays} and dropped {dropped}.",
+        f"  Largest |Δloss|: unprotected {_furthest(rows, 'unprotected')}, protected {_furthest(rows, 'protected')}, "
+        f"rounding {_furthest(rows, YARDSTICK)}.",
+        f"  protected: {equal} of {len(guarded)} runs bit-equal; {_undetected(run.faults for run, _ in guarded)}",
+    ]
+    return "\n".join(lines)
+
+
+def _undetected(tallies: Iterable[Tally]) -> str:
+    """What slipped through: the faults below the floor."""
+    tallies = list(tallies)
+    unseen = sum(tally.struck - tally.detected for tally in tallies)
+    if not unseen:
+        return "every fault was detected."
+    worst = max(tally.largest_undetected for tally in tallies)
+    return f"{unseen} faults undetected, the worst changed a row by {worst:.0e}."
+
+
+def _arm(rows: Sequence[tuple[Run, Distance]], name: str) -> list[tuple[Run, Distance]]:
+    return [(run, distance) for run, distance in rows if run.arm == name]
+
+
+def _furthest(rows: Sequence[tuple[Run, Distance]], name: str) -> str:
+    return tables.number(max(distance.max_loss for _, distance in _arm(rows, name)), ".0e")

@@ -1,0 +1,86 @@
+"""Launch shapes, as data. The tile decides the order of summation, so it is part of the arithmetic that a bound holds for.
+
+Not tuned yet on hardware: chosen from compiled registers, spills and shared memory (bench/results/cubins-*.jsonl).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+#: Result columns under one check, near-equal in units of a tile. Wider costs less and sees less: the floor grows with its root.
+GROUP = 512
+#: Tall columns of tiles: neighbours in time share operands in the L2.
+TALL = 8
+#: Programs of the repair, which share its tiles: one for each multiprocessor of the largest common GPU. Any number is right.
+REPAIR_PROGRAMS = 132
+#: Warpgroup MMA needs 64 rows and 16 columns; narrower tiles would fall to other instructions, that is, to other bits.
+MIN_COLUMNS = 16
+
+
+@dataclass(frozen=True)
+class Config:
+    """bm × bn data tiles, bm × bc check tiles, bk the step in K; ``precision`` as in tl.dot."""
+
+    bm: int
+    bn: int
+    bk: int
+    warps: int
+    stages: int
+    precision: str = "ieee"
+    bc: int = 64
+
+    def launch(self) -> dict[str, Any]:
+        """The keyword arguments of a launch. Fused multiply-add is said aloud: its default differs between Triton versions."""
+        return {
+            "BM": self.bm, "BN": self.bn, "BK": self.bk, "BC": self.bc, "TALL": TALL, "PRECISION": self.precision,
+            "num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True,
+        }  # fmt: skip
+
+
+#: (architecture, kind of operand) → config. Architectures: 80 stands for all before Hopper, 90, 100 for Blackwell's data centre.
+CONFIGS = {
+    (80, "16-bit"): Config(128, 128, 32, warps=8, stages=3),
+    (90, "16-bit"): Config(128, 128, 64, warps=8, stages=4),
+    (100, "16-bit"): Config(128, 128, 64, warps=8, stages=4),
+    (80, "tf32"): Config(128, 128, 32, warps=8, stages=2, precision="tf32"),
+    (90, "tf32"): Config(128, 128, 32, warps=8, stages=4, precision="tf32"),
+    (100, "tf32"): Config(128, 128, 32, warps=8, stages=4, precision="tf32"),
+    (80, "ieee"): Config(64, 64, 16, warps=8, stages=3),
+    (90, "ieee"): Config(64, 64, 16, warps=8, stages=3),
+    (100, "ieee"): Config(64, 64, 16, warps=8, stages=3),
+}
+#: The interpreter pays per operation, not per element.
+INTERPRETED = Config(128, 128, 256, warps=4, stages=1)
+
+
+@dataclass(frozen=True)
+class PanelConfig:
+    """bn rows of W at a time, bk of its columns per program."""
+
+    bn: int
+    bk: int
+    warps: int
+
+
+PANEL = PanelConfig(32, 64, warps=4)
+PANEL_INTERPRETED = PanelConfig(128, 512, warps=4)
+
+
+def family(capability: tuple[int, int]) -> int:
+    """The row of the table for a CUDA capability; consumer Blackwell (12.x) has the older matrix instructions."""
+    major = capability[0]
+    return {9: 90, 10: 100}.get(major, 80)
+
+
+def choose(architecture: int | None, kind: str, group: int | None, checksum_columns: int = 64) -> Config:
+    """The config of a product; ``architecture`` None: interpreted. A narrow ``group`` gets tiles that fit it."""
+    config = CONFIGS[architecture, kind] if architecture is not None else replace(INTERPRETED, precision="ieee")
+    if group is not None and group < config.bn:
+        config = replace(config, bn=max(MIN_COLUMNS, 1 << (group.bit_length() - 1)))
+    return replace(config, bc=check_width(checksum_columns))
+
+
+def check_width(columns: int) -> int:
+    """Columns of a check tile: as few as hold the panel, at most 64."""
+    return min(64, max(MIN_COLUMNS, 1 << max(columns - 1, 1).bit_length()))

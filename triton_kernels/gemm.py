@@ -1,0 +1,151 @@
+"""The checked product Y = A Wᵀ + b: one launch computes the result and, twice over, what its rows must sum to.
+
+    data tiles     acc = A[rows] · W[cols]ᵀ                    fp32 accumulator
+                   partials[:, tile_n, m] = Σ ε acc, Σ acc, Σ acc²
+                   Y = cast(acc + b)
+    check tiles    raw[m, c] = A[rows] · P[c]ᵀ                  P (C, K) the panel: weighted sums of W's rows
+
+P was built from W beforehand, so Σ_n ε_n acc[m, n] and A[m] · (Σ_n ε_n W[n]) are the same number computed along two
+paths, and differ by rounding or by a fault. Two choices make the comparison sharp:
+
+  * sums are taken from the accumulator, before bias and cast: rounding Y would hide errors a thousand times larger;
+  * check tiles run the data tiles' K loop on the same units, so that the truncation of tensor cores, which is a bias and
+    not a noise, is common to both and cancels.
+
+Who compares them, and what happens then: verify.py, repair.py, settle.py. The bias lies outside the check.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .configs import Config
+from .tiles import (
+    ACCUMULATOR,
+    OUTPUT,
+    Faults,
+    accumulate,
+    finish,
+    matrix,
+    row_sums,
+    split_program,
+    store_sums,
+    store_tile,
+    strike,
+    tile_of,
+)
+
+#: Planes of a tile's partial sums; a repair adds two, for the bound that survives numbers whose squares overflow.
+SUMS = tl.constexpr(3)
+#: Words of the summary through which the launches of one call agree (settle.py); zeroed here.
+SUMMARY = tl.constexpr(32)
+
+
+@triton.jit
+def checked_product(a, w, panel, bias, y, signs, partials, raw, summary, M, N, K, C, FAULT,
+                    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BC: tl.constexpr,
+                    TALL: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """One tile per program: first all data tiles of a batch, then its check tiles."""
+    tiles_m, tiles_n, tiles_c = tl.cdiv(M, BM), tl.cdiv(N, BN), tl.cdiv(C, BC)
+    data_tiles, per_batch = tiles_m * tiles_n, tiles_m * (tiles_n + tiles_c)
+    batch, tile = split_program(per_batch)
+    if tl.program_id(0) == 0:
+        tl.store(summary + tl.arange(0, SUMMARY), tl.zeros((SUMMARY,), tl.int64))
+    if tile < data_tiles:
+        tile_m, tile_n = tile_of(tile, tiles_m, tiles_n, TALL)
+        _data_tile(a, w, bias, y, signs, partials, batch, tile_m, tile_n, M, N, K, FAULT, BM, BN, BK, PRECISION)
+    elif tile < per_batch:
+        tile_m, tile_c = tile_of(tile - data_tiles, tiles_m, tiles_c, TALL)
+        check_tile(a, panel, raw, batch, tile_m, tile_c, M, C, K, BM, BC, BK, PRECISION)
+
+
+@triton.jit
+def _data_tile(a, w, bias, y, signs, partials, batch, tile_m, tile_n, M, N, K, FAULT,
+               BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    rows, cols = tile_m * BM + tl.arange(0, BM), tile_n * BN + tl.arange(0, BN)
+    acc = accumulate(a, w, batch, rows, cols, M, N, K, FAULT, BM, BN, BK, PRECISION)
+    if FAULT is not None:
+        acc = strike(acc, FAULT, ACCUMULATOR, batch, rows, cols, 0, 1)
+    e, one, squares = row_sums(acc, tl.load(signs + cols, mask=cols < N, other=0.0))
+    store_sums(partials, SUMS, e, one, squares, batch, tile_n, tl.cdiv(N, BN), rows, M)
+    out = finish(acc, bias, cols, N, y.dtype.element_ty)
+    if FAULT is not None:
+        out = strike(out, FAULT, OUTPUT, batch, rows, cols, 0, 1)
+    store_tile(y, out, batch, rows, cols, M, N)
+
+
+@triton.jit
+def check_tile(a, panel, raw, batch, tile_m, tile_c, M, C, K,
+                BM: tl.constexpr, BC: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    rows, cols = tile_m * BM + tl.arange(0, BM), tile_c * BC + tl.arange(0, BC)
+    acc = accumulate(a, panel, batch, rows, cols, M, C, K, None, BM, BC, BK, PRECISION)
+    store_tile(raw, acc, batch, rows, cols, M, C)
+
+
+# --- launcher -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Product:
+    """Everything about one product that its launches share. A (M, K) or (B, M, K); W and the panel likewise or 2-D."""
+
+    a: Tensor
+    w: Tensor
+    bias: Tensor | None
+    panel: Tensor  # (C, K), checksums of W's rows
+    signs: Tensor  # (N,) fp32, ε
+    config: Config
+
+    @property
+    def sizes(self) -> tuple[int, int, int, int, int]:
+        """(batch, M, N, K, C)"""
+        batch = self.a.shape[0] if self.a.dim() == 3 else 1
+        return batch, self.a.shape[-2], self.w.shape[-2], self.a.shape[-1], self.panel.shape[-2]
+
+    @property
+    def tiles(self) -> int:
+        """Programs of a launch that has one for every data tile and every check tile."""
+        batch, m, n, _, c = self.sizes
+        return max(1, batch * -(-m // self.config.bm) * (-(-n // self.config.bn) + -(-c // self.config.bc)))
+
+    def workspace(self, planes: int) -> tuple[Tensor, Tensor]:
+        """Uninitialised (partials (B, planes, tiles_n, M), raw (B, M, C)), fp32; per call, for two streams would race."""
+        batch, m, n, _, c = self.sizes
+        partials = torch.empty(batch, planes, -(-n // self.config.bn), m, dtype=torch.float32, device=self.a.device)
+        return partials, torch.empty(batch, m, c, dtype=torch.float32, device=self.a.device)
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """A product and the sums that tell whether it is right."""
+
+    y: Tensor  # (M, N) or (B, M, N)
+    partials: Tensor  # (B, 3, tiles_n, M) fp32
+    raw: Tensor  # (B, M, C) fp32
+    summary: Tensor  # (SUMMARY,) int64, zero
+
+
+def multiply(product: Product, faults: Tensor | None = None) -> Evidence:
+    """Launch. ``faults``: (count, 12) int32 descriptors (tiles.strike), or None."""
+    a, config = product.a, product.config
+    _, m, n, k, c = product.sizes
+    y = torch.empty(*a.shape[:-1], n, dtype=a.dtype, device=a.device)
+    partials, raw = product.workspace(SUMS.value)
+    summary = torch.empty(SUMMARY.value, dtype=torch.int64, device=a.device)
+    checked_product[(product.tiles,)](
+        matrix(a), matrix(product.w), matrix(product.panel), product.bias, y, product.signs,
+        partials, raw, summary, m, n, k, c, fault_argument(faults),
+        **config.launch(),
+    )  # fmt: skip
+    return Evidence(y, partials, raw, summary)
+
+
+def fault_argument(faults: Tensor | None) -> Any:
+    """Faults, or None: then no instruction of the kernel knows of them."""
+    return None if faults is None else Faults(faults, faults.shape[0])

@@ -1,0 +1,95 @@
+"""Repair: compute the tiles that hold suspect rows again, before anyone reads Y.
+
+The same device functions, in the same configuration, on the same operands: without a fault a repetition has the same bits,
+so what differs was a fault. The new sums are kept apart from the old, for settle.py to compare. Every tile at most once: the
+work is bounded by one more product. At level detect Y is left as it is, and the repetition only tells what had happened.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .gemm import check_tile
+from .tiles import ACCUMULATOR, accumulate, finish, offsets, row_sums, store_sums, store_tile, strike, tile_of
+from .verify import SUSPECT, UNQUIET
+
+#: Planes of the recomputed sums: the three of a product, then max |acc| and Σ |acc|.
+SUMS_AGAIN = tl.constexpr(5)
+#: What ``moved`` says of a row of a recomputed tile: no bit of Y changed, or more than one element; else the column.
+NOTHING, SEVERAL = tl.constexpr(-1), tl.constexpr(-2)
+
+
+@triton.jit
+def recompute(a, w, panel, bias, y, signs, again, moved, flags, summary, shape, batches, FAULT, CORRECT: tl.constexpr,
+              BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BC: tl.constexpr,
+              TALL: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """A few programs share the tiles of the product's grid; they leave at once when nothing is suspect."""
+    tiles_m, tiles_n, tiles_c = tl.cdiv(shape.m, BM), tl.cdiv(shape.n, BN), tl.cdiv(shape.c, BC)
+    data_tiles, per_batch = tiles_m * tiles_n, tiles_m * (tiles_n + tiles_c)
+    end = tl.where(tl.load(summary + UNQUIET) > 0, per_batch * batches, 0)
+    for index in tl.range(tl.program_id(0), end, tl.num_programs(0), disable_licm=True):
+        batch, tile = index // per_batch, index % per_batch
+        if tile < data_tiles:
+            tile_m, tile_n = tile_of(tile, tiles_m, tiles_n, TALL)
+            group = tile_n // shape.tiles_per_group
+            if _flag(flags, shape, tiles_m, batch, tile_m, group) == SUSPECT:
+                _data_tile_again(a, w, bias, y, signs, again.partials, moved, batch, tile_m, tile_n, shape, FAULT,
+                                 CORRECT, BM, BN, BK, PRECISION)  # fmt: skip
+        else:
+            tile_m, tile_c = tile_of(tile - data_tiles, tiles_m, tiles_c, TALL)
+            gravest = tl.cast(0, tl.int32)
+            for group in range(shape.groups):
+                gravest = tl.maximum(gravest, _flag(flags, shape, tiles_m, batch, tile_m, group))
+            if gravest == SUSPECT:
+                check_tile(a, panel, again.raw, batch, tile_m, tile_c, shape.m, shape.c, shape.k, BM, BC, BK, PRECISION)
+
+
+@triton.jit
+def _flag(flags, shape, tiles_m, batch, tile_m, group):
+    """The gravest status in a row block of one group."""
+    return tl.load(flags + (tl.cast(batch, tl.int64) * tiles_m + tile_m) * shape.groups + group).to(tl.int32)
+
+
+@triton.jit
+def _data_tile_again(a, w, bias, y, signs, partials, moved, batch, tile_m, tile_n, shape, FAULT,
+                     CORRECT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+                     PRECISION: tl.constexpr):  # fmt: skip
+    rows, cols = tile_m * BM + tl.arange(0, BM), tile_n * BN + tl.arange(0, BN)
+    acc = accumulate(a, w, batch, rows, cols, shape.m, shape.n, shape.k, FAULT, BM, BN, BK, PRECISION)
+    if FAULT is not None:
+        acc = strike(acc, FAULT, ACCUMULATOR, batch, rows, cols, 0, 1)
+    e, one, squares = row_sums(acc, tl.load(signs + cols, mask=cols < shape.n, other=0.0))
+    tiles_n = tl.cdiv(shape.n, BN)
+    store_sums(partials, SUMS_AGAIN, e, one, squares, batch, tile_n, tiles_n, rows, shape.m)
+    _store_range(partials, acc, batch, tile_n, tiles_n, rows, shape.m)
+    out = finish(acc, bias, cols, shape.n, y.dtype.element_ty)
+    tl.store(moved + (tl.cast(batch, tl.int64) * tiles_n + tile_n) * shape.m + rows,
+             _what_moved(y, out, batch, rows, cols, shape), mask=rows < shape.m)  # fmt: skip
+    if CORRECT:
+        store_tile(y, out, batch, rows, cols, shape.m, shape.n)
+
+
+@triton.jit
+def _store_range(partials, acc, batch, tile_n, tiles_n, rows, M):
+    """max |acc| and Σ |acc|, for the bound that survives numbers whose squares overflow."""
+    plane = tl.cast(tiles_n, tl.int64) * M
+    at = partials + (tl.cast(batch, tl.int64) * SUMS_AGAIN + 3) * plane + tl.cast(tile_n, tl.int64) * M + rows
+    tl.store(at, tl.max(tl.abs(acc), axis=1), mask=rows < M)
+    tl.store(at + plane, tl.sum(tl.abs(acc), axis=1), mask=rows < M)
+
+
+@triton.jit
+def _what_moved(y, out, batch, rows, cols, shape):
+    """Per row: the column whose bits the repetition changed, or NOTHING, or SEVERAL."""
+    BITS: tl.constexpr = tl.int32 if out.dtype.primitive_bitwidth == 32 else tl.int16
+    inside = (rows[:, None] < shape.m) & (cols[None, :] < shape.n)
+    at = offsets(batch, tl.cast(shape.m, tl.int64) * shape.n, rows, shape.n, cols, 1)
+    old = tl.load(y + at, mask=inside, other=0.0)
+    # Outside the matrix both are zero (rows beyond it are not asked for).
+    differs = old.to(BITS, bitcast=True) != out.to(BITS, bitcast=True)
+    # Count and sum of the columns in one number: at most 2⁸ of either's terms, each below 2⁸.
+    local = tl.arange(0, differs.shape[1])
+    packed = tl.sum(tl.where(differs, (local + 65536)[None, :], 0), 1)
+    only = tl.where(packed < 2 * 65536, tl.min(cols, 0) + packed % 65536, SEVERAL)
+    return tl.where(packed == 0, NOTHING, only)

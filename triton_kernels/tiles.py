@@ -1,0 +1,137 @@
+"""Tiles: the device functions that every kernel here shares, so that the same tile computed twice has the same bits.
+
+    acc[m, n] = Σ_k a[m, k] b[n, k]        one tile, fp32, k in steps of BK
+    e, one, Σ acc²                         the row sums of a tile, taken before anything is rounded
+    bits' = ((bits & keep) ^ flip) + add   an injected fault; absent from the compiled code when FAULT is None
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+# Words of one fault descriptor (int32), and the places that exist inside a kernel.
+FAULT_WORDS = tl.constexpr(12)
+ACCUMULATOR = tl.constexpr(0)
+OPERAND = tl.constexpr(1)
+OUTPUT = tl.constexpr(2)
+#: The largest finite fp32 number.
+ACC_LARGEST = tl.constexpr(3.4028234663852886e38)
+
+
+class Matrix(NamedTuple):
+    """A matrix (rows, cols), or a batch of them, of any strides; a stride of 1 is a compile-time constant."""
+
+    ptr: Any
+    batch: Any
+    row: Any
+    col: Any
+
+
+class Faults(NamedTuple):
+    """``count`` descriptors: place, batch, row0, row1, col0, col1, stride, tile0, tile1, keep, flip, add."""
+
+    ptr: Any
+    count: Any
+
+
+@triton.jit
+def split_program(per_batch):
+    """(batch, tile) of this program; an empty product has one program and no tile."""
+    per_batch = tl.maximum(per_batch, 1)
+    return tl.program_id(0) // per_batch, tl.program_id(0) % per_batch
+
+
+@triton.jit
+def tile_of(index, tiles_m, tiles_n, TALL: tl.constexpr):
+    """The (tile_m, tile_n) of a program: columns of TALL row blocks, so that neighbours share operands in the L2."""
+    group = index // (TALL * tiles_n)
+    first = group * TALL
+    height = min(tiles_m - first, TALL)
+    inside = index % (TALL * tiles_n)
+    return first + inside % height, inside // height
+
+
+@triton.jit
+def offsets(batch, batch_stride, rows, row_stride, cols, col_stride):
+    """Element offsets of rows × cols. int64 before the multiplication: matrices may hold more than 2³¹ elements."""
+    row = tl.cast(rows, tl.int64)[:, None] * row_stride
+    col = tl.cast(cols, tl.int64)[None, :] * col_stride
+    return tl.cast(batch, tl.int64) * batch_stride + row + col
+
+
+@triton.jit
+def accumulate(a, b, batch, rows, cols, M, N, K, FAULT,
+               BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """acc[m, n] = Σ_k a[m, k] b[n, k]. What lies outside the matrices counts as zero."""
+    k = tl.arange(0, BK)
+    a_at = a.ptr + offsets(batch, a.batch, rows, a.row, k, a.col)
+    b_at = b.ptr + offsets(batch, b.batch, k, b.col, cols, b.row)
+    a_step = tl.cast(a.col, tl.int64) * BK
+    b_step = tl.cast(b.col, tl.int64) * BK
+    acc = tl.zeros((BM, BN), tl.float32)
+    for start in range(0, K, BK):
+        left = tl.load(a_at, mask=(rows[:, None] < M) & (k[None, :] < K - start), other=0.0)
+        right = tl.load(b_at, mask=(k[:, None] < K - start) & (cols[None, :] < N), other=0.0)
+        if FAULT is not None:
+            left = strike(left, FAULT, OPERAND, batch, rows, start + k, tl.min(cols, 0), BN)
+        acc = tl.dot(left, right, acc, input_precision=PRECISION)
+        a_at += a_step
+        b_at += b_step
+    return acc
+
+
+@triton.jit
+def row_sums(acc, signs):
+    """(Σ ε acc, Σ acc, Σ acc²) of every row: before bias and cast, whose rounding would hide a fault a thousand times larger."""
+    return tl.sum(acc * signs[None, :], axis=1), tl.sum(acc, axis=1), tl.sum(acc * acc, axis=1)
+
+
+@triton.jit
+def finish(acc, bias, cols, N, OUT: tl.constexpr):
+    """What is delivered: the accumulator plus bias, rounded once to the output type."""
+    if bias is not None:
+        acc = acc + tl.load(bias + cols, mask=cols < N, other=0.0).to(tl.float32)[None, :]
+    return acc.to(OUT)
+
+
+@triton.jit
+def strike(values, faults, PLACE: tl.constexpr, batch, rows, cols, tile_start, tile_width):
+    """Apply the faults that lie at PLACE to a tile of values; an operand's are seen by the result columns of its tiles only."""
+    BITS: tl.constexpr = tl.int32 if values.dtype.primitive_bitwidth == 32 else tl.int16
+    for i in range(faults.count):
+        f = faults.ptr + i * FAULT_WORDS
+        col0 = tl.load(f + 4)
+        hit = (tl.load(f) == PLACE) & (tl.load(f + 1) == batch)
+        hit &= (tl.load(f + 7) < tile_start + tile_width) & (tile_start < tl.load(f + 8))
+        in_row = (rows >= tl.load(f + 2)) & (rows < tl.load(f + 3))
+        in_col = (cols >= col0) & (cols < tl.load(f + 5)) & ((cols - col0) % tl.load(f + 6) == 0)
+        bits = values.to(BITS, bitcast=True)
+        bits = (bits & tl.load(f + 9).to(BITS)) ^ tl.load(f + 10).to(BITS)
+        wrong = (bits + tl.load(f + 11).to(BITS)).to(values.dtype, bitcast=True)
+        values = tl.where(hit & in_row[:, None] & in_col[None, :], wrong, values)
+    return values
+
+
+@triton.jit
+def store_sums(partials, PLANES: tl.constexpr, e, one, squares, batch, tile_n, tiles_n, rows, M):
+    """partials[batch, plane, tile_n, row]: neighbouring rows lie side by side."""
+    plane = tl.cast(tiles_n, tl.int64) * M
+    at = partials + batch * PLANES * plane + tl.cast(tile_n, tl.int64) * M + rows
+    tl.store(at, e, mask=rows < M)
+    tl.store(at + plane, one, mask=rows < M)
+    tl.store(at + 2 * plane, squares, mask=rows < M)
+
+
+@triton.jit
+def store_tile(ptr, values, batch, rows, cols, M, N):
+    """Into a contiguous (batch, M, N)."""
+    at = offsets(batch, tl.cast(M, tl.int64) * N, rows, N, cols, 1)
+    tl.store(ptr + at, values, mask=(rows[:, None] < M) & (cols[None, :] < N))
+
+
+def matrix(tensor: Any) -> Matrix:
+    """The kernel argument of a (rows, cols) or (batch, rows, cols) tensor."""
+    return Matrix(tensor, tensor.stride(0) if tensor.dim() == 3 else 0, tensor.stride(-2), tensor.stride(-1))

@@ -1,0 +1,45 @@
+"""Verify: compare the sums of every row and group, in stream order, after the product.
+
+One program per (batch, row block, group). What it finds goes to ``status`` (B, groups, M) and, per block, to ``flags``
+(B, row blocks, groups); a call in which nothing is suspect ends here, and what follows it leaves at once.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .gemm import SUMS
+from .judgement import judge, ratio_of
+from .record import count_call, raise_worst
+from .tiles import split_program
+
+#: Status of a row in one group, int8. POISONED: actual and predicted both not finite, so repeating tells nothing.
+#: HUGE: explained, but so large that its delivered numbers may lie beyond their type.
+CALM, HUGE, POISONED, SUSPECT = (tl.constexpr(i) for i in range(4))
+#: Words of the summary (the rest are record.py's): how many blocks hold anything but calm rows.
+UNQUIET = tl.constexpr(0)
+
+
+@triton.jit
+def verify(sums, bound, shape, status, flags, summary, words, site, batches,
+           REPEAT: tl.constexpr, KINDS: tl.constexpr, PARTS: tl.constexpr,
+           BM: tl.constexpr, BN: tl.constexpr, OUT_LARGEST: tl.constexpr):  # fmt: skip
+    blocks, tiles_n = tl.cdiv(shape.m, BM), tl.cdiv(shape.n, BN)
+    if tl.program_id(0) == 0:
+        count_call(words, site, batches * shape.m, REPEAT)
+    batch, index = split_program(blocks * shape.groups)
+    if index < blocks * shape.groups:
+        block, group = index // shape.groups, index % shape.groups
+        rows = block * BM + tl.arange(0, BM)
+        suspect, poisoned, residual, tau, squares = judge(sums, bound, SUMS, KINDS, PARTS, shape, tiles_n, batch, group, rows)
+        # A factor of two before the type's end leaves room for the bias.
+        code = tl.where(tl.sqrt(squares) >= OUT_LARGEST / 2, HUGE, CALM)
+        code = tl.where(rows < shape.m, tl.where(suspect, tl.where(poisoned, POISONED, SUSPECT), code), CALM)
+        at = (tl.cast(batch, tl.int64) * shape.groups + group) * shape.m + rows
+        tl.store(status + at, code.to(tl.int8), mask=rows < shape.m)
+        gravest = tl.max(code, 0)
+        tl.store(flags + (tl.cast(batch, tl.int64) * blocks + block) * shape.groups + group, gravest.to(tl.int8))
+        if gravest != CALM:
+            tl.atomic_add(summary + UNQUIET, tl.cast(1, tl.int64))
+        raise_worst(words, site, tl.max(tl.where((rows < shape.m) & ~suspect, ratio_of(residual, tau), 0.0), 0))

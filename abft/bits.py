@@ -28,6 +28,15 @@ def same(a: Tensor, b: Tensor) -> Tensor:
     return as_integers(a) == as_integers(b)
 
 
+def total(values: Tensor) -> int:
+    """The sum of a tensor's 64-bit words modulo 2**64, in host memory: any one changed bit changes it. The cheapest look."""
+    dense = values if values.is_contiguous() else values.mT if values.mT.is_contiguous() else values.contiguous()
+    raw = dense.detach().reshape(-1).view(torch.uint8).numpy()
+    whole = len(raw) // 8 * 8
+    words = raw[:whole].view(np.int64).sum(dtype=np.int64)
+    return int(words) + int(raw[whole:].astype(np.int64) @ (256 ** np.arange(len(raw) - whole)))
+
+
 @dataclass(frozen=True)
 class Fingerprint:
     """Per column k of a matrix (N, K): sums of its 16-bit halves over the rows, plain and weighted by n + 1.
@@ -58,12 +67,17 @@ class ChangedElement:
 def _halves(matrix: Tensor) -> Tensor:
     """(N, K) floats as (N, halves * K) unsigned 16-bit values, half-major, in int32."""
     width = WIDTH[matrix.dtype] // 16
-    pieces = as_integers(matrix.contiguous()).view(torch.int16).view(matrix.shape[0], matrix.shape[1], width)
+    pieces = _half_words(matrix).view(matrix.shape[0], matrix.shape[1], width)
     return (pieces.to(torch.int32) & 0xFFFF).permute(2, 0, 1)
 
 
+def _half_words(matrix: Tensor) -> Tensor:
+    """The 16-bit words of a matrix in row-major order. Flat first: a single column counts as contiguous whatever its stride."""
+    return as_integers(matrix.contiguous().reshape(-1)).view(torch.int16)
+
+
 def fingerprint(matrix: Tensor) -> Fingerprint:
-    """Fingerprint of a float matrix (N, K), N below 65536, any strides; one pass over it."""
+    """Fingerprint of a float matrix (N, K), any strides; one pass over it. Names elements of up to 2**17 rows for certain."""
     if matrix.device.type == "cpu":
         return _fingerprint_numpy(matrix)
     halves = _halves(matrix.detach()).to(torch.int64)
@@ -77,7 +91,7 @@ def _fingerprint_numpy(matrix: Tensor) -> Fingerprint:
     width = WIDTH[matrix.dtype] // 16
     plain = np.zeros(columns * width, np.uint32)
     weighted = np.zeros(columns * width, np.uint32)
-    whole = as_integers(matrix.detach().contiguous()).view(torch.int16).numpy().view(np.uint16).reshape(rows, -1)
+    whole = _half_words(matrix.detach()).numpy().view(np.uint16).reshape(rows, -1)
     for start in range(0, rows, 64):
         block = whole[start : start + 64].astype(np.uint32)
         block_plain = block.sum(0, dtype=np.uint32)
@@ -137,12 +151,13 @@ def _row_of(d_plain: int, d_weighted: int, rows: int) -> int | None:
     """The n in [0, rows) with (n + 1) * d_plain = d_weighted modulo 2**32, if a half-word changed alone."""
     if d_plain == 0 or abs(d_plain) > 0xFFFF:
         return None
-    # |(n + 1) d| < 2**32 for rows < 65536, so only a few wraps are possible.
-    for wrap in (-1, 0, 1):
-        numerator = (d_weighted % 2**32) + wrap * 2**32
-        if numerator % d_plain == 0 and 1 <= numerator // d_plain <= rows:
-            return numerator // d_plain - 1
-    return None
+    # d = o 2**s with o odd determines n + 1 modulo 2**(32 - s), and s < 16: uniquely for up to 2**17 rows.
+    s = (d_plain & -d_plain).bit_length() - 1
+    modulus = 2 ** (32 - s)
+    if d_weighted % 2**s:
+        return None
+    n = (d_weighted >> s) * pow(d_plain >> s, -1, modulus) % modulus
+    return n - 1 if 1 <= n <= rows < n + modulus else None
 
 
 def restored(matrix: Tensor, elements: list[ChangedElement]) -> Tensor:

@@ -97,8 +97,8 @@ class Target:
 #: Asked once per product; None outside ``abft.inject.faults``. Set by the injector only.
 active: Callable[[Target], list[Strike]] | None = None
 
-#: Called when a StepGuard attempt begins; set by the injector only.
-on_attempt: Callable[[], None] | None = None
+#: Called when a StepGuard attempt begins (True) and ends (False); set by the injector only.
+on_attempt: Callable[[bool], None] | None = None
 
 
 def strikes(target: Target) -> list[Strike]:

@@ -124,7 +124,7 @@ class CpuLedger:
         if outcome.worst > self._worst.get(site, 0.0):
             self._worst[site] = outcome.worst
             words[at + WORST] = float_bits(outcome.worst)
-        if outcome.findings:
+        if outcome.findings or outcome.weight_faults:
             row = self._counters[site]
             row[COUNTER["weight_faults"]] += outcome.weight_faults
             for finding in outcome.findings:

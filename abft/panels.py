@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
@@ -51,6 +52,8 @@ class Entry:
     validity: tuple[int, ...]
     source: Source  # what the weight itself was when the entry was made
     owner: Panels
+    audited: bool  # whether every use compares the weight's bits
+    total: int | None = None  # of the weight's bits, if so
     bias: RememberedBias | None = None
     quick: object | None = None  # a backend's prepared judgement, as long as panel and bias are the same
     uses: int = 0
@@ -186,7 +189,7 @@ def entry_for(source: Tensor, matrix: Tensor, layout: Layout, *, transposed: boo
                 kind = (source.dtype, source.device, source.shape)
                 for old in [k for k, e in panels.entries.items() if e.source != kind]:
                     del panels.entries[old]  # the weight was moved or cast since
-                entry = panels.entries[key] = Entry(build(matrix, layout), matrix.dtype, None, None, now, kind, panels)
+                entry = panels.entries[key] = Entry(build(matrix, layout), matrix.dtype, None, None, now, kind, panels, _is_audited(matrix, frozen))
                 _remember(entry, matrix, now)
             else:
                 rebuild(entry, matrix, now, build)
@@ -207,7 +210,23 @@ def rebuild(entry: Entry, matrix: Tensor, now: tuple[int, ...], build: Build) ->
 def _remember(entry: Entry, matrix: Tensor, now: tuple[int, ...]) -> None:
     entry.fingerprint = bits.fingerprint(matrix) if matrix.dim() == 2 else None
     entry.integrity = integrity(entry.panel)
+    entry.total = bits.total(matrix) if entry.audited else None
     entry.validity = now
+
+
+def _is_audited(matrix: Tensor, frozen: bool) -> bool:
+    # A product that arrives rounded to half precision hides small changes of its weight. On a host its bits can be
+    # looked at every time: a fraction of what the product costs.
+    return frozen and matrix.device.type == "cpu" and matrix.dtype in (torch.float16, torch.bfloat16)
+
+
+def unchanged(entry: Entry, matrix: Tensor, bias: Tensor | None) -> bool:
+    """Whether an audited weight and its bias have the remembered bits."""
+    if not entry.audited:
+        return True
+    if bias is not None and entry.bias is not None and not np.array_equal(*(bits.as_integers(b).numpy() for b in (bias, entry.bias.values))):
+        return False
+    return bits.total(matrix) == entry.total
 
 
 def integrity(panel: Panel) -> Tensor:

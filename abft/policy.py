@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache
 from typing import Any, ClassVar, Literal, Union, get_args
@@ -35,14 +35,24 @@ _NOT_YET = {
 }
 
 
+#: Callable reactions by their number in this process, kept alive with it, and the numbers by identity.
+_callables: list[Callable[[Any], None]] = []
+_numbers: dict[int, int] = {}
+
+
 def _encode(policy: Policy) -> str:
-    """What a product needs of a policy, as text: the same in every process, so compiled graphs may be cached on disk."""
+    """What a product needs of a policy, as text: the same in every process, so compiled graphs may be cached on disk.
+
+    A callable reaction goes by its number, which each process resolves for itself when the product runs.
+    """
     kept = {f.name: getattr(policy, f.name) for f in fields(policy) if getattr(policy, f.name) != f.default}
     if "roles" in kept:
         kept["roles"] = sorted(policy.roles)
-    # Only "raise" acts inside the product; the other reactions belong to the site.
-    if kept.pop("on_uncorrected", None) == "raise":
-        kept["on_uncorrected"] = "raise"
+    if callable(policy.on_uncorrected):
+        number = _numbers.setdefault(id(policy.on_uncorrected), len(_callables))
+        if number == len(_callables):
+            _callables.append(policy.on_uncorrected)
+        kept["on_uncorrected"] = number
     return json.dumps(kept, sort_keys=True)
 
 
@@ -85,15 +95,20 @@ class Policy:
                 raise NotImplementedError(f"Policy.{name}={value!r} needs {_NOT_YET[name, value]}, which has not landed yet")
         self._check_roles()
         self._check_group()
-        if self.max_floor is not None and not (isinstance(self.max_floor, int | float) and self.max_floor > 0):
+        floor = self.max_floor
+        if floor is not None and (isinstance(floor, bool) or not (isinstance(floor, int | float) and floor > 0)):
             raise PolicyError(f"Policy.max_floor must be a positive number or None; got {self.max_floor!r}")
         if not callable(self.on_uncorrected) and self.on_uncorrected not in ("record", "warn", "raise"):
             raise PolicyError(f"Policy.on_uncorrected must be record, warn, raise or a callable; got {self.on_uncorrected!r}")
         # How it travels as an operator argument; made once, so that tracers see a constant.
         object.__setattr__(self, "text", _encode(self))
 
+    def __reduce__(self) -> Any:
+        # Made anew in another process: the number of a callable reaction is this process's own.
+        return _remake, ({f.name: getattr(self, f.name) for f in fields(self)},)
+
     def _check_roles(self) -> None:
-        if isinstance(self.roles, str) or not all(isinstance(role, str) for role in self.roles):
+        if isinstance(self.roles, str) or not isinstance(self.roles, Iterable) or not all(isinstance(role, str) for role in self.roles):
             raise PolicyError(f"Policy.roles must be a set of role names; got {self.roles!r}")
         object.__setattr__(self, "roles", frozenset(self.roles))
         if self.roles & ATTENTION_ROLES:
@@ -135,6 +150,10 @@ class Policy:
         return cls(**{**values, "roles": frozenset(values.get("roles", ROLES))})
 
 
+def _remake(values: dict[str, Any]) -> Policy:
+    return Policy(**values)
+
+
 PRESETS: dict[str, Policy] = {
     "inference": Policy(weights="frozen"),
     "training": Policy(on_uncorrected="record"),
@@ -159,8 +178,11 @@ def as_policy(value: Any, *, what: str = "policy") -> Policy:
 
 @lru_cache(maxsize=4096)
 def decode(text: str) -> Policy:
-    """The policy of a product; ``on_uncorrected`` is ``raise`` or, for every other reaction, ``record``."""
-    return Policy.from_dict({"on_uncorrected": "record"} | json.loads(text))
+    """The policy that travelled as ``text``."""
+    values = json.loads(text)
+    if isinstance(values.get("on_uncorrected"), int):
+        values["on_uncorrected"] = _callables[values["on_uncorrected"]]
+    return Policy.from_dict(values)
 
 
 # --- mappings from module names ------------------------------------------------------------------
@@ -171,7 +193,7 @@ def resolve(policies: Mapping[str, Any], names: list[str]) -> dict[str, Policy |
 
     A None value means unprotected. A key that matches nothing raises PolicyError (a ValueError).
     """
-    patterns = [(key, re.compile(key[3:])) for key in policies if key.startswith("re:")]
+    patterns = [(key, _pattern(key)) for key in policies if _is_pattern(key)]
     used: set[str] = set()
     out: dict[str, Policy | None] = {}
     for name in names:
@@ -190,3 +212,16 @@ def resolve(policies: Mapping[str, Any], names: list[str]) -> dict[str, Policy |
         near = ", ".join(repr(n) for n in names[:8])
         raise PolicyError(f"policy keys {unmatched} match no protected module; there are {near}{' …' if len(names) > 8 else ''}")
     return out
+
+
+def _is_pattern(key: Any) -> bool:
+    if not isinstance(key, str):
+        raise PolicyError(f"policy keys must be module names or re:patterns; got {key!r}")
+    return key.startswith("re:")
+
+
+def _pattern(key: str) -> re.Pattern[str]:
+    try:
+        return re.compile(key[3:])
+    except re.error as error:
+        raise PolicyError(f"policy key {key!r} is no regular expression: {error}") from None

@@ -10,7 +10,7 @@ from torch import nn
 
 from abft import panels
 from abft import policy as policies
-from abft.nn.checked import ATTRIBUTES, Checked, attach, checked_class
+from abft.nn.checked import ATTRIBUTES, Checked, attach, checked_type, unchecked_type
 from abft.policy import Policy, PolicyLike
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -23,7 +23,7 @@ def protect(model: Model, policy: PolicyLike | Mapping[str, Any] = None, *, filt
     """Check every product of the ``nn.Linear`` layers of ``model``, in place; returns the model.
 
     policy: a Policy, a preset's name, None (the policy in force when a layer runs), or a mapping from module names
-    to either, where exact names win over ``"re:…"`` keys and a None value leaves a module unprotected.
+    to either, where exact names win over ``"re:…"`` keys and a None value means unprotected.
     filter_fn(module, fqn): True = protect. name: prefix of the sites' names. Idempotent; a second call may change policies.
 
     Parameters, hooks, tying, state-dict keys and ``isinstance`` stay. Not covered (see ``abft.coverage``): attention,
@@ -47,28 +47,19 @@ def protect(model: Model, policy: PolicyLike | Mapping[str, Any] = None, *, filt
     prefix = f"{name}." if name else ""
     for fqn, module in found.items():
         if fqn not in unprotected:
-            _protect_one(module, f"{prefix}{fqn}" if fqn else (name or type(module).__name__), chosen[fqn])
+            _protect_one(module, f"{prefix}{fqn}" if fqn else (name or _plain_name(module)), chosen[fqn])
+        elif isinstance(policy, Mapping):
+            _unprotect_one(module)  # None is a wish, also after an earlier protect
     _switch_fast_paths(model, on=False)
     return model
 
 
 def unprotect(model: Model) -> Model:
     """The exact inverse of ``protect``: classes, attributes and fast paths are as they were. Returns the model."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"unprotect needs a torch.nn.Module; got {type(model).__name__}")
     for module in model.modules():
-        if isinstance(module, Checked) and "_abft_base" not in type(module).__dict__:
-            if type(module).__module__.startswith("abft."):
-                continue  # an abft.Linear is checked by birth
-            raise TypeError(
-                f"{type(module).__name__} wraps a protected class (a parametrization added after protect?); "
-                "remove the parametrization first, or protect after parametrizing"
-            )
-    for module in model.modules():
-        base = type(module).__dict__.get("_abft_base")
-        if base is not None and isinstance(module, Checked):
-            module.__class__ = base
-            for attribute in ATTRIBUTES:
-                module.__dict__.pop(attribute, None)
-            panels.forget(module.parameters())
+        _unprotect_one(module)
     _switch_fast_paths(model, on=True)
     return model
 
@@ -99,11 +90,23 @@ def hidden_linears(model: nn.Module) -> set[nn.Module]:
 
 
 def _protect_one(module: nn.Module, name: str, policy: Policy | None) -> None:
-    if isinstance(module, Checked):
-        attach(module, name if "_abft_base" in type(module).__dict__ else name, policy)
-        return
-    module.__class__ = checked_class(type(module))
+    if not isinstance(module, Checked):
+        module.__class__ = checked_type(module)
     attach(module, name, policy)
+
+
+def _unprotect_one(module: nn.Module) -> None:
+    plain = unchecked_type(module)
+    if plain is None:
+        return  # never protected, or checked by birth like abft.Linear
+    module.__class__ = plain
+    for attribute in ATTRIBUTES:
+        module.__dict__.pop(attribute, None)
+    panels.forget(module.parameters())
+
+
+def _plain_name(module: nn.Module) -> str:
+    return type(module).__dict__.get("_abft_base", type(module)).__name__
 
 
 def _switch_fast_paths(model: nn.Module, *, on: bool) -> None:

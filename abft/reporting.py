@@ -14,6 +14,7 @@ from abft import events, ledger, sites
 from abft.errors import FaultDetected, UncorrectedFault
 from abft.events import FaultEvent
 from abft.ledger import COUNTER, WORST, Verdict
+from abft.policy import OnUncorrected
 
 MAX_EVENTS = 10_000
 _UNREPAIRED = (Verdict.UNCORRECTED, Verdict.OBSERVED)
@@ -107,17 +108,17 @@ def drain(wait: bool = True) -> ledger.Snapshot:
         _latest = snapshot
     for record, event in made:
         if event.device != "cpu":  # on a CPU the reaction came inside the call
-            react(sites.site_of(record["site"]), event)
+            react(sites.site_of(record["site"]).on_uncorrected, event)
     return snapshot
 
 
-def note(record: dict[str, Any]) -> FaultEvent:
-    """Make the event of a record just written on a CPU, now, with the labels and the time of now; keep it."""
-    event = events.from_record(record)
-    with _lock:
-        if record["place"] >= _read.get(record["ledger"], 0):  # else another thread's report was faster
-            _noted.add((record["ledger"], record["place"]))
-            _keep([event])
+def note(book: ledger.CpuLedger, site: int, finding: ledger.Finding, product: dict[str, int]) -> FaultEvent:
+    """Record a finding of this thread and make its event, now, with the labels and the time of now."""
+    with _lock:  # a report of another thread sees both or neither
+        record = book.record(site, finding, product)
+        event = events.from_record(record)
+        _noted.add((record["ledger"], record["place"]))
+        _keep([event])
     return event
 
 
@@ -129,11 +130,10 @@ def _keep(fresh: list[FaultEvent]) -> None:
         del _events[: len(_events) - MAX_EVENTS]
 
 
-def react(site: sites.Site, event: FaultEvent) -> None:
+def react(how: OnUncorrected, event: FaultEvent) -> None:
     """What the policy does about a fault that was not repaired."""
     if event.verdict not in _UNREPAIRED:
         return
-    how = site.on_uncorrected
     if callable(how):
         how(event)
     elif how == "raise":

@@ -31,3 +31,12 @@ def push(policy: Policy) -> None:
 
 def pop() -> None:
     _stack.policies.pop()
+
+
+def drop(policy: Policy) -> None:
+    """Leave the innermost scope of this very policy, wherever it stands."""
+    policies = _stack.policies
+    for i in reversed(range(len(policies))):
+        if policies[i] is policy:
+            del policies[i]
+            return

@@ -28,20 +28,32 @@ class Site:
     on_uncorrected: OnUncorrected = "warn"
 
 
-_lock = threading.Lock()
+_lock = threading.RLock()  # a garbage collection inside it may release sites
 _sites: list[Site] = [Site(OVERFLOW, "(other sites)")]
+_free: dict[str, set[int]] = {}
 _functional: dict[tuple[str, object], Site] = {}
 _index_tensors: dict[torch.device, Tensor] = {}
 
 
 def register(name: str, on_uncorrected: OnUncorrected = "warn") -> Site:
-    """A new site."""
+    """A new site, or the number of one of this name whose module is gone (reports add up by name anyway)."""
     with _lock:
+        if _free.get(name):
+            site = _sites[_free[name].pop()]
+            site.on_uncorrected = on_uncorrected
+            return site
         if len(_sites) >= CAPACITY:
             return _sites[OVERFLOW]
         site = Site(len(_sites), name, on_uncorrected)
         _sites.append(site)
         return site
+
+
+def release(site: Site) -> None:
+    """The module of this site is gone."""
+    if site.index != OVERFLOW:
+        with _lock:
+            _free.setdefault(site.name, set()).add(site.index)
 
 
 def functional(name: str, on_uncorrected: OnUncorrected) -> Site:

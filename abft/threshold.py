@@ -4,8 +4,8 @@
     τ_j[m]  = w̄_j · ( U · κ_j · S_j  +  8 · 0.43 · u_out · sqrt(Σ_n Y² + c_j²)  +  8 · √(G/12) · q_out  +  τ_abs )
     suspect = ~( |r_j - c_j| <= τ_j ) | ~( τ_j < largest )
 
-κ = 16 g + T/2 with T = K / L accumulation steps and g = √(G/512) ≥ 1 for the summation over a group's G columns; ones:
-16 g + G/16 + 1.5 T; a softmax probability as operand: 2 T. The terms in u_out, and in q_out, the spacing of the type's
+κ = κ₀ g + T/2 with T = K / L accumulation steps and g = √(G/512) ≥ 1 for the summation over a group's G columns; ones:
+κ₀ g + G/16 + 1.5 T; a softmax probability as operand: 2 T. κ₀ is 16 for tensor cores, 48 for sequential fma. The terms in u_out, and in q_out, the spacing of the type's
 subnormal numbers, exist only where the result arrives already rounded to a narrow type.
 NaN, Inf and an infinite bound fail closed. Constants and their evidence:
 docs/explanation/thresholds.md and bench/results/.
@@ -25,6 +25,10 @@ from abft import floating
 from abft.checksum import Groups, Kind, Sums, weight_rms
 
 KAPPA_BASE = 16.0
+#: Sequential fma rounds every product: two to three times the noise at equal T (rms z at K=512 1.4 … 2.1 against 0.73). Where one
+#: result dominates a row, S rests on five squares (it, and four sketches), and z has the tail of Student's t with five
+#: degrees of freedom: κ has to be 40 σ there too.
+KAPPA_BASE_FMA = 48.0
 KAPPA_SLOPE = 0.5
 KAPPA_SLOPE_ONE = 1.5
 KAPPA_SLOPE_SOFTMAX = 2.0
@@ -47,6 +51,7 @@ class Arithmetic:
     unit: float
     depth: int
     dtype: torch.dtype  # of the accumulator
+    base: float = KAPPA_BASE  # κ₀
     output_roundoff: float = 0.0  # u_out, if the result arrives rounded
     output_spacing: float = 0.0  # … and the spacing of that type's subnormal numbers
 
@@ -66,8 +71,8 @@ AMPERE_16 = Arithmetic("ampere16", 2.0**-23, 8, torch.float32)
 HOPPER_TF32 = Arithmetic("hopper_tf32", 2.0**-23, 8, torch.float32)
 AMPERE_TF32 = Arithmetic("ampere_tf32", 2.0**-23, 4, torch.float32)
 # Sequential fused multiply-add (CUDA cores, CPU libraries): calibrated as 16 products a step.
-FMA_32 = Arithmetic("fma32", 2.0**-23, 16, torch.float32)
-FMA_64 = Arithmetic("fma64", 2.0**-52, 16, torch.float64)
+FMA_32 = Arithmetic("fma32", 2.0**-23, 16, torch.float32, KAPPA_BASE_FMA)
+FMA_64 = Arithmetic("fma64", 2.0**-52, 16, torch.float64, KAPPA_BASE_FMA)
 ARITHMETICS = {a.name: a for a in (HOPPER_16, AMPERE_16, HOPPER_TF32, AMPERE_TF32, FMA_32, FMA_64)}
 
 
@@ -89,7 +94,7 @@ def kappa(arithmetic: Arithmetic, k: int, kind: Kind = "e", *, width: int = KAPP
     slope = KAPPA_SLOPE_ONE if kind == "one" else KAPPA_SLOPE
     if softmax_operand:
         slope = max(slope, KAPPA_SLOPE_SOFTMAX)
-    base = KAPPA_BASE * max(1.0, math.sqrt(width / KAPPA_WIDTH))
+    base = arithmetic.base * max(1.0, math.sqrt(width / KAPPA_WIDTH))
     if kind == "one":
         base += KAPPA_PER_COLUMN_ONE * width
     return base + slope * k / arithmetic.depth

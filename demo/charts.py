@@ -17,6 +17,7 @@ COLOURS = {
     "protected": "#0072B2",
     "DMR": "#009E73",
 }
+ULP = 2.0**-22  # of a float32 loss between 2 and 4
 STYLE = {
     "figure.dpi": 150,
     "savefig.bbox": "tight",
@@ -42,8 +43,8 @@ def wrong_answers(result: Retrieval, path: Path) -> None:
         figure.suptitle(
             f"Retrieval with all-MiniLM-L6-v2 under faults, {arms[0].requests} requests per bar", x=0.01, ha="left"
         )
-        _bars(left, arms, "wrong", "wrong answers delivered\n(the best passage is another)")
-        _bars(right, arms, "wrong_lists", "wrong lists delivered\n(the best five are others)")
+        _bars(left, arms, "wrong", "wrong answers delivered\n(the best passage differs)")
+        _bars(right, arms, "wrong_lists", "wrong lists delivered\n(the best five differ)")
         left.legend(loc="upper left")
         figure.savefig(path)
         plt.close(figure)
@@ -72,24 +73,23 @@ def loss_curves(runs: Sequence[Run], path: Path) -> None:
     reference = next(run for run in runs if run.arm == "fault-free")
     rate = max(run.rate for run in runs)
     with plt.rc_context(STYLE):
-        figure, (top, bottom) = plt.subplots(
-            2, 1, figsize=(8, 6), sharex=True, height_ratios=(3, 2), layout="constrained"
-        )
+        figure, (top, bottom) = plt.subplots(2, 1, figsize=(9, 7), sharex=True, layout="constrained")
         for run in runs:
             if run.arm != YARDSTICK:  # to the eye the same line
                 _loss_line(top, run)
-        gaps = [_gap_line(bottom, run, reference) for run in runs if run is not reference]
+            if run is not reference:
+                _gap_line(bottom, run, reference)
         # A struck forward can report any loss, up to 1e38; the picture is about where training goes.
         top.set_ylim(0.85 * min(reference.losses), 1.15 * max(reference.losses))
-        top.set_ylabel("training loss (nats per character)")
+        top.set_ylabel("training loss\n(nats per character)")
         top.set_title(f"A character GPT learns Python's sources, {rate:.0%} of the steps struck by a fault")
         top.legend(loc="upper right")
-        if any(gaps):  # a logarithmic axis needs something positive
-            bottom.set_yscale("log")
-        bottom.set_ylabel("|Δloss| to fault-free")
+        # Logarithmic down to one ulp of a loss, then linear: a run that never differs has a place, at 0.
+        bottom.set_yscale("symlog", linthresh=ULP)
+        bottom.set_ylim(-ULP / 3, 30)
+        bottom.set_ylabel("|Δloss| to the fault-free run")
         bottom.set_xlabel("step")
-        # A run that never differs leaves the plot empty: the legend says so instead.
-        bottom.legend(loc="lower right", fontsize=10)
+        bottom.legend(loc="upper left", ncols=2, fontsize=10)
         figure.savefig(path)
         plt.close(figure)
 
@@ -98,28 +98,22 @@ def _loss_line(axes, run: Run) -> None:
     # The fault-free line is broad and pale, so that the protected one can be seen to lie on it.
     broad = run.arm == "fault-free"
     died = next((step for step, loss in enumerate(run.losses) if math.isnan(loss)), None)
-    (line,) = axes.plot(
-        run.losses,
-        color=COLOURS[run.arm],
-        label=run.arm if died is None else f"{run.arm}: NaN from step {died} on",
-        linewidth=5 if broad else 1.3,
-        alpha=0.25 if broad else 1.0,
-        zorder=1 if broad else 3 if run.arm == "protected" else 2,
-        linestyle=(0, (4, 2)) if run.arm == "NaN watching" else "-",
-    )
+    label = run.arm if died is None else f"{run.arm}: NaN from step {died} on"
+    look = {"linewidth": 6, "alpha": 0.25} if broad else {"linewidth": 1.4}
+    axes.plot(run.losses, color=COLOURS[run.arm], label=label, linestyle=_dashes(run), zorder=1 if broad else 2, **look)
     if died:  # a line that just ends is easily overlooked
-        axes.plot(died - 1, run.losses[died - 1], "X", color=line.get_color(), markersize=11, zorder=4)
+        axes.plot(died - 1, run.losses[died - 1], "X", color=COLOURS[run.arm], markersize=11, zorder=4)
 
 
-def _gap_line(axes, run: Run, reference: Run) -> bool:
-    """Draw |Δloss|; False if there was nothing to draw."""
+def _gap_line(axes, run: Run, reference: Run) -> None:
     gaps = [abs(a - b) for a, b in zip(run.losses, reference.losses, strict=True)]
-    largest = max(gap if math.isfinite(gap) else math.inf for gap in gaps)
-    label = f"{run.arm}: 0 at every step" if largest == 0 else run.arm
-    # Zero has no place on a logarithmic axis: such steps leave a gap in the line.
-    shown = [gap if 0 < gap < math.inf else math.nan for gap in gaps]
-    axes.plot(shown, color=COLOURS[run.arm], label=label, linewidth=1.2, marker=".", markersize=4)
-    return any(gap > 0 for gap in shown)
+    label = run.arm if any(gap != 0 for gap in gaps) else f"{run.arm}: 0 at every step"
+    axes.plot(gaps, color=COLOURS[run.arm], label=label, linewidth=1.4, linestyle=_dashes(run))
+
+
+def _dashes(run: Run):
+    # While no loss is ever NaN, watching for it changes nothing: dashes let the line beneath be seen.
+    return (0, (3, 3)) if run.arm == "NaN watching" else "-"
 
 
 def _pyplot():

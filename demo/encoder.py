@@ -36,6 +36,11 @@ class Encoder:
         mask = tokens["attention_mask"].unsqueeze(-1)
         return F.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1)
 
+    @property
+    def width(self) -> int:
+        """Numbers in a vector."""
+        return int(self.model.get_parameter("embeddings.word_embeddings.weight").shape[1])
+
     def using(self, model: nn.Module) -> Encoder:
         """The same encoder around another copy of the model."""
         return Encoder(self.tokenizer, model, self.longest)

@@ -20,5 +20,5 @@ class Plan:
 
 
 QUICK = Plan("quick", 48, 250, 1, (0.2,), 40, (0.2,), 1)
-DEFAULT = Plan("default", 104, None, 4, (0.05, 0.1, 0.2), 160, (0.2,), 1)
+DEFAULT = Plan("default", 104, None, 5, (0.05, 0.1, 0.2), 160, (0.2,), 1)
 FULL = Plan("full", 104, None, 20, (0.05, 0.1, 0.2), 300, (0.05, 0.1, 0.2), 3)

@@ -8,6 +8,7 @@ import math
 import os
 import platform
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -23,7 +24,7 @@ class Record:
 
     def write(self, kind: str, **values: object) -> None:
         # NaN and Inf are not JSON; a loss that became one is written as a string.
-        self._file.write(json.dumps({"kind": kind, **_plain(values)}, allow_nan=False) + "\n")
+        self._file.write(json.dumps({"kind": kind, **_plain_items(values)}, allow_nan=False) + "\n")
         self._file.flush()
 
     def close(self) -> None:
@@ -36,7 +37,7 @@ class Record:
         self.close()
 
 
-def surroundings() -> dict[str, object]:
+def surroundings() -> dict[str, Any]:
     """What another person needs to compare numbers: versions, machine, threads. No host or user names."""
     return {
         "python": platform.python_version(),
@@ -67,11 +68,15 @@ def _cpu_name() -> str:
     return platform.processor() or "unknown"
 
 
+def _plain_items(values: dict[str, object]) -> dict[str, object]:
+    return {key: _plain(value) for key, value in values.items()}
+
+
 def _plain(value: object) -> object:
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
+        return _plain_items(value)
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
     return value

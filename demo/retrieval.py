@@ -179,7 +179,7 @@ class Index:
 def embed_corpus(encoder: Encoder, corpus: list[Passage]) -> Tensor:
     """(passages, 384); passages of like length share a batch, so that little of it is padding."""
     order = sorted(range(len(corpus)), key=lambda index: len(corpus[index].text))
-    vectors = torch.empty(len(corpus), encoder.model.config.hidden_size)
+    vectors = torch.empty(len(corpus), encoder.width)
     with Progress(f"reading {len(corpus)} docstrings", -(-len(order) // BATCH)) as bar:
         for start in range(0, len(order), BATCH):
             batch = order[start : start + BATCH]

@@ -12,7 +12,8 @@ from .training import YARDSTICK, Distance, Run, Text
 
 def of_retrieval(result: Retrieval) -> str:
     lines = [
-        f"(a) RETRIEVAL  {result.questions} questions, {result.passages} docstrings (corpus {result.corpus_sha256[:12]})",
+        f"(a) RETRIEVAL  {result.questions} questions to {result.passages} docstrings "
+        f"(corpus {result.corpus_sha256[:12]})",
         f"  Fault-free, the expected docstring comes first for {result.top1:.0%} of the questions, "
         f"among three for {result.top3:.0%}.",
         tables.retrieval_table(result),
@@ -43,7 +44,7 @@ def of_training(text: Text, rows: Sequence[tuple[Run, Distance]]) -> str:
         f"{text.characters / 1e6:.1f} M characters (corpus {text.sha256[:12]})",
         tables.training_table(rows),
         "  Δ: against the fault-free run of the same seed.  held-out: final loss on other text, without faults.",
-        "  other threads: fault-free, sums in another order; what separates it is rounding alone.",
+        "  reversed: the same batches, their rows in reverse: what separates it is rounding alone.",
         f"  NaN watching skipped {skipped} steps; StepGuard replayed {replays} and dropped {dropped}.",
         f"  Largest |Δloss|: unprotected {_furthest(rows, 'unprotected')}, protected {_furthest(rows, 'protected')}, "
         f"rounding {_furthest(rows, YARDSTICK)}.",

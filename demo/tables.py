@@ -20,19 +20,8 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 
 def retrieval_table(result: Retrieval) -> str:
     header = (
-        "arm",
-        "hit",
-        "asked",
-        "faults",
-        "harmful",
-        "detected",
-        "repaired",
-        "missed",
-        "alarms",
-        "wrong",
-        "ms p50",
-        "s",
-    )
+        "arm", "hit", "asked", "faults", "harmful", "detected", "repaired", "missed", "alarms", "wrong", "top-5", "ms",
+    )  # fmt: skip
     rows: list[Sequence[object]] = []
     for before, arm in zip([None, *result.arms], result.arms, strict=False):
         if before is not None and arm.rate != before.rate:

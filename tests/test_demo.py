@@ -37,7 +37,7 @@ except importlib.metadata.PackageNotFoundError:
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """Products this small gain nothing from threads, and on a busy machine they wait for them a hundred times longer."""
+    """Products this small gain nothing from threads, and on a busy machine each waits for the others."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

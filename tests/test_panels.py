@@ -598,6 +598,8 @@ def test_every_bit_of_a_frozen_weight(dtype):
                     assert same(y, clean), f"bit {bit} of ({row}, {column}): the delivered product is not the fault-free one"
                 assert (report.false_alarms, report.stale) == (0, 0)
                 flip(layer.weight, row, column, bit=bit)
+                abft.refresh(layer)
+                assert same(layer(x), clean)
     assert harmful > 40
     abft.report(reset=True)
     with torch.no_grad():

@@ -56,7 +56,7 @@ def _settle_rows(a, w, y, first, again, moved, status, bound, shape, details, ba
     severity, column, cause = tl.zeros((BM,), tl.int32), tl.full((BM,), -1, tl.int32), tl.zeros((BM,), tl.int32)
     worst, residual, tau = tl.zeros((BM,), tl.float32), tl.zeros((BM,), tl.float32), tl.zeros((BM,), tl.float32)
     huge = rows < 0
-    for group in range(shape.groups):
+    for group in tl.range(shape.groups, disable_licm=True):
         at = (tl.cast(batch, tl.int64) * shape.groups + group) * shape.m + rows
         code = tl.load(status + at, mask=inside, other=CALM).to(tl.int32)
         huge |= code == HUGE
@@ -146,10 +146,10 @@ def _operands(a, w, bound, shape, batch, group, rows, BN: tl.constexpr):
     step = tl.arange(0, SCAN)
     peak_a, bad_a = tl.zeros(rows.shape, tl.float32), tl.zeros(rows.shape, tl.int32)
     peak_w, bad_w = tl.zeros((SCAN,), tl.float32), tl.zeros((SCAN,), tl.int32)
-    for k in range(0, shape.k, SCAN):
+    for k in tl.range(0, shape.k, SCAN, disable_licm=True):
         peak, bad = _peak(a, batch, rows, shape.m, k + step, shape.k)
         peak_a, bad_a = tl.maximum(peak_a, peak), tl.maximum(bad_a, bad)
-        for n in range(begin, end, SCAN):
+        for n in tl.range(begin, end, SCAN, disable_licm=True):
             peak_n, bad_n = _peak(w, batch, n + step, end, k + step, shape.k)
             peak_w, bad_w = tl.maximum(peak_w, peak_n), tl.maximum(bad_w, bad_n)
     finite = (bad_a == 0) & (tl.max(bad_w, 0) == 0)
@@ -169,7 +169,7 @@ def _peak(matrix, batch, rows, M, cols, N):
 def _overflowed(y, shape, batch, rows, OUT_LARGEST: tl.constexpr):
     """Whether a row of Y holds a number beyond its type."""
     found = tl.zeros(rows.shape, tl.int32)
-    for n in range(0, shape.n, SCAN):
+    for n in tl.range(0, shape.n, SCAN, disable_licm=True):
         cols = n + tl.arange(0, SCAN)
         at = offsets(batch, tl.cast(shape.m, tl.int64) * shape.n, rows, shape.n, cols, 1)
         x = tl.load(y + at, mask=(rows[:, None] < shape.m) & (cols[None, :] < shape.n), other=0.0).to(tl.float32)

@@ -74,6 +74,8 @@ def settle(case: Case) -> Tensor:
     _mend_panel(case)
     left = _set_aside_harmless(case, case.suspects())
     if len(left) == 0:
+        if case.entry is not None and not panels.unchanged(case.entry, case.call.w, case.call.bias):
+            _settle_hidden_change(case)
         return case.y
     if case.call.policy.level == "detect":
         _observe(case, left)
@@ -266,66 +268,97 @@ def _changed_bias(case: Case) -> np.ndarray:
 
 
 def _arbitrate(case: Case, rows: np.ndarray, *, repair: bool) -> str:
-    """Compare bias, panel and weight with what is remembered; mend what can be mended. Returns who was wrong."""
-    entry = case.entry
-    if entry is None or entry.fingerprint is None or entry.integrity is None:
+    """Compare weight and bias with what is remembered of them; mend what can be mended. Returns who was wrong."""
+    change = _change(case)
+    if change is None:
         case.examine_again()
         return "unknown"
-    columns = _changed_bias(case)
-    who = _arbitrate_bias(case, rows, columns, repair=repair) if len(columns) else "unknown"
-    now = bits.fingerprint(case.call.w)
-    if _any(bits.changed_columns(now, entry.fingerprint)):
-        return _arbitrate_weight(case, rows, now, repair=repair)
-    if who == "unknown":
-        case.examine_again()
-    return who
-
-
-def _arbitrate_bias(case: Case, rows: np.ndarray, columns: np.ndarray, *, repair: bool) -> str:
-    """The bias is not the remembered one: a memory fault, undone in a copy, or an edit, followed."""
-    entry, call = case.entry, case.call
-    assert entry is not None and entry.bias is not None and call.bias is not None
-    changed: Changed = [(int(n),) for n in columns]
-    before = case.judgement
-    if call.policy.weights == "tracked" and not _fits_fragment(changed, call.bias.numel()):
-        panels.remember_bias(entry, entry.bias.owner, entry.bias.validity, call.bias)
-        case.bias = entry.bias.sums
-        case.examine_again()
-        _say_stale(case, rows, before)
-        return "stale"
-    case.outcome.weight_faults += entry.bias.owner.new_faults(entry.bias.validity, changed)
-    if repair:
-        case.call, case.bias = replace(call, bias=entry.bias.values), entry.bias.sums
-        case.y = case.compute(case.call)
+    y = judgement = None
+    if change.restored is not None and (case.call.policy.weights == "frozen" or change.is_small):
+        y = case.compute(change.restored)
         case.outcome.executions += 1
-        case.examine_again()
-        case.find(Verdict.RECONSTRUCTED, np.setdiff1d(rows, case.suspects()), "weight", at=before, changed=changed)
-    return "weight"
-
-
-def _arbitrate_weight(case: Case, rows: np.ndarray, now: bits.Fingerprint, *, repair: bool) -> str:
-    entry, call = case.entry, case.call
-    assert entry is not None and entry.fingerprint is not None
-    elements = bits.changed_elements(call.w, now, entry.fingerprint)
-    # In the weight's own coordinates: a product with its transpose sees it the other way round.
-    changed: Changed = [(e.column, e.row) if call.transposed else (e.row, e.column) for e in elements or ()]
-    if call.policy.weights == "tracked" and not _fits_fragment(changed, call.w.numel()):
+        judgement = reference.examine(y, change.restored, case.panel, case.bias, case.plan)
+        # Many changes together may look like one; what they leave in the checksums does not.
+        if judgement.suspects()[rows].any():
+            y = None
+    if y is None and case.call.policy.weights == "tracked":
         _accept_edit(case, rows)
         return "stale"
-    case.outcome.weight_faults += entry.owner.new_faults(entry.validity, changed or [_summary(now)])
+    change.count(case, located=y is not None)
     if not repair:
         return "weight"
-    if elements is None:
-        # Which numbers were there cannot be told: deliver the present product, and say so.
-        before, case.judgement = case.judgement, _nothing_suspect(case.judgement)
-        case.find(Verdict.UNCORRECTED, rows, "weight", at=before)
-        return "weight"
     before = case.judgement
-    case.y = case.compute(replace(call, w=bits.restored(call.w, elements)))
-    case.outcome.executions += 1
-    case.examine_again()
-    case.find(Verdict.RECONSTRUCTED, np.setdiff1d(rows, case.suspects()), "weight", at=before, changed=changed)
+    if y is None or judgement is None:
+        # Which numbers were there cannot be told: deliver the present product, and say so.
+        case.judgement = _nothing_suspect(case.judgement)
+        case.find(Verdict.UNCORRECTED, rows, "weight", at=before)
+    else:
+        case.y, case.judgement = y, judgement
+        case.find(Verdict.RECONSTRUCTED, np.setdiff1d(rows, case.suspects()), "weight", at=before, changed=change.elements)
     return "weight"
+
+
+def _settle_hidden_change(case: Case) -> None:
+    """A frozen weight that changed by less than its rounded product shows: rows whose bits differ were wrong."""
+    change = _change(case)
+    if change is None:
+        return
+    y = None if change.restored is None else case.compute(change.restored)
+    if y is not None and reference.examine(y, case.call, case.panel, case.bias, case.plan).suspects().any():
+        y = None
+    change.count(case, located=y is not None)
+    rows = np.arange(case.call.rows) if y is None else np.flatnonzero(~_flat(bits.same(case.y, y).all(-1)))
+    if case.call.policy.level == "detect":
+        case.find(Verdict.OBSERVED, rows, "weight", changed=change.elements)
+    elif y is None:
+        case.find(Verdict.UNCORRECTED, rows, "weight")
+    else:
+        case.find(Verdict.RECONSTRUCTED, rows, "weight", changed=change.elements)
+        case.y = y
+        case.outcome.executions += 1
+
+
+@dataclass(frozen=True)
+class Change:
+    """How a weight and its bias differ from what is remembered of them."""
+
+    now: bits.Fingerprint
+    in_weight: Changed  # in the weight's own coordinates, also where the product sees its transpose
+    in_bias: Changed
+    restored: Call | None  # the call with both as remembered; None: which elements changed cannot be told
+    is_small: bool  # as a memory fault would be
+
+    @property
+    def elements(self) -> Changed:
+        return [*self.in_weight, *self.in_bias]
+
+    def count(self, case: Case, *, located: bool) -> None:
+        """Count the changed elements that nobody has counted yet."""
+        entry = case.entry
+        assert entry is not None
+        in_weight = self.in_weight if located else [_summary(self.now)]
+        case.outcome.weight_faults += entry.owner.new_faults(entry.validity, in_weight)
+        if located and entry.bias is not None:
+            case.outcome.weight_faults += entry.bias.owner.new_faults(entry.bias.validity, self.in_bias)
+
+
+def _change(case: Case) -> Change | None:
+    entry, call = case.entry, case.call
+    if entry is None or entry.fingerprint is None:
+        return None
+    now = bits.fingerprint(call.w)
+    in_bias = [(int(n),) for n in _changed_bias(case)]
+    if not in_bias and not _any(bits.changed_columns(now, entry.fingerprint)):
+        return None
+    elements = bits.changed_elements(call.w, now, entry.fingerprint)
+    in_weight = [(e.column, e.row) if call.transposed else (e.row, e.column) for e in elements or ()]
+    restored = None
+    if elements is not None:
+        w = bits.restored(call.w, elements) if elements else call.w
+        restored = replace(call, w=w, bias=entry.bias.values if in_bias and entry.bias is not None else call.bias)
+    size = 1 if call.bias is None else call.bias.numel()
+    is_small = _fits_fragment(in_weight, call.w.numel()) and _fits_fragment(in_bias, size)
+    return Change(now, in_weight, in_bias, restored, is_small)
 
 
 def _summary(now: bits.Fingerprint) -> tuple[int, ...]:
@@ -334,27 +367,23 @@ def _summary(now: bits.Fingerprint) -> tuple[int, ...]:
 
 
 def _fits_fragment(changed: Changed, of: int) -> bool:
-    """Whether the changed elements are what a memory fault leaves: one, or a part of one fragment, and few of the ``of``."""
-    if len(changed) < 2:
-        return len(changed) == 1
+    """Whether a memory fault would leave such changes: within one fragment, and no more than half of the ``of`` elements."""
     fragments = {(e[0] // FRAGMENT_ROWS, e[-1] // FRAGMENT_COLUMNS if len(e) > 1 else 0) for e in changed}
-    return len(fragments) == 1 and 2 * len(changed) <= of
+    return len(fragments) <= 1 and 2 * len(changed) <= of
 
 
 def _accept_edit(case: Case, rows: np.ndarray) -> None:
     """The weight changed on purpose, unannounced: what was computed is the present weight's product."""
-    entry = case.entry
+    entry, before = case.entry, case.judgement
     assert entry is not None
-    before = case.judgement
+    bias = entry.bias
     panels.rebuild(entry, case.call.w, entry.validity, reference.build_panel)
+    if bias is not None and case.call.bias is not None:
+        panels.remember_bias(entry, bias.owner, bias.validity, case.call.bias)
+    if case.call.bias is not None:
+        case.bias = checksum.bias_sums(case.call.bias, case.plan.layout)
     case.examine_again()
-    _say_stale(case, rows, before)
-
-
-def _say_stale(case: Case, rows: np.ndarray, before: Judgement) -> None:
     case.find(Verdict.STALE, np.setdiff1d(rows, case.suspects()), "weight", at=before)
-    entry = case.entry
-    assert entry is not None
     if case.call.site not in entry.owner.warned_sites:
         entry.owner.warned_sites.add(case.call.site)
         warnings.warn(

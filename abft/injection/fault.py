@@ -63,9 +63,13 @@ class Fault:
 
     def matches(self, target: Target) -> bool:
         """Whether a product is one this fault may strike."""
-        if self.role not in ("*", target.role) or not fnmatch.fnmatchcase(target.site, self.site):
+        return self.matches_one(target.site, target.role, target.weight is not None)
+
+    def matches_one(self, site: str, role: str, of_weight: bool) -> bool:
+        """The same, of a product known by its site, its role and whether a weight is in it."""
+        if self.role not in ("*", role) or not fnmatch.fnmatchcase(site, self.site):
             return False
-        return self.where not in ("weight", "panel") or target.weight is not None
+        return self.where not in ("weight", "panel") or of_weight
 
     def replace(self, **changes: Any) -> Fault:
         return replace(self, **changes)

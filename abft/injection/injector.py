@@ -185,51 +185,82 @@ class _PerProduct(_Schedule):
 
 
 class _PerEvent(_Schedule):
-    """One fault in each event (outermost forward or StepGuard attempt) that the rate selects."""
+    """One fault in each event (outermost forward, or StepGuard attempt) that the rate selects.
+
+    An event lasts until the next one begins, so a forward's backward belongs to it. Which of an event's products is hit is drawn
+    from those that the fault matched in the last event of the same kind; in the first, the first one that matches.
+    """
 
     def __init__(self, specs: tuple[Fault | Mixture, ...], rate: float, seed: int) -> None:
         self._specs, self._rate, self._seed = specs, rate, seed
         self._event = -1
         self._depth = 0
-        self._seen = 0
-        self._typical = 0  # products of the event before, to place the hit uniformly
-        self._fault: Fault | None = None
-        self._at = 0
         self._attempts = False
+        self._within = False  # an event; never between the attempts of a StepGuard
+        self._kind: tuple[object, ...] = ()
+        self._products: dict[tuple[object, ...], list[tuple[str, str, bool]]] = {}  # of the last event of each kind
+        self._now: list[tuple[str, str, bool]] = []
+        self._fault: Fault | None = None
+        self._at = self._matched = 0
+        self._drawn: list[Fault] = []
+        self._fired = 0
         self._rng = np.random.default_rng([seed, 1])
 
     def watch(self) -> list[Any]:
         active_faults.on_attempt = self._attempt
-        return [register_module_forward_pre_hook(self._enter), register_module_forward_hook(self._leave, always_call=True)]
+        return [
+            register_module_forward_pre_hook(self._enter),
+            register_module_forward_hook(self._leave, always_call=True),
+        ]
 
-    def _attempt(self) -> None:
+    def _attempt(self, begins: bool) -> None:
         self._attempts = True
-        self._begin()
+        if begins:
+            self._begin(("attempt",))
+        else:
+            self._within = False
 
     def _enter(self, module: Any, args: Any) -> None:
+        if _recomputing():
+            return
         if self._depth == 0 and not self._attempts:
-            self._begin()
+            self._begin((id(module), module.training, torch.is_grad_enabled()))
         self._depth += 1
 
     def _leave(self, module: Any, args: Any, output: Any) -> None:
-        self._depth = max(0, self._depth - 1)
+        if not _recomputing():
+            self._depth = max(0, self._depth - 1)
 
-    def _begin(self) -> None:
-        self._typical = max(self._seen, 1) if self._event >= 0 else 1
+    def _begin(self, kind: tuple[object, ...]) -> None:
+        if self._now:
+            self._products[self._kind] = self._now
+        self._kind, self._now, self._within = kind, [], True
         self._event += 1
-        self._seen = 0
+        self._matched = 0
         self._rng = np.random.default_rng([self._seed, 1, self._event])
         hit, place, which = self._rng.random(3)
         self._fault = None
         if hit < self._rate:
             spec = self._specs[int(which * len(self._specs))]
-            self._fault = spec.draw(self._rng) if isinstance(spec, Mixture) else spec
-            self._at = int(place * self._typical)
+            self._fault = fault = spec.draw(self._rng) if isinstance(spec, Mixture) else spec
+            self._drawn.append(fault)
+            self._at = int(place * sum(fault.matches_one(*product) for product in self._products.get(kind, ())))
 
     def due(self, target: Target) -> Iterable[tuple[Fault, np.random.Generator]]:
-        number, self._seen = self._seen, self._seen + 1
-        if self._fault is not None and number >= self._at and self._fault.matches(target):
-            fault, self._fault = self._fault, None
-            yield fault, self._rng
+        if not self._within:
+            return
+        self._now.append((target.site, target.role, target.weight is not None))
+        if self._fault is not None and self._fault.matches(target):
+            number, self._matched = self._matched, self._matched + 1
+            if number >= self._at:
+                fault, self._fault = self._fault, None
+                self._fired += 1
+                yield fault, self._rng
+
+    def never_fired(self) -> list[Fault]:
+        return [] if self._fired else self._drawn[:1]
 
 
+def _recomputing() -> bool:
+    # Activation checkpointing runs forwards inside backward: those are no new events.
+    return bool(torch._C._current_graph_task_id() != -1)

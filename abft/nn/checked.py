@@ -7,11 +7,13 @@ parameter, a buffer or a key of the state dict.
 
 from __future__ import annotations
 
+import weakref
 from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from abft import panels, sites
 from abft.functional import linear_at
@@ -68,13 +70,16 @@ class ScopedForward(Checked):
 
 
 def attach(module: nn.Module, name: str, policy: Policy | None, *, moved: bool = False) -> None:
-    """Give a module its site, on its weight's device; a moved module keeps the site's number."""
+    """Give a module its site, on its weight's device; a module that is moved or attached again by its name keeps the number."""
     device = _device_of(module)
-    if moved and "_abft_site" in module.__dict__:
-        index = sites.number_of(module.__dict__["_abft_site"])
-        site = sites.site_of(index)
-    else:
-        site = sites.register(name, policy.on_uncorrected if policy is not None else "warn")
+    reaction = policy.on_uncorrected if policy is not None else "warn"
+    held = module.__dict__.get("_abft_site")
+    site = None if held is None else sites.site_of(sites.number_of(held))
+    if site is None or (site.name != name and not moved):
+        site = sites.register(name, reaction)
+        weakref.finalize(module, sites.release, site).atexit = False
+    elif not moved:
+        site.on_uncorrected = reaction
     module.__dict__["_abft_site"] = sites.as_tensor(site, device)
     module.__dict__["_abft_policy"] = policy
     module.__dict__["_abft_name"] = name
@@ -90,6 +95,42 @@ def checked_class(base: type[nn.Module]) -> type[nn.Module]:
     """The checked subclass of a module class; one per class, so that graphs are shared."""
     mixin = CheckedForward if base.forward is nn.Linear.forward else ScopedForward
     return type(f"Checked{base.__name__}", (mixin, base), {"_abft_base": base, "__module__": base.__module__})
+
+
+def checked_type(module: nn.Module) -> type[nn.Module]:
+    """The class that makes ``module`` a checked one."""
+    cls = type(module)
+    if _is_parametrized(module):
+        # torch gave the module a class of its own and, when the parametrization is removed, wants to find its properties on
+        # it and the class to go back to right below it.
+        return _on(cls, checked_class(cls.__bases__[0]), {"_abft_base": cls})
+    return checked_class(cls)
+
+
+def unchecked_type(module: nn.Module) -> type[nn.Module] | None:
+    """The class that ``module`` had before it was checked; None if it is not, or was born so."""
+    cls = type(module)
+    base = cls.__dict__.get("_abft_base")
+    if not issubclass(cls, Checked):
+        return None
+    if not _is_parametrized(module):
+        return base
+    if base is None:  # parametrized after it was protected
+        below = cls.__bases__[0].__dict__.get("_abft_base")
+        return None if below is None else _on(cls, below, {})
+    for name in module.parametrizations:  # parametrized once more, after it was protected
+        if name not in base.__dict__:
+            setattr(base, name, cls.__dict__[name])
+    return base
+
+
+def _is_parametrized(module: nn.Module) -> bool:
+    return parametrize.is_parametrized(module) and type(module).__name__.startswith("Parametrized")
+
+
+def _on(cls: type[nn.Module], below: type[nn.Module], more: dict[str, Any]) -> type[nn.Module]:
+    kept = {k: v for k, v in cls.__dict__.items() if k not in ("__dict__", "__weakref__", "_abft_base")}
+    return type(f"Parametrized{below.__name__}", (below,), kept | more)
 
 
 def _blank(base: type[nn.Module]) -> nn.Module:

@@ -21,7 +21,7 @@ from abft import faults, floating, ledger, panels, policy, redundancy, reporting
 from abft.backends import arbitration, masked, quick, reference
 from abft.backends.call import Call
 from abft.checksum import Panel
-from abft.errors import DeviceError, FaultDetected, PolicyError, UncorrectedFault
+from abft.errors import DeviceError, PolicyError
 from abft.faults import Strike, Target
 from abft.ledger import Finding, Outcome, Verdict
 
@@ -60,6 +60,8 @@ def _product(
         call = _struck(call, backend)
     if backend == "triton" or a.device.type != "cpu":
         words = torch.from_numpy(ledger.cpu().words) if a.device.type == "cpu" else ledger_
+        # A record on a device does not carry its policy: whoever reads it finds the reaction at the site.
+        sites.site_of(call.site).on_uncorrected = chosen.on_uncorrected
         return _product_on_device(call, words, site, backend)
     return _product_on_host(call, backend)
 
@@ -220,10 +222,11 @@ def _check(call: Call, y: Tensor, outcome: Outcome) -> Tensor:
         if strike.place == "panel":
             strike.hit(panel.columns)
     bias = panels.bias_sums_for(entry, call.bias_source, call.bias, p.layout, frozen=call.policy.weights == "frozen")
-    if entry is not None and _quickly_clean(call, y, entry, bias, p, outcome):
+    as_remembered = entry is None or panels.unchanged(entry, call.w, call.bias)
+    if entry is not None and as_remembered and _quickly_clean(call, y, entry, bias, p, outcome):
         return y
     judgement = reference.examine(y, call, panel, bias, p)
-    if judgement.clean and (entry is None or entry.uses % PANEL_AUDIT or panels.intact(entry)):
+    if judgement.clean and as_remembered and (entry is None or entry.uses % PANEL_AUDIT or panels.intact(entry)):
         outcome.worst = judgement.worst
         return y
     case = arbitration.Case(call, p, y, judgement, panel, entry, bias, reference.execute, outcome)
@@ -263,15 +266,8 @@ def _announce(call: Call, findings: list[Finding], backend: str, book: ledger.Cp
     }
     # One event per call and role: the gravest finding speaks, the counters know the rest.
     gravest = max(findings, key=lambda f: _GRAVITY.index(f.verdict))
-    site = sites.site_of(call.site)
-    event = reporting.note(book.record(call.site, gravest, product))
-    if call.policy.on_uncorrected == "raise":
-        if gravest.verdict is Verdict.UNCORRECTED:
-            raise UncorrectedFault(event.message)
-        if gravest.verdict is Verdict.OBSERVED:
-            raise FaultDetected(event.message)
-    elif site.on_uncorrected != "raise":
-        reporting.react(site, event)
+    event = reporting.note(book, call.site, gravest, product)
+    reporting.react(call.policy.on_uncorrected, event)
 
 
 _GRAVITY = (

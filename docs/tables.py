@@ -1,0 +1,347 @@
+"""Write the documentation's tables from the measurements: python docs/tables.py
+
+A table stands between ``<!-- table:NAME -->`` and ``<!-- /table -->`` in a page; everything between the marks is
+replaced. A table whose measurement does not exist yet says so.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "bench" / "results"
+BLOCK = re.compile(r"(<!-- table:([\w-]+) -->\n)(.*?)(<!-- /table -->)", re.S)
+ARITHMETICS = ("fp32", "tf32", "bf16", "fp16", "fp64")
+
+Record = dict[str, Any]
+
+
+# --- result files -----------------------------------------------------------------------------------
+
+
+class File:
+    """One file of results, JSON lines."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.name = path, path.stem
+        lines = path.read_text(encoding="utf-8").splitlines()
+        # The last line of a run that was stopped may be cut short.
+        self.records: list[Record] = [json.loads(line) for line in lines if line.endswith("}")]
+
+    def kind(self, kind: str) -> list[Record]:
+        return [r for r in self.records if r.get("kind") == kind]
+
+    @property
+    def summary(self) -> Record:
+        """The last summary; nothing while a run is unfinished."""
+        return next(iter(reversed(self.kind("summary"))), {})
+
+    @property
+    def arithmetic(self) -> str:
+        return "-".join(p for p in self.name.split("-") if p in (*ARITHMETICS, "ampere")) or "fp32"
+
+    @property
+    def machine(self) -> str:
+        s = next(iter(reversed(self.kind("stamp"))), {})
+        threads = s.get("threads", 1)
+        return f"{s.get('cpu', '?')}, {threads} thread{'s' * (threads != 1)}, torch {release(s.get('torch', '?'))}"
+
+    def link(self, page: str, text: str = "") -> str:
+        return f"[{text or self.name}]({os.path.relpath(self.path, (ROOT / page).parent)})"
+
+
+def files(pattern: str) -> list[File]:
+    """The result files of that name, fp32 first."""
+
+    def order(f: File) -> tuple[str, int]:
+        first = f.arithmetic.split("-")[0]
+        return f.name.replace(f.arithmetic, ""), ARITHMETICS.index(first)
+
+    return sorted((File(path) for path in RESULTS.glob(f"{pattern}.jsonl")), key=order)
+
+
+def finished(pattern: str) -> list[File]:
+    return [f for f in files(pattern) if f.summary]
+
+
+def release(version: str) -> str:
+    return version.split("+")[0]
+
+
+# --- writing ----------------------------------------------------------------------------------------
+
+
+def table(header: str, rows: Iterable[Iterable[object]], missing: str = "") -> str:
+    """Markdown; ``header`` as it stands in the table, and instead of an empty table the command that fills it."""
+    body = ["| " + " | ".join(map(str, row)) + " |" for row in rows]
+    if not body:
+        return f"*Not measured yet: `{missing}`.*\n"
+    return "\n".join([f"| {header} |", "|" + "---|" * (header.count("|") + 1), *body]) + "\n"
+
+
+def share(part: float, whole: float) -> str:
+    """A percentage that says 100 only if nothing is missing."""
+    if not whole or part == whole:
+        return "100 %" if whole else "–"
+    for digits in range(1, 6):
+        text = f"{100 * part / whole:.{digits}f}"
+        if float(text) < 100:
+            break
+    return f"{text} %"
+
+
+def small(value: Any) -> str:
+    value = float(value)
+    return "–" if value in (0.0, float("inf")) else f"{value:.1e}"
+
+
+# --- silence ----------------------------------------------------------------------------------------
+
+
+def clean(page: str) -> str:
+    def row(f: File) -> tuple[object, ...]:
+        s = f.summary
+        worst = max(s["worst"].values()) if isinstance(s["worst"], dict) else s["worst"]
+        where = "emulated tensor core" if "emulated" in f.name else "MiniLM" if "activations" in f.name else "CPU"
+        return (
+            f"{where}, {f.arithmetic}", f"{s['rows']:,}", f"{s['alarms']:,}", small(s["rate_below"]), f"{worst:.2f}",
+            f.machine, f.link(page),
+        )  # fmt: skip
+
+    found = [f for f in [*finished("clean-*"), *finished("activations*")] if "alarms" in f.summary]
+    header = "arithmetic | rows | alarms | rate below | worst | machine | file"
+    return table(header, map(row, found), "python -m bench clean")
+
+
+# --- faults -----------------------------------------------------------------------------------------
+
+PLACES = {
+    "accumulator": "accumulator",
+    "output": "output, after rounding",
+    "operand": "operand tile",
+    "panel": "panel",
+    "weight": "weight in memory, one element",
+    "weight-multi": "weight in memory, several elements",
+}
+
+
+def campaign(page: str) -> str:
+    def rows() -> Iterator[tuple[object, ...]]:
+        for f in finished("faults-reference-*"):
+            harm = small(f.summary["harmful_from"])
+            for place, s in f.summary["places"].items():
+                if place in PLACES and s["trials"]:
+                    yield (
+                        f.arithmetic, PLACES[place], f"{s['trials']:,}", f"{s['harmful']:,} (≥ {harm})", _found(s),
+                        small(s["largest_missed"]), f"{share(s['repaired'], s['detected'])} of {s['detected']:,}",
+                        share(s["located_finite"], s["single_finite"]), s["false_alarms"], f.link(page),
+                    )  # fmt: skip
+
+    header = "CPU | place | faults | harmful | of these detected | largest missed | repaired, bit-equal | located"
+    header += " | false alarms | file"
+    return table(header, rows(), "python -m bench campaign")
+
+
+def _found(s: Record) -> str:
+    if not s["harmful"]:
+        return "–"
+    return f"{share(s['harmful_detected'], s['harmful'])} (at least {100 * s['harmful_detected_at_least']:.2f} %)"
+
+
+def emulated_faults(page: str) -> str:
+    return table("", [], "python -m bench emulated-faults")
+
+
+# --- floors -----------------------------------------------------------------------------------------
+
+SHAPES = ((384, 384), (1536, 384), (4096, 512), (4096, 4096), (4096, 16384))
+
+
+def _plan(arithmetic: str, n: int, k: int, *, kernels: bool) -> Any:
+    """The plan of a product in an arithmetic as tables name it: ``bf16``, ``bf16-ampere``, ``tf32``."""
+    sys.path.insert(0, str(ROOT))
+    import torch
+
+    from abft.backends import reference, triton
+
+    name, _, generation = arithmetic.partition("-")
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}.get(name, torch.float32)
+    if kernels:
+        return triton.plan(n, k, dtype, 80 if generation == "ampere" else 90, name == "tf32", "full", None)
+    return reference.plan(n, k, dtype, "full", None)
+
+
+def _expected(p: Any, k: int) -> float:
+    from abft import threshold
+
+    return threshold.expected_floor(p.arithmetic, k, p.layout.groups)
+
+
+def expected_floors(page: str) -> str:
+    """From the package's own constants; needs no measurement."""
+    units = [("kernels, Hopper or Blackwell, bf16", "bf16", True), ("kernels, Ampere, bf16", "bf16-ampere", True)]
+    units += [("kernels, Hopper, tf32", "tf32", True)]
+    units += [(f"CPU, {name}", name, False) for name in ("fp32", "fp16", "bf16")]
+
+    def cell(name: str, kernels: bool, n: int, k: int) -> str:
+        p = _plan(name, n, k, kernels=kernels)
+        from abft import threshold
+
+        width = p.layout.groups.width
+        return f"{_expected(p, k):.1e} (κ {threshold.kappa(p.arithmetic, k, width=width):.0f}, G {width})"
+
+    header = " | ".join(["", *(f"N {n}, K {k}" for n, k in SHAPES)])
+    return table(header, [(text, *(cell(name, kernels, n, k) for n, k in SHAPES)) for text, name, kernels in units])
+
+
+def floors(page: str) -> str:
+    return table("", [], "python -m bench floors")
+
+
+# --- kernels ----------------------------------------------------------------------------------------
+
+
+def cubins(page: str) -> str:
+    """The product kernel of every target and operand type: what it takes of a multiprocessor."""
+
+    def row(f: File, r: Record) -> tuple[object, ...]:
+        c = r["config"]
+        instructions = next((f"{r[m]} {m}" for m in ("HGMMA", "UTCHMMA", "HMMA", "FFMA") if r.get(m)), "–")
+        return (
+            r["arch"], r["kind"], f"{c['BM']} × {c['BN']} × {c['BK']}", r["registers"], f"{r['shared'] // 1024} KB",
+            r["spills"], instructions, _triton(f), f.link(page),
+        )  # fmt: skip
+
+    header = "target | operands | tile | registers | shared memory | spills | instructions | Triton | file"
+    products = [(f, r) for f in files("cubins*") for r in f.records if r.get("kernel") == "checked_product"]
+    return table(header, [row(f, r) for f, r in products if r["variant"] == "full"], "python -m bench cubins")
+
+
+def _triton(f: File) -> str:
+    return next((r["stamp"]["triton"] for r in f.records if "stamp" in r), "?")
+
+
+# --- the README's first screen ------------------------------------------------------------------------
+
+
+def headline(page: str) -> str:
+    rows = [
+        *_silence("false alarms on fault-free data, CPU", "clean-reference-*", page),
+        *_silence("… on emulated tensor cores", "clean-emulated-*", page),
+        *_silence("… on a real encoder's activations and gradients", "activations*", page),
+        *_detection(page),
+        *_compiled(page),
+        ("cost on a GPU", "**not measured**", "–", "–", "–"),
+    ]
+    return table(" | figure | floor | machine | file", rows)
+
+
+def _silence(what: str, pattern: str, page: str) -> Iterator[tuple[object, ...]]:
+    found = [f for f in finished(pattern) if "alarms" in f.summary]
+    if found:
+        texts = [
+            f"{f.arithmetic} **{f.summary['alarms']:,}** in {f.summary['rows']:,} rows "
+            f"(rate below {small(f.summary['rate_below'])})"
+            for f in found
+        ]
+        yield (what, "; ".join(texts), *_circumstances(found, page))
+
+
+def _detection(page: str) -> Iterator[tuple[object, ...]]:
+    found = finished("faults-reference-*")
+    if found:
+        totals = [(f.arithmetic, f.summary["places"]["all single"]) for f in found]
+        seen = [f"{name} **{share(s['harmful_detected'], s['harmful'])}** of {s['harmful']:,}" for name, s in totals]
+        repaired = [f"{name} **{share(s['repaired'], s['detected'])}** of {s['detected']:,}" for name, s in totals]
+        harm = ", ".join(f"{f.arithmetic} ≥ {small(f.summary['harmful_from'])}" for f in found)
+        circumstances = _circumstances(found, page)
+        yield (f"single faults that change a row (L2, {harm}), detected, CPU", "; ".join(seen), *circumstances)
+        yield ("detected single faults repaired bit for bit, CPU", "; ".join(repaired), *circumstances)
+
+
+def _compiled(page: str) -> Iterator[tuple[object, ...]]:
+    for f in files("cubins*"):
+        kernels = [r for r in f.records if "kernel" in r]
+        spilling = sum(r["spills"] > 0 for r in kernels)
+        targets = ", ".join(sorted({r["arch"] for r in kernels}, key=lambda arch: int(arch[3:])))
+        text = f"**{len(kernels)}** for {targets}; with spills: {spilling}"
+        yield "kernels compiled", text, "–", f"none needed; Triton {_triton(f)}", f.link(page, "cubins")
+
+
+def _circumstances(found: list[File], page: str) -> tuple[str, str, str]:
+    """Floor, machine and files: a figure is worth what the sensitivity beside it is."""
+    floors = []
+    for f in found:
+        p = _plan(f.arithmetic, 384, 512, kernels="emulated" in f.name)
+        floors.append(f"{f.arithmetic} {_expected(p, 512):.0e}")
+    machines = dict.fromkeys(f.machine for f in found)
+    return ", ".join(floors), "; ".join(machines), ", ".join(f.link(page, f.arithmetic) for f in found)
+
+
+# --- the demo -----------------------------------------------------------------------------------------
+
+PICTURES = {
+    "wrong_answers.png": "Wrong answers delivered by a sentence encoder while faults strike its products",
+    "loss_20_percent.png": "Loss curves of a small GPT, a fifth of the steps struck",
+}
+
+
+def demo(page: str) -> str:
+    """The demo's plots, if they were copied to docs/images, and its counts, if they were kept."""
+    folder = ROOT / "docs" / "images"
+    pictures = [(words, folder / name) for name, words in PICTURES.items() if (folder / name).exists()]
+    parts = [f"![{words}]({os.path.relpath(path, (ROOT / page).parent)})\n" for words, path in pictures]
+    for f in files("demo*"):
+        arms = [a for a in f.kind("retrieval_arm") if a["rate"] > 0]
+        if arms:
+            parts.append(_retrieval(f, arms, page))
+    return "\n".join(parts) or "*Plots stand here after `./run demo`.*\n"
+
+
+def _retrieval(f: File, arms: list[Record], page: str) -> str:
+    def row(a: Record) -> tuple[object, ...]:
+        watched = f"{a['detected']:,}" if a["arm"] in ("protected", "DMR") else "–"
+        return a["arm"], f"{a['rate']:.0%}", f"{a['requests']:,}", f"{a['harmful']:,}", watched, f"**{a['wrong']:,}**"
+
+    run = next(iter(f.kind("run")))
+    torch = release(run["versions"]["torch"])
+    where = f"{run['machine']['cpu']}, {run['torch_threads']} threads, torch {torch}, fp32; {f.link(page)}"
+    header = f"retrieval ({where}) | forwards struck | requests | harmful faults | detected | wrong answers"
+    return table(header, map(row, arms))
+
+
+TABLES: dict[str, Callable[[str], str]] = {
+    "headline": headline,
+    "demo": demo,
+    "clean": clean,
+    "campaign": campaign,
+    "emulated-faults": emulated_faults,
+    "expected-floors": expected_floors,
+    "floors": floors,
+    "cubins": cubins,
+}
+
+
+def rewritten(text: str, page: str) -> str:
+    """A page's text with its tables made anew; ``page`` is its path from the root."""
+    return BLOCK.sub(lambda m: m[1] + TABLES[m[2]](page) + m[4], text)
+
+
+def main() -> None:
+    for path in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]:
+        page = path.relative_to(ROOT).as_posix()
+        text = path.read_text(encoding="utf-8")
+        new = rewritten(text, page)
+        if new != text:
+            path.write_text(new, encoding="utf-8")
+            print(f"rewrote the tables of {page}")
+
+
+if __name__ == "__main__":
+    main()

@@ -28,10 +28,15 @@ def same(a: Tensor, b: Tensor) -> Tensor:
     return as_integers(a) == as_integers(b)
 
 
+def on_host(values: Tensor) -> np.ndarray:
+    """The same memory as an array to read. ``Tensor.numpy`` would make a user's storage unresizable, which FSDP needs."""
+    return np.from_dlpack(values)
+
+
 def total(values: Tensor) -> int:
     """The sum of a tensor's 64-bit words modulo 2**64, in host memory: any one changed bit changes it. The cheapest look."""
     dense = values if values.is_contiguous() else values.mT if values.mT.is_contiguous() else values.contiguous()
-    raw = dense.detach().reshape(-1).view(torch.uint8).numpy()
+    raw = on_host(dense.detach().reshape(-1).view(torch.uint8))
     whole = len(raw) // 8 * 8
     words = raw[:whole].view(np.int64).sum(dtype=np.int64)
     return int(words) + int(raw[whole:].astype(np.int64) @ (256 ** np.arange(len(raw) - whole)))
@@ -91,7 +96,7 @@ def _fingerprint_numpy(matrix: Tensor) -> Fingerprint:
     width = WIDTH[matrix.dtype] // 16
     plain = np.zeros(columns * width, np.uint32)
     weighted = np.zeros(columns * width, np.uint32)
-    whole = _half_words(matrix.detach()).numpy().view(np.uint16).reshape(rows, -1)
+    whole = on_host(_half_words(matrix.detach())).view(np.uint16).reshape(rows, -1)
     for start in range(0, rows, 64):
         block = whole[start : start + 64].astype(np.uint32)
         block_plain = block.sum(0, dtype=np.uint32)
@@ -132,7 +137,7 @@ def changed_elements(matrix: Tensor, now: Fingerprint, then: Fingerprint) -> lis
         if row is None:
             return None
         width = WIDTH[matrix.dtype]
-        pattern = int(as_integers(matrix.detach()[row, column].cpu().reshape(1)).numpy()[0]) & ((1 << width) - 1)
+        pattern = int(as_integers(matrix.detach()[row, column].reshape(1).clone()).cpu().numpy()[0]) & ((1 << width) - 1)
         for half, dp in enumerate(_wrap(d_plain[:, j])):
             pattern_half = ((pattern >> (16 * half)) & 0xFFFF) - int(dp)
             if not 0 <= pattern_half <= 0xFFFF:

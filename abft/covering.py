@@ -114,6 +114,23 @@ def _backend(policy: policies.Policy, weight: Any) -> str:
 # --- counting ----------------------------------------------------------------------------------------
 
 
+def _attention_flops(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> int:
+    """Scores and their product with the values."""
+    return 2 * query.shape[:-1].numel() * key.shape[-2] * (query.shape[-1] + value.shape[-1])
+
+
+def _attention_backward_flops(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> int:
+    """The scores again, and the gradients of queries, keys, values and probabilities."""
+    return 2 * query.shape[:-1].numel() * key.shape[-2] * (3 * query.shape[-1] + 2 * value.shape[-1])
+
+
+#: Torch has no formula for attention on a CPU; without one, unchecked attention would not lower the share.
+_UNREGISTERED: dict[Any, Any] = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
+}
+
+
 class _FlopShare(TorchDispatchMode):
     """FLOPs of every matrix operator that runs, and of the checked ones among them."""
 
@@ -123,7 +140,7 @@ class _FlopShare(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        formula = flop_registry.get(func._overloadpacket)
+        formula = flop_registry.get(func._overloadpacket) or _UNREGISTERED.get(func._overloadpacket)
         if formula is not None:
             flops = formula(*args, **(kwargs or {}), out_val=out)
             self.total += flops

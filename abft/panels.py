@@ -20,7 +20,6 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
@@ -29,6 +28,20 @@ from abft import bits
 from abft.checksum import Layout, Panel, bias_sums
 
 Build = Callable[[Tensor, Layout], Panel]
+
+
+class History:
+    """What was said about a tensor, so that it is not said again."""
+
+    def __init__(self) -> None:
+        self.known_faults: set[tuple[object, ...]] = set()
+        self.warned_sites: set[int] = set()  # told that the weight was stale
+
+    def new_faults(self, since: tuple[int, ...], elements: Iterable[tuple[int, ...]]) -> int:
+        """How many of the elements changed since that validity had not been counted; from now on they have."""
+        fresh = {(since, *element) for element in elements} - self.known_faults
+        self.known_faults |= fresh
+        return len(fresh)
 
 
 @dataclass(frozen=True)
@@ -51,7 +64,7 @@ class Entry:
     integrity: Tensor | None  # of the panel's own bits
     validity: tuple[int, ...]
     source: Source  # what the weight itself was when the entry was made
-    owner: Panels
+    history: History  # not the Panels: a cycle would let panels outlive their weight
     audited: bool  # whether every use compares the weight's bits
     total: int | None = None  # of the weight's bits, if so
     bias: RememberedBias | None = None
@@ -69,8 +82,7 @@ class Panels:
         self.entries: dict[tuple[object, ...], Entry] = {}
         self.latest: tuple[Layout, bool, bool, Entry] | None = None  # asked for again far more often than not
         self.announced = 0  # how often somebody said that this weight changed on purpose
-        self.known_faults: set[tuple[object, ...]] = set()  # counted before
-        self.warned_sites: set[int] = set()  # told that the weight was stale
+        self.history = History()
         self.source = id(source)  # attributes may be copied or swapped to another tensor: these are not its panels
         self._gathered = _gathered_by(source)
         _all.add(self)
@@ -83,12 +95,6 @@ class Panels:
         if shard is None:
             return (source._version,)
         return source._version, id(shard), shard._version, getattr(shard, "_local_tensor", shard)._version
-
-    def new_faults(self, since: tuple[int, ...], elements: Iterable[tuple[int, ...]]) -> int:
-        """How many of the elements changed since that validity had not been counted; from now on they have."""
-        fresh = {(since, *element) for element in elements} - self.known_faults
-        self.known_faults |= fresh
-        return len(fresh)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Weights are pickled with their attributes; a file must neither hold panels nor need abft to be read.
@@ -189,7 +195,7 @@ def entry_for(source: Tensor, matrix: Tensor, layout: Layout, *, transposed: boo
                 kind = (source.dtype, source.device, source.shape)
                 for old in [k for k, e in panels.entries.items() if e.source != kind]:
                     del panels.entries[old]  # the weight was moved or cast since
-                entry = panels.entries[key] = Entry(build(matrix, layout), matrix.dtype, None, None, now, kind, panels, _is_audited(matrix, frozen))
+                entry = panels.entries[key] = Entry(build(matrix, layout), matrix.dtype, None, None, now, kind, panels.history, _is_audited(matrix, frozen))
                 _remember(entry, matrix, now)
             else:
                 rebuild(entry, matrix, now, build)
@@ -224,7 +230,7 @@ def unchanged(entry: Entry, matrix: Tensor, bias: Tensor | None) -> bool:
     """Whether an audited weight and its bias have the remembered bits."""
     if not entry.audited:
         return True
-    if bias is not None and entry.bias is not None and not np.array_equal(*(bits.as_integers(b).numpy() for b in (bias, entry.bias.values))):
+    if bias is not None and entry.bias is not None and bits.total(bias) != bits.total(entry.bias.values):
         return False
     return bits.total(matrix) == entry.total
 

@@ -1,7 +1,7 @@
 """The checked kernel on an emulated tensor core: same panel, same K order, same sums, same bounds.
 
     acc     = X · Wᵀ through the emulator
-    e, one  = row sums of every 128-column tile in the epilogue's register order, tiles added in order, fp32
+    sums    = row sums of every 128-column tile in the epilogue's register order, tiles added in order, fp32
     squares = fp32, where they overflow above 1.8e19 as a kernel's do; such rows are judged by the range-safe form
     raw     = X · panelᵀ through the emulator; the panel's checksums summed in fp32 as its kernel sums them
 """
@@ -22,7 +22,8 @@ from bench.emulator import Emulator
 
 TILE = 128
 GROUP = 512
-TESTED = FULL.kinds[:2]
+#: What the kernel sums from its accumulators; hi and lo are measured beside them.
+KERNEL_KINDS = FULL.kinds[:2]
 TF32_MASK = -0x2000  # 13 mantissa bits that the unit does not read
 PANEL_ROWS = 64  # rows of W that the panel's kernel adds as a tree
 
@@ -118,18 +119,23 @@ class Checks:
 
     @property
     def suspect(self) -> np.ndarray:
-        return ~(self.ratio <= 1.0).all((1, 2))
+        return self.suspect_by(self.ratio.shape[-1])
+
+    def suspect_by(self, kinds: int) -> np.ndarray:
+        """Rows that the first so-many kinds do not explain."""
+        return ~(self.ratio[..., :kinds] <= 1.0).all((1, 2))
 
 
 class Product:
     """A weight with its panel on one emulated unit."""
 
-    def __init__(self, emulator: Emulator, unit: Unit, w: Tensor) -> None:
-        self.emulator, self.unit, self.w = emulator, unit, w
+    def __init__(self, emulator: Emulator, unit: Unit, w: Tensor, kinds: tuple[checksum.Kind, ...] = KERNEL_KINDS) -> None:
+        self.emulator, self.unit, self.w, self.kinds = emulator, unit, w, kinds
         self.panel = build_panel(w, unit)
         self.groups = self.panel.layout.groups
         self._w, self._columns = w.T.contiguous().numpy(), self._padded(self.panel.columns)
-        self._signs = np.concatenate([checksum.column_weights("e", b - a) for a, b in map(self.groups.span, range(self.groups.count))])
+        spans = [self.groups.span(g) for g in range(self.groups.count)]
+        self.signs, *_ = self._weights = [np.concatenate([checksum.column_weights(kind, b - a) for a, b in spans]) for kind in kinds]
 
     @staticmethod
     def _padded(columns: Tensor) -> np.ndarray:
@@ -144,20 +150,23 @@ class Product:
         predicted, noise2 = checksum.predicted_sums(raw, self.panel)
         scaled = raw if self.panel.scales is None else raw * self.panel.scales
         magnitudes = scaled[:, self.panel.layout.checksum_columns :].unflatten(-1, (-1, checksum.SKETCHES)).abs().mean(-1)
-        return predicted[..., : len(TESTED)].numpy(), noise2.numpy(), magnitudes.numpy()
+        return predicted[..., : len(self.kinds)].numpy(), noise2.numpy(), magnitudes.numpy()
 
     def sum_rows(self, acc: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(r (M, groups, kinds), Σ acc² (M, groups)), fp32."""
-        r = np.zeros((len(acc), self.groups.count, len(TESTED)), np.float32)
+        r = np.zeros((len(acc), self.groups.count, len(self.kinds)), np.float32)
         squares = np.zeros(r.shape[:2], np.float32)
         values = torch.from_numpy(acc)
         for g in range(self.groups.count):
             begin, end = self.groups.span(g)
             for start in range(begin, end, TILE):
                 stop = min(start + TILE, end)
-                one, e = self.emulator.row_sums(acc, start, stop, self._signs[start:stop])
-                r[:, g, 0] += e
-                r[:, g, 1] += one
+                for j, weights in enumerate(self._weights):
+                    if self.kinds[j] != "one":  # comes along with e
+                        one, weighted = self.emulator.row_sums(acc, start, stop, weights[start:stop])
+                        r[:, g, j] += weighted
+                    if j == 0 and "one" in self.kinds:
+                        r[:, g, self.kinds.index("one")] += one
                 squares[:, g] += values[:, start:stop].square().sum(1).numpy()
         return r, squares
 
@@ -166,8 +175,8 @@ class Product:
         predicted, noise2, magnitudes = prediction
         with np.errstate(all="ignore"):
             r, squares = self.sum_rows(acc)
-            c = threshold.coefficients(self.unit.arithmetic, k, TESTED, self.groups.width)
-            sums = Sums(TESTED, r, predicted, squares, noise2)
+            c = threshold.coefficients(self.unit.arithmetic, k, self.kinds, self.groups.width)
+            sums = Sums(self.kinds, r, predicted, squares, noise2)
             tau = threshold.bounds(sums, c)
             ratio = abs(r - predicted) / tau
             ratio[(r == predicted) & (tau >= 0)] = 0.0

@@ -11,6 +11,7 @@ import math
 import numpy as np
 import torch
 
+from abft.checksum import FULL
 from bench import emulator, families, intervals
 from bench.clean import DEPTHS, _weight_of
 from bench.emulated import UNITS, Product, Unit
@@ -23,7 +24,7 @@ SCALAR_ROWS = 40
 
 
 def measure(em: emulator.Emulator, unit: Unit, activation: str, k: int, rows: int, seed: int, batch: int) -> tuple[int, int, int, dict[str, float]]:
-    """(rows, alarms, rows judged by the range-safe form, worst ratio per weight family and kind)"""
+    """(rows, alarms of any kind, rows judged by the range-safe form, worst ratio per weight family and kind)"""
     slow = activation == "denormal"
     share = SCALAR_ROWS if slow else math.ceil(rows / len(families.WEIGHTS))
     total = alarms = range_safe = 0
@@ -31,14 +32,14 @@ def measure(em: emulator.Emulator, unit: Unit, activation: str, k: int, rows: in
     for i, weight in enumerate(families.WEIGHTS):
         g = families.generator(seed, k, i, *activation.encode())
         n = WIDTHS[(i + len(activation) + k // 64) % len(WIDTHS)]
-        product = Product(em, unit, unit.operand(families.weights(weight, n, k, g)))
+        product = Product(em, unit, unit.operand(families.weights(weight, n, k, g)), FULL.kinds)
         for start in range(0, share, batch):
             x = unit.operand(families.ACTIVATIONS[activation](min(batch, share - start), k, g), activation)
             checks = product.judge(product.multiply(x, slow=slow), product.predict(x, slow=slow), k)
             total += len(x)
             alarms += int(checks.suspect.sum())
             range_safe += checks.range_safe
-            for j, kind in enumerate(("e", "one")):
+            for j, kind in enumerate(FULL.kinds):
                 where = f"{weight}/{n}/{kind}"
                 worst[where] = max(worst.get(where, 0.0), float(np.max(checks.ratio[..., j])))
     return total, alarms, range_safe, worst
@@ -71,7 +72,7 @@ def main(argv: list[str]) -> int:
 def summarise(results: Results) -> str:
     cells = [r for r in results.records if r["kind"] == "cell"]
     rows, alarms = sum(r["rows"] for r in cells), sum(r["alarms"] for r in cells)
-    worst = {kind: max(float(v) for r in cells for w, v in r["worst"].items() if w.endswith("/" + kind)) for kind in ("e", "one")}
+    worst = {kind: max(float(v) for r in cells for w, v in r["worst"].items() if w.endswith("/" + kind)) for kind in FULL.kinds}
     by_family: dict[str, float] = {}
     for r in cells:
         by_family[r["activation"]] = max(by_family.get(r["activation"], 0.0), *map(float, r["worst"].values()))
@@ -82,5 +83,5 @@ def summarise(results: Results) -> str:
     )
     return (
         f"{results.path.stem}: {alarms} alarms in {rows:,} rows (rate below {limit:.2g} at 95 %), worst residual "
-        f"e {worst['e']:.3f}, one {worst['one']:.3f} of its bound"
+        f"{', '.join(f'{kind} {value:.3f}' for kind, value in worst.items())} of its bound"
     )

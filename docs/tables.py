@@ -154,8 +154,27 @@ def _found(s: Record) -> str:
     return f"{share(s['harmful_detected'], s['harmful'])} (at least {100 * s['harmful_detected_at_least']:.2f} %)"
 
 
+EMULATED = {
+    "accumulator": "final accumulator",
+    "half-way": "accumulator half-way along K",
+    "operand": "operand tile",
+    "weight": "weight in memory",
+}
+
+
 def emulated_faults(page: str) -> str:
-    return table("", [], "python -m bench emulated-faults")
+    def rows() -> Iterator[tuple[object, ...]]:
+        for f in finished("faults-emulated-*"):
+            for place, s in f.summary["table"].items():
+                if place in EMULATED and s["trials"]:
+                    yield (
+                        f.arithmetic, EMULATED[place], f"{s['trials']:,}", f"{s['harmful']:,}", _found(s),
+                        share(s["harmful_detected_e_one"], s["harmful"]), small(s["largest_missed"]), f.link(page),
+                    )  # fmt: skip
+
+    header = "unit | place | faults | harmful (≥ 1e-3) | of these detected | by ε and ones alone | largest missed"
+    header += " | file"
+    return table(header, rows(), "python -m bench emulated-faults")
 
 
 # --- floors -----------------------------------------------------------------------------------------
@@ -236,6 +255,7 @@ def headline(page: str) -> str:
         *_silence("… on emulated tensor cores", "clean-emulated-*", page),
         *_silence("… on a real encoder's activations and gradients", "activations*", page),
         *_detection(page),
+        *_emulated(page),
         *_compiled(page),
         ("cost on a GPU", "**not measured**", "–", "–", "–"),
     ]
@@ -263,6 +283,16 @@ def _detection(page: str) -> Iterator[tuple[object, ...]]:
         circumstances = _circumstances(found, page)
         yield (f"single faults that change a row (L2, {harm}), detected, CPU", "; ".join(seen), *circumstances)
         yield ("detected single faults repaired bit for bit, CPU", "; ".join(repaired), *circumstances)
+
+
+def _emulated(page: str) -> Iterator[tuple[object, ...]]:
+    found = finished("faults-emulated-*")
+    if found:
+        totals = [(f.arithmetic, f.summary["table"]["all"]) for f in found]
+        texts = [f"{name} **{share(s['harmful_detected'], s['harmful'])}** of {s['harmful']:,}" for name, s in totals]
+        harm = small(found[0].summary["harmful_from"])
+        what = f"faults that change a row (L2, ≥ {harm}), detected on emulated tensor cores"
+        yield (what, "; ".join(texts), *_circumstances(found, page))
 
 
 def _compiled(page: str) -> Iterator[tuple[object, ...]]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -73,7 +73,7 @@ RECIPES = {
     "clipped": Recipe(clip=0.5, keep_grads=True),
     "accumulated": Recipe(accumulate=3),
     "scaled": Recipe(scale=2.0**24, clip=1.0),  # overflows at first: some steps are skipped
-    "scaled-accumulated": Recipe(scale=2.0**22, accumulate=2),
+    "scaled-accumulated": Recipe(scale=2.0**20, accumulate=2),
 }
 
 
@@ -176,7 +176,8 @@ def test_a_guard_without_faults_changes_nothing(recipe):
     assert all(guarded.taken)
     if RECIPES[recipe].scale:
         assert min(plain.scales) < RECIPES[recipe].scale, "no step was skipped: the recipe tests nothing"
-        assert plain.scales[-1] > min(plain.scales), "the scale never grew: the recipe tests nothing"
+        grew = any(b > a for a, b in zip(plain.scales, plain.scales[1:], strict=False))
+        assert grew, "the scale never grew: the recipe tests nothing"
     report = abft.report()
     assert report.checks > 0 and report.detected == 0 and report.false_alarms == 0
     assert (guarded.the_guard.replays, guarded.the_guard.dropped) == (0, 0)
@@ -186,7 +187,9 @@ def test_a_guard_without_faults_changes_nothing(recipe):
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_replayed_steps_leave_no_trace(recipe, role):
     plain = run(net(), RECIPES[recipe])
-    specs = [Fault("nullify", role=role, pattern="row", call=call) for call in (0, 7, 22)]
+    # Three steps, each hit once: late enough that no scale overflows any more.
+    in_a_step = RECIPES[recipe].accumulate * (2 if role == "dgrad" else 3)
+    specs = [Fault("nullify", role=role, pattern="row", call=in_a_step * step + 1) for step in (11, 14, 19)]
     with abft.inject.faults(*specs) as log:
         guarded = run(protected(), RECIPES[recipe], guarded=True)
     assert len(log) == 3
@@ -726,6 +729,3 @@ def test_a_guarded_transformer_survives_what_strikes_its_steps(kind):
             losses.append(float(out.loss.detach()))
     assert guard.replays == len(log) > 1
     assert_same(plain, (losses, model.state_dict()))
-
-
-Make = Callable[[], nn.Module]

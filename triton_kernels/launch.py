@@ -16,6 +16,8 @@ from .settle import settle
 from .tiles import matrix
 from .verify import verify
 
+MAX_REGISTERS = 255
+
 
 @dataclass(frozen=True)
 class Judge:
@@ -33,12 +35,15 @@ class Judge:
 
 def check(product: Product, evidence: Evidence, judge: Judge, words: Tensor, site: Tensor, labels: Labels,
           faults: Tensor | None = None) -> Tensor:  # fmt: skip
-    """Verify, repair, settle. Returns Y, repaired in place. ``words``, ``site``: abft.ledger, abft.sites; ``faults`` hit the repetition."""
+    """Verify, repair, settle. Y is repaired in place; returns the status (B, groups, M) that each row had at first (verify.py).
+
+    words, site: abft.ledger, abft.sites. ``faults`` hit the repetition.
+    """
     batch, m, n, k, c = product.sizes
     y, config, device = evidence.y, product.config, product.a.device
     blocks = -(-m // config.bm)
     partials, raw = product.workspace(SUMS_AGAIN.value)
-    status = torch.empty(batch * judge.groups * m, dtype=torch.int8, device=device)
+    status = torch.empty(batch, judge.groups, m, dtype=torch.int8, device=device)
     flags = torch.empty(batch * blocks * judge.groups, dtype=torch.int8, device=device)
     moved = torch.empty(batch, partials.shape[2], m, dtype=torch.int32, device=device)
     details = torch.empty(DETAILS.value, batch * m, dtype=torch.int32, device=device)
@@ -49,16 +54,17 @@ def check(product: Product, evidence: Evidence, judge: Judge, words: Tensor, sit
     shape = Shape(m, n, k, c, judge.groups, judge.tiles_per_group)
     a, w, panel = matrix(product.a), matrix(product.w), matrix(product.panel)
     order = {"KINDS": judge.kinds, "PARTS": judge.parts, "BM": config.bm, "BN": config.bn, "OUT_LARGEST": torch.finfo(y.dtype).max}
-    order |= {"num_warps": 4, "enable_fp_fusion": True}
+    # Rarely more than an early exit: left to itself, the assembler would rather spill than take another register.
+    order |= {"num_warps": 4, "enable_fp_fusion": True, "maxnreg": MAX_REGISTERS}
     verify[(max(1, batch * blocks * judge.groups),)](
         first, judge.bound, shape, status, flags, evidence.summary, words, site, batch, REPEAT=judge.repeat, **order
     )
     recompute[(min(product.tiles, REPAIR_PROGRAMS),)](
         a, w, panel, product.bias, y, product.signs, again, moved, flags, evidence.summary, shape, batch,
-        fault_argument(faults), CORRECT=judge.correct, **config.launch(),
+        fault_argument(faults), CORRECT=judge.correct, maxnreg=MAX_REGISTERS, **config.launch(),
     )  # fmt: skip
     settle[(max(1, batch * blocks),)](
         a, w, y, first, again, moved, status, judge.bound, shape, words, site, evidence.summary, details, labels, batch,
         CORRECT=judge.correct, **order,
     )  # fmt: skip
-    return y
+    return status

@@ -337,9 +337,9 @@ class Change:
         entry = case.entry
         assert entry is not None
         in_weight = self.in_weight if located else [_summary(self.now)]
-        case.outcome.weight_faults += entry.owner.new_faults(entry.validity, in_weight)
+        case.outcome.weight_faults += entry.history.new_faults(entry.validity, in_weight)
         if located and entry.bias is not None:
-            case.outcome.weight_faults += entry.bias.owner.new_faults(entry.bias.validity, self.in_bias)
+            case.outcome.weight_faults += entry.bias.owner.history.new_faults(entry.bias.validity, self.in_bias)
 
 
 def _change(case: Case) -> Change | None:
@@ -384,8 +384,8 @@ def _accept_edit(case: Case, rows: np.ndarray) -> None:
         case.bias = checksum.bias_sums(case.call.bias, case.plan.layout)
     case.examine_again()
     case.find(Verdict.STALE, np.setdiff1d(rows, case.suspects()), "weight", at=before)
-    if case.call.site not in entry.owner.warned_sites:
-        entry.owner.warned_sites.add(case.call.site)
+    if case.call.site not in entry.history.warned_sites:
+        entry.history.warned_sites.add(case.call.site)
         warnings.warn(
             f"abft: the weight or bias at {sites.site_of(case.call.site).name} changed without an announcement abft can see "
             "(a write through .data, numpy or a custom kernel); its panel was rebuilt. Call abft.refresh(model) after such writes.",

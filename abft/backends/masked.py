@@ -72,8 +72,7 @@ def plan(n: int, k: int, dtype: torch.dtype, form: str, group: int | None, fused
     narrow = arithmetic.output_roundoff > 0
     groups = Groups.near_equal(n, group or (reference.ROUNDED_GROUP if narrow else GROUP))
     layout = Layout(groups, FORMS[form], dtype, floating.PARTS[dtype])
-    kinds = FORMS[form].kinds
-    return Plan(arithmetic, layout, kinds if narrow else kinds[:2], wide)
+    return Plan(arithmetic, layout, FORMS[form].kinds, wide)
 
 
 def plan_for(call: Call, *, fused: bool) -> Plan:

@@ -34,7 +34,7 @@ class Plan:
 
     arithmetic: threshold.Arithmetic
     layout: Layout
-    tested: tuple[Kind, ...]  # judged on every row; the others only locate
+    tested: tuple[Kind, ...]  # judged on every row
     sum_dtype: torch.dtype
 
     @property
@@ -51,8 +51,9 @@ def plan(n: int, k: int, dtype: torch.dtype, form: str, group: int | None) -> Pl
     narrow = arithmetic.output_roundoff > 0.0
     groups = Groups.near_equal(n, group or _default_group(n, narrow))
     layout = Layout(groups, FORMS[form], wide, 1, shared_sketch=narrow)
-    kinds = FORMS[form].kinds
-    return Plan(arithmetic, layout, kinds if narrow else kinds[:2], wide)
+    # All kinds are judged, not e and one alone: those two are blind to half of all equal and opposite pairs, which is what
+    # a carry fault in neighbouring elements looks like (bench/results/faults-emulated-*.jsonl).
+    return Plan(arithmetic, layout, FORMS[form].kinds, wide)
 
 
 def _default_group(n: int, rounded: bool) -> int:

@@ -196,7 +196,8 @@ def product(call: Call, words: Tensor, site: Tensor) -> Tensor:
     )  # fmt: skip
     with _quiet(), _host_ledger(words):
         evidence = gemm.multiply(operands, descriptors(call.strikes, call.a.device))
-        return launch.check(operands, evidence, judge, words, site, labels)
+        launch.check(operands, evidence, judge, words, site, labels)
+    return evidence.y
 
 
 def panel_of(call: Call, p: Plan) -> Panel:

@@ -18,14 +18,17 @@ class CheckedProduct(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, a: Tensor, b: Tensor, bias: Tensor | None, tb: bool, ledger: Tensor, site: Tensor, policy: str) -> Tensor:  # type: ignore[override]
-        ctx.save_for_backward(a, b, ledger, site)
+        ctx.save_for_backward(a, b)
+        # Not through save_for_backward: the next layer's forward writes the ledger again (a compiled graph would take that for
+        # an error), and hooks on saved tensors would hand back copies, which are no ledger and no site.
+        ctx.ledger, ctx.site = ledger, site
         ctx.tb, ctx.policy, ctx.bias_dtype = tb, policy, None if bias is None else bias.dtype
         return product(a, False, b, tb, bias, ledger, site, "fprop", policy)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        a, b, ledger, site = ctx.saved_tensors
-        tb, policy = ctx.tb, ctx.policy
+        a, b = ctx.saved_tensors
+        ledger, site, tb, policy = ctx.ledger, ctx.site, ctx.tb, ctx.policy
         da = db = dbias = None
         if torch.is_grad_enabled():
             # create_graph=True: the gradient's own gradient is torch's business, unchecked and counted.

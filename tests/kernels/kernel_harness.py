@@ -1,0 +1,124 @@
+"""One product through the kernels, with a ledger of its own, and everything that came of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from abft import ledger, sites, threshold
+from abft.backends import triton as backend
+from abft.backends.call import Call
+from abft.checksum import Panel, Sums, predicted_sums
+from abft.faults import BitOperation, Region, Strike
+from abft.policy import Policy
+from abft.triton_kernels import gemm, launch
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+#: bf16 only where the tensor cores multiply it: the interpreter's product of bf16 numbers is wrong.
+DTYPES = (torch.float32, torch.float16) + ((torch.bfloat16,) if DEVICE.type == "cuda" else ())
+SITE = 3
+#: Patterns on the fp32 bits of an accumulator.
+NULLIFY, INF, NAN = BitOperation(keep=0), BitOperation(keep=0, flip=0x7F800000), BitOperation(keep=0, flip=0x7FC00000)
+FAULTS = ("observed", "recomputed", "reconstructed", "uncorrected")
+
+
+@dataclass
+class Run:
+    """A product and what the ledger says of it."""
+
+    y: Tensor
+    counters: dict[str, int]
+    records: list[dict[str, int]]
+    evidence: gemm.Evidence
+    status: Tensor  # (B, groups, M): what verification made of every row and group
+    panel: Panel
+    plan: backend.Plan
+
+    @property
+    def worst(self) -> float:
+        return ledger.bits_float(self.counters["worst"])
+
+    @property
+    def suspect_rows(self) -> list[int]:
+        return (self.status >= 2).any(1).flatten().nonzero().flatten().tolist()
+
+    @property
+    def detected(self) -> int:
+        return sum(self.counters[name] for name in FAULTS)
+
+    def verdict(self) -> str:
+        return ledger.VERDICTS[self.records[-1]["verdict"]].name
+
+
+def fresh_ledger() -> Tensor:
+    return torch.zeros(ledger.WORDS, dtype=torch.int64, device=DEVICE)
+
+
+def run(a: Tensor, w: Tensor, bias: Tensor | None = None, *, strikes: tuple[Strike, ...] = (), words: Tensor | None = None,
+        site: int = SITE, source: Tensor | None = None, again: tuple[Strike, ...] = (), role: str = "fprop", **policy: Any) -> Run:  # fmt: skip
+    """``strikes`` hit the product, ``again`` its repetition."""
+    words = fresh_ledger() if words is None else words
+    policy = {"panel": "full", "level": "correct"} | policy
+    call = Call(a.to(DEVICE), w.to(DEVICE), None if bias is None else bias.to(DEVICE), source, False, role, Policy(**policy), site, tuple(strikes))
+    seen: dict[str, Any] = {}
+
+    def multiply(product: gemm.Product, faults: Tensor | None) -> gemm.Evidence:
+        seen["evidence"] = _multiply(product, faults)
+        return seen["evidence"]
+
+    def check(*args: Any) -> Tensor:
+        seen["judge"], seen["panel"] = args[2], args[0].panel
+        seen["status"] = _check(*args, backend.descriptors(again, DEVICE))
+        return seen["status"]
+
+    _multiply, _check = gemm.multiply, launch.check
+    with mock.patch.object(gemm, "multiply", multiply), mock.patch.object(launch, "check", check):
+        y = backend.product(call, words, torch.tensor(site, device=DEVICE))
+    plan = backend.plan_for(call)
+    return Run(y, counters_of(words, site), records_of(words), seen["evidence"], seen["status"],
+               Panel(plan.layout, seen["panel"], seen["judge"].scales), plan)  # fmt: skip
+
+
+def counters_of(words: Tensor, site: int) -> dict[str, int]:
+    row = words[ledger.HEADER :][site * ledger.COUNTERS : (site + 1) * ledger.COUNTERS].tolist()
+    return dict(zip(ledger.COUNTER_NAMES, row, strict=False))
+
+
+def records_of(words: Tensor) -> list[dict[str, int]]:
+    host = words.cpu().numpy()
+    ring = host[ledger.HEADER + sites.CAPACITY * ledger.COUNTERS :].reshape(ledger.RING, ledger.RECORD)
+    head = int(host[ledger.HEAD])
+    return [dict(zip(ledger.RECORD_NAMES, ring[i % ledger.RING].tolist(), strict=True)) for i in range(max(0, head - ledger.RING), head)]
+
+
+def judged(result: Run, k: int) -> tuple[Sums, np.ndarray]:
+    """The sums that the product stored, and their bounds, by abft.checksum and abft.threshold: (B, M, groups, kinds)."""
+    layout, tiles = result.plan.layout, result.plan.tiles_per_group
+    parts = result.evidence.partials.cpu()
+    pad = layout.groups.count * tiles - parts.shape[2]
+    grouped = torch.nn.functional.pad(parts, (0, 0, 0, pad)).unflatten(2, (layout.groups.count, tiles))
+    total = grouped[..., 0, :]
+    for t in range(1, tiles):  # in the kernel's order
+        total = total + grouped[..., t, :]
+    e, one, squares = total.unbind(1)  # (B, groups, M)
+    panel = Panel(layout, result.panel.columns.cpu(), None if result.panel.scales is None else result.panel.scales.cpu())
+    c, noise2 = predicted_sums(result.evidence.raw.cpu(), panel)
+    kinds = layout.form.kinds[:2]
+    actual = torch.stack([e, one][: len(kinds)], -1).transpose(1, 2)
+    sums = Sums(kinds, actual, c[..., : len(kinds)], squares.transpose(1, 2), noise2)
+    return sums, threshold.bounds(sums, threshold.coefficients(result.plan.arithmetic, k, kinds, layout.groups.width))
+
+
+def at(row: int, col: int, rows: int = 1, cols: int = 1, stride: int = 1) -> Region:
+    return Region(row, row + rows, col, col + cols, stride)
+
+
+def operands(m: int, n: int, k: int, dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Gaussian activations and a weight that keeps their size."""
+    g = torch.Generator().manual_seed(seed)
+    return torch.randn(m, k, generator=g).to(dtype), (torch.randn(n, k, generator=g) / max(k, 1) ** 0.5).to(dtype)

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
 
 from abft import policy as policies
 from abft import protection, scope
@@ -136,11 +135,14 @@ class _FlopShare(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
+        from torch.utils.flop_counter import flop_registry  # imports Triton
+
+        self.formulas = {**_UNREGISTERED, **flop_registry}
         self.checked = self.total = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        formula = flop_registry.get(func._overloadpacket) or _UNREGISTERED.get(func._overloadpacket)
+        formula = self.formulas.get(func._overloadpacket)
         if formula is not None:
             flops = formula(*args, **(kwargs or {}), out_val=out)
             self.total += flops

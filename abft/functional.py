@@ -161,11 +161,23 @@ def _product(a: Tensor, b: Tensor, bias: Tensor | None, tb: bool, site: Tensor |
 
 def _apply(a: Tensor, b: Tensor, bias: Tensor | None, tb: bool, site: Tensor | None, policy: Policy, name: str) -> Tensor:
     if site is None:
-        site = sites.as_tensor(sites.functional(name, policy.on_uncorrected), a.device)
+        site = sites.at(_own_site(name, policy.text, a.device), a.device)
     book = ledger.tensor(a.device)
     if not torch.is_grad_enabled():
         return product(a, False, b, tb, bias, book, site, "fprop", policy.text)
     return CheckedProduct.apply(a, b, bias, tb, book, site, policy.text)
+
+
+def _own_site(name: str, policy: str, device: torch.device) -> int:
+    """The number of a function's own site. A tracer takes the result for a constant and calls this itself, once."""
+    site = sites.functional(name, policies.decode(policy).on_uncorrected)
+    ledger.make(device)
+    sites.as_tensor(site, device)
+    return site.index
+
+
+# What torch.compiler.assume_constant_result does; calling it would import the compiler, and Triton, with abft.
+_own_site._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _autocast(t: Tensor, dtype: torch.dtype) -> Tensor:

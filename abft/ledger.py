@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from abft import sites
 
@@ -112,7 +113,7 @@ class CpuLedger:
         self.name = ""
         self.words = np.zeros(WORDS, np.int64)
         self._counters = self.words[HEADER : HEADER + sites.CAPACITY * COUNTERS].reshape(-1, COUNTERS)
-        self._view = memoryview(self.words)  # plain integers: ten times cheaper to add to than array elements
+        self._view = memoryview(self.words)  # type: ignore[arg-type]  # plain integers: ten times cheaper to add to than array elements
         self._worst: dict[int, float] = {}
         self._ring = self.words[HEADER + sites.CAPACITY * COUNTERS :].reshape(RING, RECORD)
 
@@ -195,13 +196,18 @@ def cpu() -> CpuLedger:
 def tensor(device: torch.device) -> Tensor:
     """The ledger argument of an operator: real on a GPU, a token on a CPU (whose threads write their own)."""
     ledger = _device_ledgers.get(device)
-    if ledger is None:
-        with torch.inference_mode(False), torch.no_grad():
+    return make(device) if ledger is None else ledger
+
+
+def make(device: torch.device) -> Tensor:
+    """The ledger of a device. Call it outside of any tracer: in a graph it would be one more intermediate result."""
+    if device not in _device_ledgers:
+        with torch.inference_mode(False), torch.no_grad(), unset_fake_temporarily():
             ledger = torch.zeros(WORDS if device.type == "cuda" else 1, dtype=torch.int64, device=device)
         if device.type == "cuda":
             torch._dynamo.mark_static_address(ledger)
         _device_ledgers[device] = ledger
-    return ledger
+    return _device_ledgers[device]
 
 
 _scratch: dict[torch.device, Tensor] = {}
@@ -213,6 +219,9 @@ def scratch(device: torch.device) -> Tensor:
         with torch.inference_mode(False), torch.no_grad():
             _scratch[device] = torch.zeros(WORDS, dtype=torch.int64, device=device)
     return _scratch[device]
+
+
+make(torch.device("cpu"))
 
 
 def bypass(reason: str) -> None:

@@ -23,15 +23,15 @@ def _linear(mode: ProductMode, input: Tensor, weight: Tensor, bias: Tensor | Non
 
 
 def _matmul(mode: ProductMode, input: Tensor, other: Tensor, *, out: Tensor | None = None) -> Tensor:
-    if out is not None or (reason := functional.why_not(input, other)) is not None:
-        reason = "out=" if out is not None else reason
+    reason = "out=" if out is not None else functional.why_not(input, other)
+    if reason is not None:
         return functional.bypassed(reason, lambda: torch.matmul(input, other, out=out))
     return functional.matmul_at(mode.site, input, other, mode.policy)
 
 
 def _bmm(mode: ProductMode, input: Tensor, mat2: Tensor, *args: Any, out: Tensor | None = None, **kwargs: Any) -> Tensor:
-    if args or kwargs or out is not None or (reason := functional.why_not(input, mat2)) is not None:
-        reason = "out= or out_dtype" if args or kwargs or out is not None else reason
+    reason = "out= or out_dtype" if args or kwargs or out is not None else functional.why_not(input, mat2)
+    if reason is not None:
         return functional.bypassed(reason, lambda: torch.bmm(input, mat2, *args, out=out, **kwargs))
     if input.dim() != 3 or mat2.dim() != 3:
         return torch.bmm(input, mat2)  # torch's own error
@@ -39,8 +39,8 @@ def _bmm(mode: ProductMode, input: Tensor, mat2: Tensor, *args: Any, out: Tensor
 
 
 def _mm(mode: ProductMode, input: Tensor, mat2: Tensor, *args: Any, out: Tensor | None = None, **kwargs: Any) -> Tensor:
-    if args or kwargs or out is not None or (reason := functional.why_not(input, mat2)) is not None:
-        reason = "out= or out_dtype" if args or kwargs or out is not None else reason
+    reason = "out= or out_dtype" if args or kwargs or out is not None else functional.why_not(input, mat2)
+    if reason is not None:
         return functional.bypassed(reason, lambda: torch.mm(input, mat2, *args, out=out, **kwargs))
     if input.dim() != 2 or mat2.dim() != 2:
         return torch.mm(input, mat2)  # torch's own error
@@ -50,8 +50,8 @@ def _mm(mode: ProductMode, input: Tensor, mat2: Tensor, *args: Any, out: Tensor 
 def _addmm(
     mode: ProductMode, input: Tensor, mat1: Tensor, mat2: Tensor, *args: Any, beta: float = 1, alpha: float = 1, out: Tensor | None = None, **kwargs: Any
 ) -> Tensor:
-    if args or kwargs or out is not None or (reason := functional.why_not(input, mat1, mat2)) is not None:
-        reason = "out= or out_dtype" if args or kwargs or out is not None else reason
+    reason = "out= or out_dtype" if args or kwargs or out is not None else functional.why_not(input, mat1, mat2)
+    if reason is not None:
         return functional.bypassed(reason, lambda: torch.addmm(input, mat1, mat2, *args, beta=beta, alpha=alpha, out=out, **kwargs))
     return functional.addmm_at(mode.site, input, mat1, mat2, beta, alpha, mode.policy)
 

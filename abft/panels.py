@@ -68,7 +68,7 @@ class Entry:
     audited: bool  # whether every use compares the weight's bits
     total: int | None = None  # of the weight's bits, if so
     bias: RememberedBias | None = None
-    quick: object | None = None  # a backend's prepared judgement, as long as panel and bias are the same
+    quick: Any = None  # a backend's prepared judgement, as long as panel and bias are the same
     uses: int = 0
 
 
@@ -191,13 +191,14 @@ def entry_for(source: Tensor, matrix: Tensor, layout: Layout, *, transposed: boo
     if entry is None or entry.validity != now:
         # Outside inference mode: an inference tensor could not be written in place later, outside of it.
         with _lock, torch.inference_mode(False), torch.no_grad():
+            entry = panels.entries.get(key)  # another thread may have been faster
             if entry is None:
                 kind = (source.dtype, source.device, source.shape)
                 for old in [k for k, e in panels.entries.items() if e.source != kind]:
                     del panels.entries[old]  # the weight was moved or cast since
                 entry = panels.entries[key] = Entry(build(matrix, layout), matrix.dtype, None, None, now, kind, panels.history, _is_audited(matrix, frozen))
                 _remember(entry, matrix, now)
-            else:
+            elif entry.validity != now:
                 rebuild(entry, matrix, now, build)
     panels.latest = (layout, transposed, frozen, entry)
     return entry
@@ -269,13 +270,13 @@ def bias_sums_for(entry: Entry | None, source: Tensor | None, bias: Tensor | Non
     now = validity(source, owner, frozen=frozen)
     kept = entry.bias
     if kept is None or kept.owner is not owner or kept.validity != now or kept.values.dtype != bias.dtype:
-        remember_bias(entry, owner, now, bias)
-    assert entry.bias is not None
-    return entry.bias.sums
+        kept = remember_bias(entry, owner, now, bias)
+    return kept.sums
 
 
-def remember_bias(entry: Entry, owner: Panels, now: tuple[int, ...], bias: Tensor) -> None:
+def remember_bias(entry: Entry, owner: Panels, now: tuple[int, ...], bias: Tensor) -> RememberedBias:
     """Take the bias as it is now for the right one."""
     with torch.inference_mode(False), torch.no_grad():
-        entry.bias = RememberedBias(owner, now, bias.clone(), bias_sums(bias, entry.panel.layout))
-    entry.quick = None
+        kept = RememberedBias(owner, now, bias.clone(), bias_sums(bias, entry.panel.layout))
+    entry.bias, entry.quick = kept, None
+    return kept

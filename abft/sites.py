@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from abft.policy import OnUncorrected
 
@@ -75,7 +76,7 @@ def count() -> int:
 
 def _indices(device: torch.device) -> Tensor:
     if device not in _index_tensors:
-        with torch.inference_mode(False), torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad(), unset_fake_temporarily():
             table = torch.arange(CAPACITY, dtype=torch.int64, device=device)
         if device.type == "cuda":
             # Graphs may bake the address; without this, every replay would copy the number in.
@@ -85,13 +86,20 @@ def _indices(device: torch.device) -> Tensor:
 
 
 def as_tensor(site: Site, device: torch.device) -> Tensor:
-    """The site's number as a 0-d tensor on ``device``."""
-    return _indices(device)[site.index]
+    """The site's number as a 0-d tensor on ``device``; outside of any tracer."""
+    table = _indices(device)
+    with unset_fake_temporarily():
+        return table[site.index]
+
+
+def at(index: int, device: torch.device) -> Tensor:
+    """The same inside a tracer, whose graph then holds the table and the number."""
+    return _index_tensors[device][index]
 
 
 def number_of(tensor: Tensor) -> int:
     """The site's number of a module's own site tensor, on any device, meta included."""
-    return tensor.storage_offset()
+    return int(tensor.storage_offset())
 
 
 def index_of(tensor: Tensor) -> int:

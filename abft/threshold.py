@@ -1,7 +1,7 @@
 """Bounds: how large a residual rounding alone can explain.
 
     S_j[m]  = sqrt( Σ_n Y² + c_j² + h² )                     h² the sketched uncancelled norm
-    τ_j[m]  = w̄_j · ( U · κ_j · S_j  +  8 · 0.43 · u_out · sqrt(Σ_n Y² + c_j²)  +  8 · √(G/12) · q_out  +  τ_abs )
+    τ_j[m]  = w̄_j · ( U · κ_j · S_j  +  8 · 0.43 · u_out · sqrt(Σ_n Y²)  +  8 · √(G/12) · q_out  +  τ_abs )
     suspect = ~( |r_j - c_j| <= τ_j ) | ~( τ_j < largest )
 
 κ = κ₀ g + T/2 with T = K / L accumulation steps and g = √(G/512) ≥ 1 for the summation over a group's G columns; ones:
@@ -102,7 +102,7 @@ def kappa(arithmetic: Arithmetic, k: int, kind: Kind = "e", *, width: int = KAPP
 
 @dataclass(frozen=True)
 class Coefficients:
-    """What a bound needs besides the sums, per kind: τ_j = accumulate_j · S_j + round_j · sqrt(Σ Y² + c²) + absolute_j."""
+    """What a bound needs besides the sums, per kind: τ_j = accumulate_j · S_j + round_j · sqrt(Σ Y²) + absolute_j."""
 
     accumulate: tuple[float, ...]
     round: tuple[float, ...]
@@ -149,7 +149,8 @@ def bounds(sums: Sums, c: Coefficients) -> Any:
     seen = sums.squares[..., None] + sums.predicted * sums.predicted
     scale = (seen + sums.noise2[..., None]) ** 0.5
     tau = accumulate * scale + absolute
-    return tau + rounding * seen**0.5 if any(c.round) else tau
+    # What was rounded is Y alone: c has no part in that noise, and would double the bound of every other row.
+    return tau + rounding * sums.squares[..., None] ** 0.5 if any(c.round) else tau
 
 
 def _like(values: tuple[float, ...], example: Any) -> Any:
@@ -176,4 +177,4 @@ def expected_floor(arithmetic: Arithmetic, k: int, groups: Groups) -> float:
     """
     c = coefficients(arithmetic, k, ("e",), groups.width)
     share = math.sqrt(min(groups.width, max(groups.columns, 1)) / max(groups.columns, 1))
-    return (c.accumulate[0] * math.sqrt(7.0) + c.round[0] * math.sqrt(2.0)) * share
+    return (c.accumulate[0] * math.sqrt(7.0) + c.round[0]) * share

@@ -84,7 +84,7 @@ class Subject:
             self.layer.bias.copy_(torch.randn(n, generator=g))
         x = families.activations(activation, m, k, g, dtype)
         # In fp16 a heavy tail may overflow, which is legitimate and no subject for faults: kept a factor of 16 below.
-        largest = float(F.linear(x.float(), self.layer.weight.float()).abs().max()) if dtype == torch.float16 else 0.0
+        largest = float(F.linear(x.float(), self.layer.weight.detach().float()).abs().max()) if dtype == torch.float16 else 0.0
         self.x = x if largest < 4096 else x * 2.0 ** -math.ceil(math.log2(largest / 4096))
         self.gradient = families.activations("gauss", m, n, g, dtype)
         abft.protect(self.layer, abft.Policy(weights=weights, on_uncorrected="record"), name=f"{number}/{weights}/{dtype}")  # type: ignore[arg-type]

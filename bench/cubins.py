@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import hashlib
+import itertools
 import json
 import platform
 import re
@@ -137,24 +138,46 @@ def resources(compiled: Any) -> Resources:
 
 # --- the table ------------------------------------------------------------------------------------
 
+#: Shapes and layouts of operands that are compiled differently. A short N has a narrow panel, and narrow check tiles.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "full": {},
+    "lean": {"form": "lean"},
+    "transposed": {"transposed": True},
+    "narrow": {"n": 384, "bias": False},
+    "ones": {"m": 1, "n": 1, "k": 1},
+}
 
-def rows(architectures: tuple[int, ...] = ARCHITECTURES) -> Iterator[dict[str, Any]]:
+
+def rows(architectures: tuple[int, ...], variants: tuple[str, ...]) -> Iterator[dict[str, Any]]:
     """One row per kernel × operand type × variant × architecture."""
-    variants: dict[str, dict[str, Any]] = {"full": {}, "lean": {"form": "lean"}, "transposed": {"transposed": True}}
-    for architecture in architectures:
-        for kind in KINDS:
-            for variant, options in variants.items():
-                for launch in launches_of(kind, architecture, **options):
-                    start = time.perf_counter()
-                    compiled = compile_launch(launch, architecture)
-                    r = resources(compiled)
-                    yield {
-                        "kernel": launch.name, "kind": kind, "variant": variant, "arch": f"sm_{architecture}",
-                        "config": {k: v for k, v in launch.kwargs.items() if k.isupper() and not callable(v)} |
-                        {k: launch.kwargs[k] for k in ("num_warps", "num_stages") if k in launch.kwargs},
-                        "registers": r.registers, "stack": r.stack, "shared": r.shared, **r.instructions,
-                        "matrix": list(r.matrix), "seconds": round(time.perf_counter() - start, 2),
-                    }  # fmt: skip
+    for architecture, kind, variant in itertools.product(architectures, KINDS, variants):
+        for launch in launches_of(kind, architecture, **VARIANTS[variant]):
+            start = time.perf_counter()
+            r = resources(compile_launch(launch, architecture))
+            yield {
+                "kernel": launch.name, "kind": kind, "variant": variant, "arch": f"sm_{architecture}", "config": _config(launch),
+                "registers": r.registers, "stack": r.stack, "shared": r.shared, **r.instructions,
+                "matrix": list(r.matrix), "seconds": round(time.perf_counter() - start, 2),
+            }  # fmt: skip
+
+
+def amd_rows() -> Iterator[dict[str, Any]]:
+    """That the kernels build for AMD's gfx942, with the configs of the older GPUs; nothing is claimed of their arithmetic."""
+    for kind in ("bf16", "ieee"):
+        for launch in launches_of(kind, 80):
+            kwargs = {k: v for k, v in launch.kwargs.items() if k != "maxnreg"} | {"num_stages": 2}
+            compiled = compile_for(replace(launch, kwargs=kwargs), GPUTarget("hip", "gfx942", 64))
+            text = compiled.asm["amdgcn"]
+            numbers = {key: int(value) for key, value in re.findall(r"\.([vs]gpr_(?:spill_)?count):\s*(\d+)", text)}
+            yield {
+                "kernel": launch.name, "kind": kind, "variant": "full", "arch": "gfx942", "config": _config(launch),
+                "registers": numbers["vgpr_count"], "spills": numbers["vgpr_spill_count"], "shared": compiled.metadata.shared,
+                "MFMA": len(re.findall(r"\bv_mfma", text)),
+            }  # fmt: skip
+
+
+def _config(launch: Launch) -> dict[str, Any]:
+    return {k: v for k, v in launch.kwargs.items() if k.isupper() or k in ("num_warps", "num_stages")}
 
 
 def stamp() -> dict[str, Any]:
@@ -162,23 +185,27 @@ def stamp() -> dict[str, Any]:
     source = b"".join(path.read_bytes() for path in sorted((Path(__file__).parent.parent / "triton_kernels").glob("*.py")))
     return {
         "triton": triton.__version__, "torch": torch.__version__, "python": platform.python_version(),
-        "sources": hashlib.sha256(source).hexdigest()[:16], "shape": "m=n=k=4096, bias",
+        "sources": hashlib.sha256(source).hexdigest()[:16], "variants": VARIANTS, "shape": "m = n = k = 4096 with bias, unless the variant says otherwise",
     }  # fmt: skip
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="compiled resources of every kernel")
     parser.add_argument("--out", required=True, type=Path)
-    parser.add_argument("--arch", type=int, action="append", help="only these (80, 90, 100); default: all")
+    parser.add_argument("--arch", action="append", choices=[*map(str, ARCHITECTURES), "gfx942"], help="only these; default: all")
+    parser.add_argument("--variant", action="append", choices=list(VARIANTS), help="only these; default: all")
     options = parser.parse_args()
+    chosen = options.arch or [*map(str, ARCHITECTURES), "gfx942"]
+    nvidia = tuple(int(a) for a in chosen if a != "gfx942")
     options.out.parent.mkdir(parents=True, exist_ok=True)
     with options.out.open("w") as file:
         file.write(json.dumps({"stamp": stamp()}) + "\n")
-        for row in rows(tuple(options.arch or ARCHITECTURES)):
+        table = rows(nvidia, tuple(options.variant or VARIANTS))
+        for row in itertools.chain(table, amd_rows() if "gfx942" in chosen else ()):
             file.write(json.dumps(row) + "\n")
             file.flush()
-            print(f"{row['arch']} {row['kind']:5} {row['variant']:10} {row['kernel']:16} registers {row['registers']:3} "
-                  f"spills {row['spills']} shared {row['shared']} HGMMA {row['HGMMA']} HMMA {row['HMMA']}")  # fmt: skip
+            print(f"{row['arch']:6} {row['kind']:5} {row['variant']:10} {row['kernel']:16} registers {row['registers']:3} "
+                  f"spills {row['spills']} shared {row['shared']} matrix {' '.join(row.get('matrix', ()))}", flush=True)  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from .record import Record, surroundings
 
     start = time.perf_counter()
-    mixture = str(abft.inject.Mixture.gpu_2026())
+    mixture = abft.inject.Mixture.gpu_2026().name
     with Record(out / "results.jsonl") as record:
         where = surroundings()
         record.write("run", plan=asdict(plan), seed=options.seed, mixture=mixture, **where)
@@ -88,29 +88,24 @@ def _act_a(plan: Plan, seed: int, out: Path, record) -> str:
 def _act_b(plan: Plan, seed: int, out: Path, record) -> str:
     from . import charts, summary
     from .progress import Progress
-    from .training import ARMS, YARDSTICK, Distance, Text, train
+    from .training import ARMS, YARDSTICK, Distance, Run, Text, train
 
     print("\n(b) training: a character GPT learns Python's own sources")
     text = Text.read()
     record.write("training", corpus_sha256=text.sha256, characters=text.characters, symbols=text.symbols)
-    faulty = len(plan.training_rates) * (len(ARMS) - 1)
-    rows = []
-    with Progress("training", plan.training_seeds * (2 + faulty) * plan.steps) as bar:
+    faulty = [(arm, rate) for rate in plan.training_rates for arm in ARMS[1:]]
+    rows: list[tuple[Run, Distance]] = []
+    with Progress("training", plan.training_seeds * (2 + len(faulty)) * plan.steps) as bar:
         for run_seed in range(seed, seed + plan.training_seeds):
-            reference = train(ARMS[0], text, steps=plan.steps, rate=0.0, seed=run_seed, bar=bar)
-            yardstick = train(YARDSTICK, text, steps=plan.steps, rate=0.0, seed=run_seed, bar=bar)
-            rows.append((reference, Distance.between(reference, reference)))
-            rows.append((yardstick, Distance.between(yardstick, reference)))
-            for rate in plan.training_rates:
-                runs = [reference, yardstick]
-                for arm in ARMS[1:]:
-                    runs.append(train(arm, text, steps=plan.steps, rate=rate, seed=run_seed, bar=bar))
-                    rows.append((runs[-1], Distance.between(runs[-1], reference)))
-                # One picture per rate, of the first seed: the other seeds are in the table and the record.
-                if run_seed == seed:
-                    _plot(charts.loss_curves, runs, out / f"loss_{round(100 * rate)}_percent.png")
-    for run, distance in rows:
-        record.write("training_run", **run.record(), distance=asdict(distance))
+            runs: list[Run] = []
+            for arm, rate in [(ARMS[0], 0.0), (YARDSTICK, 0.0), *faulty]:
+                runs.append(train(arm, text, steps=plan.steps, rate=rate, seed=run_seed, bar=bar))
+                rows.append((runs[-1], Distance.between(runs[-1], runs[0])))
+                record.write("training_run", **runs[-1].record(), distance=asdict(rows[-1][1]))
+            if run_seed == seed:  # the other seeds are in the table and in the record
+                for rate in plan.training_rates:
+                    shown = [run for run in runs if run.rate in (0.0, rate)]
+                    _plot(charts.loss_curves, shown, out / f"loss_{round(100 * rate)}_percent.png")
     return summary.of_training(text, rows)
 
 
@@ -127,12 +122,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="demo", description="Two models under faults: with and without abft.")
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--quick", dest="plan", action="store_const", const=QUICK, help="under 30 seconds on two cores")
-    size.add_argument(
-        "--full", dest="plan", action="store_const", const=FULL, help="5, 10 and 20 %% in both acts, several seeds"
-    )
-    parser.add_argument(
-        "--out", type=Path, default=Path("demo-output"), help="folder for results.jsonl and plots (%(default)s)"
-    )
+    size.add_argument("--full", dest="plan", action="store_const", const=FULL, help="5, 10 and 20 %% in both acts, several seeds")
+    parser.add_argument("--out", type=Path, default=Path("demo-output"), help="folder for results.jsonl and plots (%(default)s)")
     parser.add_argument("--seed", type=_seed, default=0, help="of data, weights and faults (%(default)s)")
     parser.add_argument("--only", choices=("encoder", "gpt"), help="one act alone: (a) encoder, (b) gpt")
     parser.set_defaults(plan=DEFAULT)

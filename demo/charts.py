@@ -40,9 +40,7 @@ def wrong_answers(result: Retrieval, path: Path) -> None:
     arms = [arm for arm in result.arms if arm.rate > 0]
     with plt.rc_context(STYLE):
         figure, (left, right) = plt.subplots(1, 2, figsize=(9, 4), layout="constrained")
-        figure.suptitle(
-            f"Retrieval with all-MiniLM-L6-v2 under faults, {arms[0].requests} requests per bar", x=0.01, ha="left"
-        )
+        figure.suptitle(f"Retrieval with all-MiniLM-L6-v2 under faults, {arms[0].requests} requests per bar", x=0.01, ha="left")
         _bars(left, arms, "wrong", "wrong answers delivered\n(the best passage differs)")
         _bars(right, arms, "wrong_lists", "wrong lists delivered\n(the best five differ)")
         left.legend(loc="upper left")

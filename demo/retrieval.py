@@ -116,10 +116,7 @@ def run(encoder: Encoder, plan: Plan, seed: int) -> Retrieval:
     plain = [_timed(encoder.embed, token, untouched) for token in tokens]
     right = [index.best(vector) for vector in plain]
 
-    arms = {
-        name: encoder.using(abft.protect(copy.deepcopy(encoder.model), policy, name=name))
-        for name, policy in POLICIES.items()
-    }
+    arms = {name: encoder.using(abft.protect(copy.deepcopy(encoder.model), policy, name=name)) for name, policy in POLICIES.items()}
     results, wrong_answers, clean = [untouched], [], {}
     with Progress("asking without faults", len(arms) * len(tokens)) as bar:
         for name, arm in arms.items():
@@ -169,9 +166,7 @@ class Index:
     def accuracy(self, vectors: list[Tensor], questions: tuple[Question, ...]) -> tuple[float, float]:
         """Top-1 and top-3, of the questions whose expected passage exists: another Python may name things otherwise."""
         pairs = zip(vectors, questions, strict=True)
-        found = [
-            (self.best(vector), question.expected) for vector, question in pairs if question.expected in self.names
-        ]
+        found = [(self.best(vector), question.expected) for vector, question in pairs if question.expected in self.names]
         top1, top3 = (sum(name in names[:top] for names, name in found) / max(1, len(found)) for top in (1, 3))
         return top1, top3
 
@@ -203,7 +198,7 @@ def _ask(
         struck = log[before:]
         result.requests += 1
         result.faults.add(struck, abft.report(reset=True))
-        faults.append(", ".join(describe(fault) for fault in struck))
+        faults.append(", ".join(describe(fault) for fault in struck).replace(f"{result.arm}.", ""))
         bar.advance(f"{result.arm} at {result.rate:.0%}")
     return vectors, faults
 

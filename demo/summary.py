@@ -12,10 +12,8 @@ from .training import YARDSTICK, Distance, Run, Text
 
 def of_retrieval(result: Retrieval) -> str:
     lines = [
-        f"(a) RETRIEVAL  {result.questions} questions to {result.passages} docstrings "
-        f"(corpus {result.corpus_sha256[:12]})",
-        f"  Fault-free, the expected docstring comes first for {result.top1:.0%} of the questions, "
-        f"among three for {result.top3:.0%}.",
+        f"(a) RETRIEVAL  {result.questions} questions to {result.passages} docstrings (corpus {result.corpus_sha256[:12]})",
+        f"  Fault-free, the expected docstring comes first for {result.top1:.0%} of the questions, among three for {result.top3:.0%}.",
         tables.retrieval_table(result),
         "  harmful: changes a row of a product by ≥ 1e-3.  missed: asked under a harmful fault, nothing detected.",
         "  alarms: detections without a fault.  wrong, top-5: not the fault-free answer, not its list of five.",
@@ -25,7 +23,8 @@ def of_retrieval(result: Retrieval) -> str:
     if example is not None:
         lines += [
             f"  Unprotected, asked “{example.question}”:",
-            f"    answered {example.wrong}, not {example.right}, after {example.fault}.",
+            f"    {example.wrong} was the answer and not {example.right},",
+            f"    after {example.fault}.",
         ]
     for name in ("protected", "DMR"):
         arms = [arm for arm in result.arms if arm.arm == name]

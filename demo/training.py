@@ -99,16 +99,12 @@ class Distance:
         )
 
 
-def train(
-    arm: str, text: Text, *, steps: int, rate: float, seed: int, bar: Progress, shape: Shape | None = None
-) -> Run:
+def train(arm: str, text: Text, *, steps: int, rate: float, seed: int, bar: Progress, shape: Shape | None = None) -> Run:
     """One run of one arm. ``rate`` is the share of the steps that a fault strikes; fault-free arms ignore it."""
     torch.manual_seed(seed)
     model = GPT(shape or Shape(text.symbols))
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.1, betas=(0.9, 0.95))
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min(1.0, (step + 1) / WARM_UP) * (1 - 0.9 * step / steps)
-    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / WARM_UP) * (1 - 0.9 * step / steps))
     step = _step_of(arm, model, optimizer)
     faults: AbstractContextManager = nullcontext(())
     if arm not in FAULT_FREE:

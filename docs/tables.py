@@ -97,8 +97,12 @@ def share(part: float, whole: float) -> str:
 
 
 def small(value: Any) -> str:
+    """A small number in two digits: 2.6e-7."""
     value = float(value)
-    return "–" if value in (0.0, float("inf")) else f"{value:.1e}"
+    if value in (0.0, float("inf")):
+        return "–"
+    mantissa, exponent = f"{value:.1e}".split("e")
+    return f"{mantissa.removesuffix('.0')}e{int(exponent)}"
 
 
 # --- silence ----------------------------------------------------------------------------------------
@@ -108,13 +112,13 @@ def clean(page: str) -> str:
     def row(f: File) -> tuple[object, ...]:
         s = f.summary
         worst = max(s["worst"].values()) if isinstance(s["worst"], dict) else s["worst"]
-        where = "emulated tensor core" if "emulated" in f.name else "MiniLM" if "activations" in f.name else "CPU"
+        where = "emulated tensor core" if "emulated" in f.name else "CPU, MiniLM" if "minilm" in f.name else "CPU"
         return (
             f"{where}, {f.arithmetic}", f"{s['rows']:,}", f"{s['alarms']:,}", small(s["rate_below"]), f"{worst:.2f}",
             f.machine, f.link(page),
         )  # fmt: skip
 
-    found = [f for f in [*finished("clean-*"), *finished("activations*")] if "alarms" in f.summary]
+    found = finished("clean-*")
     header = "arithmetic | rows | alarms | rate below | worst | machine | file"
     return table(header, map(row, found), "python -m bench clean")
 
@@ -202,6 +206,15 @@ def _expected(p: Any, k: int) -> float:
     return threshold.expected_floor(p.arithmetic, k, p.layout.groups)
 
 
+def _floor(arithmetic: str, *, kernels: bool) -> str:
+    """The size from which 99 % of single deviations are found, K = 512; measured, else expected."""
+    for _, r in _measured_floors():
+        same = r["dtype"] == arithmetic and (r["backend"] == "emulated") == kernels
+        if same and r["k"] == 512 and r["data"] == "gauss":
+            return f"{arithmetic} {small(r['99%_found'])}"
+    return f"{arithmetic} {small(_expected(_plan(arithmetic, 1024, 512, kernels=kernels), 512))} (expected)"
+
+
 def expected_floors(page: str) -> str:
     """From the package's own constants; needs no measurement."""
     units = [("kernels, Hopper or Blackwell, bf16", "bf16", True), ("kernels, Ampere, bf16", "bf16-ampere", True)]
@@ -213,14 +226,58 @@ def expected_floors(page: str) -> str:
         from abft import threshold
 
         width = p.layout.groups.width
-        return f"{_expected(p, k):.1e} (κ {threshold.kappa(p.arithmetic, k, width=width):.0f}, G {width})"
+        return f"{small(_expected(p, k))} (κ {threshold.kappa(p.arithmetic, k, width=width):.0f}, G {width})"
 
     header = " | ".join(["", *(f"N {n}, K {k}" for n, k in SHAPES)])
     return table(header, [(text, *(cell(name, kernels, n, k) for n, k in SHAPES)) for text, name, kernels in units])
 
 
+SIZES = ("half_found", "99%_found", "largest_missed")
+
+
 def floors(page: str) -> str:
-    return table("", [], "python -m bench floors")
+    """Two depths of a width of 1024; the file has more."""
+
+    def row(f: File, r: Record, worst: Record) -> tuple[object, ...]:
+        where = f"emulated {r['dtype']}" if r["backend"] == "emulated" else f"CPU, {r['dtype']}"
+        sizes = (small(data[name]) for data in (r, worst) for name in SIZES)
+        return where, r["k"], r["group"], small(r["expected"]), *sizes, f.link(page)
+
+    measured = [(f, r) for f, r in _measured_floors() if r["k"] in (512, 4096)]
+    dominated = {(r["backend"], r["dtype"], r["k"]): r for _, r in measured if r["data"] != "gauss"}
+    pairs = [(f, r, dominated.get((r["backend"], r["dtype"], r["k"]))) for f, r in measured if r["data"] == "gauss"]
+    rows = [row(f, r, worst) for f, r, worst in pairs if worst]
+    header = "arithmetic | K | G | expected | half found | 99 % found | largest missed"
+    header += " | half, one output dominates | 99 % | largest missed | file"
+    return table(header, rows, "python -m bench floors")
+
+
+def _measured_floors() -> list[tuple[File, Record]]:
+    return [(f, r) for f in files("floors*") for r in f.kind("floor") if r["n"] == 1024]
+
+
+# --- cost -------------------------------------------------------------------------------------------
+
+
+def host(page: str) -> str:
+    def row(f: File, r: Record) -> tuple[object, ...]:
+        low, high = r["quartiles"]
+        times = f"{r['one_us']:.1f} µs", f"{r['other_us']:.1f} µs", f"{r['ratio']:.2f} ({low:.2f} to {high:.2f})"
+        return r["name"], *times, f.machine, f.link(page)
+
+    header = "16 × 384 × 384 | without | with abft | ratio (quartiles) | machine | file"
+    return table(header, [row(f, r) for f in files("host*") for r in f.kind("host")], "python -m bench host")
+
+
+def memory(page: str) -> str:
+    def row(f: File, r: Record) -> tuple[object, ...]:
+        names = "kernel_panel", "forward_panels", "backward_panels", "default_group_forward_panels"
+        shares = (f"{100 * r[name]:.2f} %" for name in (*names, "forward_fingerprints"))
+        return r["dtype"], f"{r['n']} × {r['k']}", *shares, f.link(page)
+
+    header = "weights | shape | panel, kernels | panel, CPU | backward's | panel, CPU, default G | fingerprints | file"
+    rows = [row(f, r) for f in files("memory*") for r in f.kind("memory")]
+    return table(header, rows, "python -m bench memory")
 
 
 # --- kernels ----------------------------------------------------------------------------------------
@@ -253,9 +310,11 @@ def headline(page: str) -> str:
     rows = [
         *_silence("false alarms on fault-free data, CPU", "clean-reference-*", page),
         *_silence("… on emulated tensor cores", "clean-emulated-*", page),
-        *_silence("… on a real encoder's activations and gradients", "activations*", page),
+        *_silence("… on a real encoder's activations and gradients", "clean-minilm-*", page),
         *_detection(page),
         *_emulated(page),
+        *_small_layer(page),
+        *_panels(page),
         *_compiled(page),
         ("cost on a GPU", "**not measured**", "–", "–", "–"),
     ]
@@ -263,7 +322,7 @@ def headline(page: str) -> str:
 
 
 def _silence(what: str, pattern: str, page: str) -> Iterator[tuple[object, ...]]:
-    found = [f for f in finished(pattern) if "alarms" in f.summary]
+    found = finished(pattern)
     if found:
         texts = [
             f"{f.arithmetic} **{f.summary['alarms']:,}** in {f.summary['rows']:,} rows "
@@ -295,6 +354,26 @@ def _emulated(page: str) -> Iterator[tuple[object, ...]]:
         yield (what, "; ".join(texts), *_circumstances(found, page))
 
 
+def _small_layer(page: str) -> Iterator[tuple[object, ...]]:
+    for f in files("host*"):
+        found = {r["name"]: r for r in f.kind("host")}
+        r = found.get("module, no grad")
+        if r:
+            text = f"**{r['ratio']:.2f} ×** torch's ({r['one_us']:.0f} µs → {r['other_us']:.0f} µs)"
+            what = "time of a small checked layer, 16 × 384 × 384, fp32, CPU"
+            yield what, text, _floor("fp32", kernels=False), f.machine, f.link(page)
+
+
+def _panels(page: str) -> Iterator[tuple[object, ...]]:
+    for f in files("memory*"):
+        found = {(r["dtype"], r["n"], r["k"]): r for r in f.kind("memory")}
+        r = found.get(("bf16", 4096, 4096))
+        if r:
+            text = f"**{100 * r['kernel_panel']:.1f} %** of the weights per direction (bf16, G = {r['group']})"
+            floor = _floor("bf16", kernels=True)
+            yield "memory of the kernels' panels, 4096 × 4096", text, floor, "–", f.link(page)
+
+
 def _compiled(page: str) -> Iterator[tuple[object, ...]]:
     for f in files("cubins*"):
         kernels = [r for r in f.records if "kernel" in r]
@@ -306,10 +385,7 @@ def _compiled(page: str) -> Iterator[tuple[object, ...]]:
 
 def _circumstances(found: list[File], page: str) -> tuple[str, str, str]:
     """Floor, machine and files: a figure is worth what the sensitivity beside it is."""
-    floors = []
-    for f in found:
-        p = _plan(f.arithmetic, 384, 512, kernels="emulated" in f.name)
-        floors.append(f"{f.arithmetic} {_expected(p, 512):.0e}")
+    floors = [_floor(f.arithmetic, kernels="emulated" in f.name) for f in found]
     machines = dict.fromkeys(f.machine for f in found)
     return ", ".join(floors), "; ".join(machines), ", ".join(f.link(page, f.arithmetic) for f in found)
 
@@ -354,6 +430,8 @@ TABLES: dict[str, Callable[[str], str]] = {
     "emulated-faults": emulated_faults,
     "expected-floors": expected_floors,
     "floors": floors,
+    "host": host,
+    "memory": memory,
     "cubins": cubins,
 }
 

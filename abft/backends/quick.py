@@ -119,7 +119,7 @@ def _ratio(raw: np.ndarray, actual: np.ndarray, squares: np.ndarray, q: Quick) -
     seen += squares[:, :, None]
     tau = np.sqrt(seen + noise2[:, :, None])
     tau *= q.accumulate
-    tau += np.sqrt(seen, out=seen) * q.round
+    tau += np.sqrt(squares)[:, :, None] * q.round
     tau += q.absolute
     residual /= tau
     found = float(np.abs(residual, out=residual).max())

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from abft import panels, sites
+from abft import ledger, panels, sites
 from abft.functional import linear_at
 from abft.modes import ProductMode
 from abft.policy import Policy
@@ -80,6 +80,7 @@ def attach(module: nn.Module, name: str, policy: Policy | None, *, moved: bool =
         weakref.finalize(module, sites.release, site).atexit = False
     elif not moved:
         site.on_uncorrected = reaction
+    ledger.make(device)
     module.__dict__["_abft_site"] = sites.as_tensor(site, device)
     module.__dict__["_abft_policy"] = policy
     module.__dict__["_abft_name"] = name

@@ -1,14 +1,23 @@
-"""FLOP formula of the checked product, so that users' MFU counts what it counted before."""
+"""FLOP formula of the checked product, so that users' MFU counts what it counted before.
+
+torch's counter imports Triton, which ``import abft`` must not do: the formula is registered when the counter is imported,
+before or after abft.
+"""
 
 from __future__ import annotations
 
+import importlib.abc
+import importlib.util
+import sys
+from importlib.machinery import ModuleSpec
+from types import ModuleType
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import register_flop_formula
+
+COUNTER = "torch.utils.flop_counter"
 
 
-@register_flop_formula(torch.ops.abft.product)
 def product_flops(a_shape: Any, ta: bool, b_shape: Any, tb: bool, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
     """2 M N K per batch: the product's own work, without the checks (reported by ``bench``)."""
     rows, depth = (a_shape[-1], a_shape[-2]) if ta else (a_shape[-2], a_shape[-1])
@@ -17,3 +26,33 @@ def product_flops(a_shape: Any, ta: bool, b_shape: Any, tb: bool, *args: Any, ou
     for size in a_shape[:-2]:
         batch *= size
     return 2 * batch * rows * columns * depth
+
+
+def _register(counter: ModuleType) -> None:
+    counter.register_flop_formula(torch.ops.abft.product)(product_flops)
+
+
+class _AtImport(importlib.abc.MetaPathFinder):
+    """Waits for the counter's import, then steps aside."""
+
+    def find_spec(self, fullname: str, path: Any, target: Any = None) -> ModuleSpec | None:
+        if fullname != COUNTER:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(fullname)
+        if spec is None or spec.loader is None:
+            return spec
+        execute = spec.loader.exec_module
+
+        def execute_and_register(module: ModuleType) -> None:
+            execute(module)
+            _register(module)
+
+        spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]
+        return spec
+
+
+if COUNTER in sys.modules:
+    _register(sys.modules[COUNTER])
+else:
+    sys.meta_path.insert(0, _AtImport())

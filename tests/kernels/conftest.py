@@ -7,32 +7,34 @@ in a process of their own.
 
 from __future__ import annotations
 
-import os
-import sys
+import importlib
 
 import pytest
 import torch
 
 NATIVE = torch.cuda.is_available()
 
-if not NATIVE:
-    before = os.environ.get("TRITON_INTERPRET")
-    os.environ["TRITON_INTERPRET"] = "1"
-    try:
-        import triton.language
 
-        import abft.triton_kernels.launch
-        import abft.triton_kernels.panel  # noqa: F401
-    finally:
-        if before is None:
-            del os.environ["TRITON_INTERPRET"]
-        else:
-            os.environ["TRITON_INTERPRET"] = before
-    if type(triton.language.sum).__name__ != "InterpretedFunction":
-        raise pytest.UsageError(
-            "Triton was imported, for compiling, before the kernels' tests could have it interpret; set TRITON_INTERPRET=1 "
-            f"for this run, or run tests/kernels on its own. Already imported: {sorted(m for m in sys.modules if m.startswith('abft'))}"
-        )
+def _interpreted() -> None:
+    """Import Triton and the kernels for the interpreter, whatever was imported before."""
+    import triton.language as tl
+
+    if type(tl.sum).__name__ != "InterpretedFunction":
+        # Somebody was here first (torch.utils.flop_counter imports Triton); its own library is @triton.jit, too.
+        importlib.reload(tl.standard)
+        importlib.reload(tl)
+    assert type(tl.sum).__name__ == "InterpretedFunction"
+    import abft.triton_kernels.launch
+    import abft.triton_kernels.panel
+
+    kernel = abft.triton_kernels.panel.sum_rows
+    assert type(kernel).__name__ == "InterpretedFunction", "the kernels were imported for compiling; set TRITON_INTERPRET=1"
+
+
+if not NATIVE:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_INTERPRET", "1")
+        _interpreted()
 
 
 @pytest.fixture(autouse=True)

@@ -7,6 +7,7 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
+import oracles
 import torch
 from torch import Tensor
 
@@ -112,6 +113,13 @@ def judged(result: Run, k: int) -> tuple[Sums, np.ndarray]:
     actual = torch.stack([e, one][: len(kinds)], -1).transpose(1, 2)
     sums = Sums(kinds, actual, c[..., : len(kinds)], squares.transpose(1, 2), noise2)
     return sums, threshold.bounds(sums, threshold.coefficients(result.plan.arithmetic, k, kinds, layout.groups.width))
+
+
+def assert_right(result: Run, a: Tensor, w: Tensor, bias: Tensor | None = None) -> None:
+    """Against fp64, at most twice as wrong as the worst element of an independent product, plus one rounding."""
+    exact = oracles.product(a, w.mT, bias)
+    rounding = oracles.ROUNDOFF[a.dtype] * exact.abs()
+    oracles.assert_within(result.y.cpu(), exact, (oracles.budget(a, w.mT, bias) - rounding).amax() + rounding)
 
 
 def at(row: int, col: int, rows: int = 1, cols: int = 1, stride: int = 1) -> Region:

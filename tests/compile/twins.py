@@ -1,0 +1,97 @@
+"""PTX of the kernels, as they are or with every trace of injection cut out of their source.
+
+    python twins.py as-is|stripped|struck FILE
+
+Run in a process of its own: the copy takes the place of abft.triton_kernels.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import json
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+NAME = "FAULT"
+
+
+class Stripper(ast.NodeTransformer):
+    """Removes the parameter FAULT, what is passed for it, and every block that depends on it."""
+
+    def __init__(self, takes_fault: dict[str, int]) -> None:
+        self.takes_fault = takes_fault  # function → position of the parameter
+        self.removed = 0
+
+    def visit_If(self, node: ast.If) -> ast.AST | list[ast.AST]:
+        if any(isinstance(n, ast.Name) and n.id == NAME for n in ast.walk(node.test)):
+            assert not node.orelse
+            self.removed += 1
+            return []
+        return self.generic_visit(node)
+
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST:
+        node.args.args = [a for a in node.args.args if a.arg != NAME]
+        return self.generic_visit(node)
+
+    def visit_Call(self, node: ast.Call) -> ast.AST:
+        self.generic_visit(node)
+        called = node.func.id if isinstance(node.func, ast.Name) else None
+        if called in self.takes_fault:
+            del node.args[self.takes_fault[called]]
+        node.args = [a for a in node.args if not (isinstance(a, ast.Call) and getattr(a.func, "id", "") == "fault_argument")]
+        return node
+
+
+def strip(source: Path, target: Path) -> int:
+    """Write a copy of the kernels without injection; returns how many blocks were cut."""
+    trees = {path.name: ast.parse(path.read_text()) for path in source.glob("*.py")}
+    takes_fault = {}
+    for tree in trees.values():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef):
+                names = [a.arg for a in node.args.args]
+                if NAME in names:
+                    takes_fault[node.name] = names.index(NAME)
+    stripper = Stripper(takes_fault)
+    for name, tree in trees.items():
+        (target / name).write_text(ast.unparse(ast.fix_missing_locations(stripper.visit(tree))))
+        assert NAME not in {n.id for n in ast.walk(ast.parse((target / name).read_text())) if isinstance(n, ast.Name)}
+    return stripper.removed
+
+
+def load(folder: Path) -> None:
+    """Make ``folder`` the package abft.triton_kernels."""
+    spec = importlib.util.spec_from_file_location("abft.triton_kernels", folder / "__init__.py", submodule_search_locations=[str(folder)])
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["abft.triton_kernels"] = module
+    spec.loader.exec_module(module)
+
+
+def main() -> None:
+    what, out = sys.argv[1], Path(sys.argv[2])
+    os.environ["TRITON_DISABLE_LINE_INFO"] = "1"
+    sys.path.insert(0, str(ROOT))
+    blocks = 0
+    with tempfile.TemporaryDirectory() as folder:
+        if what == "stripped":
+            import abft
+
+            blocks = strip(ROOT / "triton_kernels", Path(folder))
+            load(Path(folder))
+            assert abft.triton_kernels.__file__.startswith(folder) if hasattr(abft, "triton_kernels") else True
+        from bench import cubins
+
+        ptx = {}
+        for kind in ("fp16", "ieee"):
+            for launch in cubins.launches_of(kind, 90, strike=what == "struck"):
+                if launch.name in ("checked_product", "recompute"):
+                    ptx[f"{kind} {launch.name}"] = cubins.compile_launch(launch, 90).asm["ptx"]
+        out.write_text(json.dumps({"blocks": blocks, "ptx": ptx}))
+
+
+if __name__ == "__main__":
+    main()

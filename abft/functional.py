@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
@@ -198,6 +199,8 @@ def why_not(*operands: Tensor) -> str | None:
         if type(t) not in _PLAIN:
             if not isinstance(t, Tensor):
                 raise TypeError(f"operands must be tensors; got {type(t).__name__}")
+            if isinstance(t, FakeTensor) and not torch.compiler.is_compiling() and not t.fake_mode.allow_non_fake_inputs:
+                return "fake tensor"  # has no numbers, and its mode refuses the ledger's
             if not _is_plain(t):
                 return f"tensor subclass {type(t).__name__}"
         if t.layout != torch.strided:
@@ -223,12 +226,15 @@ def _is_plain(t: Tensor) -> bool:
         return not is_traceable_wrapper_subclass(t)
     own = type(t).__torch_function__
     ordinary = own is Tensor.__torch_function__ or own is torch._C._disabled_torch_function_impl
-    return not is_traceable_wrapper_subclass(t) and (ordinary or isinstance(t, torch._subclasses.FakeTensor))
+    return not is_traceable_wrapper_subclass(t) and (ordinary or isinstance(t, FakeTensor))
 
 
 def bypassed(reason: str, compute: Any) -> Tensor:
     out = compute()  # first: what torch refuses is no product
-    bypass(ledger.tensor(torch.device("cpu")), reason)
+    if torch.compiler.is_compiling():
+        bypass(ledger.tensor(torch.device("cpu")), reason)
+    else:
+        ledger.bypass(reason)
     return out
 
 

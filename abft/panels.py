@@ -196,8 +196,10 @@ def entry_for(source: Tensor, matrix: Tensor, layout: Layout, *, transposed: boo
                 kind = (source.dtype, source.device, source.shape)
                 for old in [k for k, e in panels.entries.items() if e.source != kind]:
                     del panels.entries[old]  # the weight was moved or cast since
-                entry = panels.entries[key] = Entry(build(matrix, layout), matrix.dtype, None, None, now, kind, panels.history, _is_audited(matrix, frozen))
+                audited = _is_audited(matrix, frozen)
+                entry = Entry(build(matrix, layout), matrix.dtype, None, None, now, kind, panels.history, audited)
                 _remember(entry, matrix, now)
+                panels.entries[key] = entry
             elif entry.validity != now:
                 rebuild(entry, matrix, now, build)
     panels.latest = (layout, transposed, frozen, entry)
@@ -257,7 +259,9 @@ def live_bytes() -> int:
     return total
 
 
-def bias_sums_for(entry: Entry | None, source: Tensor | None, bias: Tensor | None, layout: Layout, *, frozen: bool) -> tuple[Tensor, Tensor] | None:
+def bias_sums_for(
+    entry: Entry | None, source: Tensor | None, bias: Tensor | None, layout: Layout, *, frozen: bool
+) -> tuple[Tensor, Tensor] | None:
     """What the bias adds to every row's sums; remembered beside the weight's panel as long as the bias is the same.
 
     ``bias`` is the parameter ``source`` as the product sees it, or has none; then it is not remembered.

@@ -1,12 +1,13 @@
 """Bounds: how large a residual rounding alone can explain.
 
     S_j[m]  = sqrt( Σ_n Y² + c_j² + h² )                     h² the sketched uncancelled norm
-    τ_j[m]  = w̄_j · ( U · κ_j · S_j  +  8 · 0.43 · u_out · sqrt(Σ_n Y²)  +  8 · √(G/12) · q_out  +  τ_abs )
+    τ_j[m]  = w̄_j · ( U · κ_j · S_j  +  7/√3 · u_out · sqrt(Σ_n Y²)  +  7 · √(G/12) · q_out  +  τ_abs )
     suspect = ~( |r_j - c_j| <= τ_j ) | ~( τ_j < largest )
 
 κ = κ₀ g + T/2 with T = K / L accumulation steps and g = √(G/512) ≥ 1 for the summation over a group's G columns; ones:
-κ₀ g + G/16 + 1.5 T; a softmax probability as operand: 2 T. κ₀ is 16 for tensor cores, 48 for sequential fma. The terms in u_out, and in q_out, the spacing of the type's
-subnormal numbers, exist only where the result arrives already rounded to a narrow type.
+κ₀ g + G/16 + 1.5 T; a softmax probability as operand: 2 T. κ₀ is 16 for tensor cores, 48 for sequential fma. The terms
+in u_out, and in q_out, the spacing of the type's subnormal numbers, exist only where the result arrives already rounded
+to a narrow type.
 NaN, Inf and an infinite bound fail closed. Constants and their evidence:
 docs/explanation/thresholds.md and bench/results/.
 """
@@ -36,9 +37,10 @@ KAPPA_SLOPE_SOFTMAX = 2.0
 KAPPA_WIDTH = 512
 #: Sums of equal results round the same way at every step: worst case u per step of a chain of G/8, measured G/16.
 KAPPA_PER_COLUMN_ONE = 1.0 / 16.0
-#: 0.43 u_out ‖y‖ is the rms of a rounded segment's sum (mantissas log-uniform; never above 0.577); 8 σ of it.
-ROUNDING_SIGMA = 0.43
-ROUNDING_SIGMAS = 8.0
+#: Rounding moves a sum over a segment by 0.43 u_out ‖y‖ rms where mantissas are spread, by up to u_out/√3 ‖y‖ where all lie just
+#: above a power of two. Seven of the larger are nine of the usual; both are below 1e-11 a check.
+ROUNDING_SIGMA = math.sqrt(1.0 / 3.0)
+ROUNDING_SIGMAS = 7.0
 #: Rounding to a fixed spacing q: uniform in ±q/2.
 SPACING_SIGMA = math.sqrt(1.0 / 12.0)
 

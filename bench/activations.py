@@ -67,7 +67,8 @@ def main(argv: list[str]) -> int:
                 optimizer.zero_grad()
                 step += 1
         r = abft.report(reset=True)
-        alarms = {n: getattr(r, n) for n in ("detected", "false_alarms", "stale", "input_rows", "overflow_rows") if getattr(r, n)}
+        counted = ("detected", "false_alarms", "stale", "input_rows", "overflow_rows")
+        alarms = {name: getattr(r, name) for name in counted if getattr(r, name)}
         roughest = sorted(((s.worst, name) for name, s in r.sites.items()), reverse=True)[:3]
         rows += r.checks
         results.add("steps", rows=r.checks, products=r.products, alarms=alarms, worst=r.worst, roughest=roughest, bypassed=r.bypassed)
@@ -81,4 +82,5 @@ def summarise(results: Results) -> str:
     rows, alarms = sum(r["rows"] for r in steps), sum(sum(r["alarms"].values()) for r in steps)
     worst, limit = max(float(r["worst"]) for r in steps), intervals.upper_limit(alarms, rows)
     results.replace("summary", rows=rows, alarms=alarms, rate_below=limit, confidence=0.95, worst=worst)
-    return f"{results.path.stem}: {alarms} alarms in {rows:,} rows (rate below {limit:.2g} at 95 %), worst residual {worst:.3f} of its bound"
+    rate = f"rate below {limit:.2g} at 95 %"
+    return f"{results.path.stem}: {alarms} alarms in {rows:,} rows ({rate}), worst residual {worst:.3f} of its bound"

@@ -204,7 +204,9 @@ def _effect(a: Tensor, b: Tensor) -> float:
 
 
 def _verdicts(report: abft.Report) -> dict[str, int]:
-    names = ("observed", "recomputed", "reconstructed", "uncorrected", "false_alarms", "stale", "input_rows", "overflow_rows", "weight_faults")
+    names = (
+        "observed", "recomputed", "reconstructed", "uncorrected", "false_alarms", "stale", "input_rows", "overflow_rows", "weight_faults",
+    )  # fmt: skip
     return {name: getattr(report, name) for name in names if getattr(report, name)}
 
 
@@ -231,6 +233,7 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench campaign", description=__doc__)
     parser.add_argument("--dtype", default="fp32", choices=DTYPES)
     parser.add_argument("--trials", type=int, default=300, help="per class")
+    parser.add_argument("--place", choices=PLACES, help="only this place")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--fresh", action="store_true")
     options = parser.parse_args(argv)
@@ -238,7 +241,7 @@ def main(argv: list[str]) -> int:
     results = Results(f"faults-reference-{options.dtype}", fresh=options.fresh, trials=options.trials, seed=options.seed)
     harm = HARM[options.dtype]
     subjects = {w: [Subject(i, DTYPES[options.dtype], w) for i in range(len(SUBJECTS))] for w in ("tracked", "frozen")}
-    todo = list(cells())
+    todo = [cell for cell in cells() if options.place in (None, cell[0])]
     for i, (place, what, pattern) in enumerate(todo):
         key = f"{place} {what} {pattern} trials{options.trials} seed{options.seed}"
         if results.find(key) is None:
@@ -258,18 +261,18 @@ def summarise(results: Results, harm: float) -> str:
     results.replace("summary", harmful_from=harm, confidence=0.95, places=summary)
     lines = [f"{results.path.stem}: harmful = effect ≥ {harm:g}"]
     for place, s in summary.items():
-        lines.append(
-            f"  {place:<15} {s['trials']:>6} faults, {s['harmful']:>6} harmful, detected {s['harmful_detected']:>6} (≥ {s['harmful_detected_at_least']:.5f}); "
-            f"repaired {s['repaired']}/{s['detected']}, within a rounding {s['rounded']}; located {s['located']}/{s['single']} (finite {s['located_finite']}/{s['single_finite']}); "
-            f"false alarms {s['false_alarms']}; smallest found {s['floor']:.2g}, largest missed {s['largest_missed']:.2g}"
-        )
+        found = f"{s['harmful']:>6} harmful, detected {s['harmful_detected']:>6} (≥ {s['harmful_detected_at_least']:.5f})"
+        mended = f"repaired {s['repaired']}/{s['detected']}, within a rounding {s['rounded']}"
+        named = f"located {s['located']}/{s['single']} (finite {s['located_finite']}/{s['single_finite']})"
+        sizes = f"smallest found {s['floor']:.2g}, largest missed {s['largest_missed']:.2g}"
+        lines.append(f"  {place:<15} {s['trials']:>6} faults, {found}; {mended}; {named}; false alarms {s['false_alarms']}; {sizes}")
     return "\n".join(lines)
 
 
 def _sum(classes: list[dict[str, Any]]) -> dict[str, Any]:
     names = (
-        "trials", "void", "harmful", "harmful_detected", "detected", "repaired", "rounded", "single", "located", "mislocated", "weight_named",
-        "benign_missed", "false_alarms",
+        "trials", "void", "harmful", "harmful_detected", "detected", "repaired", "rounded", "single", "located", "mislocated",
+        "weight_named", "benign_missed", "false_alarms",
     )  # fmt: skip
     out: dict[str, Any] = {name: sum(r.get(name, 0) for r in classes) for name in names}
     out["located"] += out["weight_named"]

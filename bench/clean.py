@@ -13,7 +13,6 @@ import argparse
 import math
 from dataclasses import dataclass, field
 from itertools import count
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -148,9 +147,11 @@ def summarise(results: Results) -> str:
     worst = {}
     for r in cells:
         worst[r["activation"]] = max(worst.get(r["activation"], 0.0), *map(float, r["worst"].values()))
-    per_k = {k: max(float(v) for r in cells if r["k"] == k for v in r["worst"].values()) for k in sorted({r["k"] for r in cells})}
-    limit = intervals.upper_limit(alarms, rows)
+    depths = sorted({r["k"] for r in cells})
+    per_k = {k: max(float(v) for r in cells if r["k"] == k for v in r["worst"].values()) for k in depths}
+    limit, largest = intervals.upper_limit(alarms, rows), max(worst.values())
     results.replace(
-        "summary", rows=rows, alarms=alarms, rate_below=limit, confidence=0.95, worst=max(worst.values()), worst_by_family=worst, worst_by_k=per_k
+        "summary", rows=rows, alarms=alarms, rate_below=limit, confidence=0.95, worst=largest, worst_by_family=worst, worst_by_k=per_k
     )
-    return f"{results.path.stem}: {alarms} alarms in {rows:,} rows (rate below {limit:.2g} at 95 %), worst residual {max(worst.values()):.3f} of its bound"
+    rate = f"rate below {limit:.2g} at 95 %"
+    return f"{results.path.stem}: {alarms} alarms in {rows:,} rows ({rate}), worst residual {largest:.3f} of its bound"

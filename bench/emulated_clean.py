@@ -23,7 +23,9 @@ WIDTHS = (64, 128, 96, 256, 128, 512, 1024)
 SCALAR_ROWS = 40
 
 
-def measure(em: emulator.Emulator, unit: Unit, activation: str, k: int, rows: int, seed: int, batch: int) -> tuple[int, int, int, dict[str, float]]:
+def measure(
+    em: emulator.Emulator, unit: Unit, activation: str, k: int, rows: int, seed: int, batch: int
+) -> tuple[int, int, int, dict[str, float]]:
     """(rows, alarms of any kind, rows judged by the range-safe form, worst ratio per weight family and kind)"""
     slow = activation == "denormal"
     share = SCALAR_ROWS if slow else math.ceil(rows / len(families.WEIGHTS))

@@ -246,11 +246,10 @@ def summarise(results: Results) -> str:
     results.replace("summary", harmful_from=HARM, confidence=0.95, table=table)
     lines = [f"{results.path.stem}: harmful = effect ≥ {HARM:g}"]
     for name, s in table.items():
-        lines.append(
-            f"  {name:<12} {s['trials']:>8} faults, {s['harmful']:>8} harmful, {s['harmful_detected']:>8} found (≥ {s['harmful_detected_at_least']:.6f}), "
-            f"{s['harmful_detected_e_one']} by e and one; "
-            f"of all {s['detected'] / max(1, s['trials']):.3f}; smallest found {s['floor']:.2g}, largest missed {s['largest_missed']:.2g}"
-        )
+        found = f"{s['harmful_detected']:>8} found (≥ {s['harmful_detected_at_least']:.6f}), {s['harmful_detected_e_one']} by e and one"
+        sizes = f"smallest found {s['floor']:.2g}, largest missed {s['largest_missed']:.2g}"
+        share = s["detected"] / max(1, s["trials"])
+        lines.append(f"  {name:<12} {s['trials']:>8} faults, {s['harmful']:>8} harmful, {found}; of all {share:.3f}; {sizes}")
     return "\n".join(lines)
 
 

@@ -49,7 +49,9 @@ class Emulator:
         out = np.zeros((m, n), np.float32) if start is None else np.array(start, np.float32)
         sizes = [ctypes.c_long(v) for v in (m, n, k)]
         if slow:
-            self._library.tc_slow(_at(x), _at(w), _at(out), *sizes, ctypes.c_int(depth), ctypes.c_int(bits), ctypes.c_int(23), ctypes.c_int(-126))
+            output_bits, smallest_exponent = ctypes.c_int(23), ctypes.c_int(-126)
+            unit = (ctypes.c_int(depth), ctypes.c_int(bits), output_bits, smallest_exponent)
+            self._library.tc_slow(_at(x), _at(w), _at(out), *sizes, *unit)
         else:
             self._library.tc_gemm(_at(x), _at(w), _at(out), *sizes, ctypes.c_int(depth), ctypes.c_int(bits), ctypes.c_uint32(_UNMASKED))
         return out

@@ -99,7 +99,10 @@ def main(argv: list[str]) -> int:
         key = f"{backend} {name} k{k} n{n} {data}"
         if results.find(key) is None:
             rng = np.random.default_rng([k, n, *key.encode()])
-            found = on_reference(DTYPES[name], k, n, DATA[data], rng) if backend == "reference" else on_unit(em, name, k, n, DATA[data], rng)  # type: ignore[arg-type]
+            if backend == "reference":
+                found = on_reference(DTYPES[name], k, n, DATA[data], rng)
+            else:
+                found = on_unit(em, name, k, n, DATA[data], rng)  # type: ignore[arg-type]
             results.add("floor", key=key, backend=backend, dtype=name, k=k, n=n, data=data, **found)
         results.progress(i + 1, len(todo), key)
     print(table(results))

@@ -54,7 +54,8 @@ def dispatch(grad: bool) -> dict[str, Any]:
     library = torch.library.Library("abft_bench", "FRAGMENT")
     if not hasattr(torch.ops.abft_bench, "nothing"):
         library.define("nothing(Tensor a, Tensor b, Tensor? c) -> Tensor")
-    x, w, b, y = torch.randn(ROWS, WIDTH), nn.Parameter(torch.randn(WIDTH, WIDTH)), nn.Parameter(torch.randn(WIDTH)), torch.randn(ROWS, WIDTH)
+    x, y = torch.randn(ROWS, WIDTH), torch.randn(ROWS, WIDTH)
+    w, b = nn.Parameter(torch.randn(WIDTH, WIDTH)), nn.Parameter(torch.randn(WIDTH))
     library.impl("nothing", lambda *_: y, "CPU")
     nothing = torch.ops.abft_bench.nothing.default
     emptied = torch.library.Library("abft", "IMPL")
@@ -122,6 +123,7 @@ def main(argv: list[str]) -> int:
     }
     for name, measure in measured.items():
         r = results.add("host", name=name, **measure())
-        print(f"{name:<22} {r['one_us']:7.2f} µs → {r['other_us']:7.2f} µs: × {r['ratio']:.2f} ({r['quartiles'][0]:.2f} … {r['quartiles'][1]:.2f})")
+        low, high = r["quartiles"]
+        print(f"{name:<22} {r['one_us']:7.2f} µs → {r['other_us']:7.2f} µs: × {r['ratio']:.2f} ({low:.2f} … {high:.2f})")
     print(results.add("graphs", **graphs()))
     return 0

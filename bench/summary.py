@@ -20,11 +20,11 @@ def main(argv: list[str]) -> int:
         if found is None:
             print(f"  {sum(r['kind'] != 'stamp' for r in records)} records")
         elif "alarms" in found:
-            print(f"  {found['alarms']} alarms in {found['rows']:,} rows: rate below {found['rate_below']} at 95 %; worst residual / bound {found['worst']}")
+            rate = f"rate below {found['rate_below']} at 95 %"
+            print(f"  {found['alarms']} alarms in {found['rows']:,} rows: {rate}; worst residual / bound {found['worst']}")
         else:
             for name, s in (found.get("places") or found.get("table")).items():
-                print(
-                    f"  {name:<14} {s['trials']:>8} faults; harmful {s['harmful']:>8}, found {s['harmful_detected']:>8} (≥ {s['harmful_detected_at_least']})"
-                    + (f"; repaired {s['repaired']}/{s['detected']}" if "repaired" in s else "")
-                )
+                which = f"harmful {s['harmful']:>8}, found {s['harmful_detected']:>8} (≥ {s['harmful_detected_at_least']})"
+                repaired = f"; repaired {s['repaired']}/{s['detected']}" if "repaired" in s else ""
+                print(f"  {name:<14} {s['trials']:>8} faults; {which}{repaired}")
     return 0

@@ -300,6 +300,7 @@ def test_fsdp2_leaks_no_panel(one_rank):
     assert len(set(live)) == 1 and live[0] > 0
 
 
+@pytest.mark.filterwarnings("ignore:`broadcast_buffers`:FutureWarning")
 @pytest.mark.parametrize("broadcast", [True, False])
 def test_ddp_trains_as_unprotected(one_rank, broadcast):
     runs = []

@@ -363,6 +363,18 @@ def test_stepping_with_a_fault_pending_raises(scaled):
     assert not guard.attempt() and guard.step()
 
 
+def test_a_compiled_model_is_replayed(dynamo):
+    runs = []
+    for model in (net(), protected()):
+        model[4].eval()  # its buffers change hands in Python
+        faulty = abft.inject.faults(Fault("nullify", pattern="row", call=7)) if runs else torch.enable_grad()
+        with faulty:
+            runs.append((run(torch.compile(model, backend="eager"), steps=6, guarded=bool(runs)), model))
+    (plain, _), (guarded, _) = runs
+    assert guarded.the_guard.replays == 1
+    assert_same_run(plain, guarded)
+
+
 def test_faults_outside_the_loop_do_not_concern_the_guard():
     model = protected()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -671,6 +683,7 @@ def test_a_transformer_trains_as_unprotected(kind):
     assert report.checks > 0 and report.detected == 0 and report.false_alarms == 0
 
 
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable`:FutureWarning")
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_transformer_with_gradient_checkpointing_trains_as_unprotected(kind):
     models = [tiny(kind), abft.protect(tiny(kind))]

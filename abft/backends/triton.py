@@ -124,8 +124,14 @@ def plan(n: int, k: int, dtype: torch.dtype, architecture: int | None, tf32: boo
 def plan_for(call: Call) -> Plan:
     """The plan of a call on its own device."""
     architecture = None if call.a.device.type == "cpu" else _architecture(call.a.device)
-    tf32 = architecture is not None and call.a.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+    tf32 = architecture is not None and call.a.dtype == torch.float32 and _tf32_allowed()
     return plan(call.w.shape[-2], call.a.shape[-1], call.a.dtype, architecture, tf32, call.policy.panel, call.policy.group)
+
+
+def _tf32_allowed() -> bool:
+    # Not ``allow_tf32``: it raises where the newer setting was used.
+    own = torch.backends.cuda.matmul.fp32_precision
+    return (torch.backends.fp32_precision if own == "none" else own) == "tf32"
 
 
 @lru_cache(maxsize=64)

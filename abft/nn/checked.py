@@ -104,8 +104,8 @@ def checked_type(module: nn.Module) -> type[nn.Module]:
     if _is_parametrized(module):
         # torch gave the module a class of its own and, when the parametrization is removed, wants to find its properties on
         # it and the class to go back to right below it.
-        return _on(cls, checked_class(cls.__bases__[0]), {"_abft_base": cls})
-    return checked_class(cls)
+        return _on(cls, checked_class(cls.__bases__[0]), {"_abft_base": cls})  # type: ignore[arg-type]
+    return checked_class(cls)  # type: ignore[arg-type]
 
 
 def unchecked_type(module: nn.Module) -> type[nn.Module] | None:
@@ -119,7 +119,7 @@ def unchecked_type(module: nn.Module) -> type[nn.Module] | None:
     if base is None:  # parametrized after it was protected
         below = cls.__bases__[0].__dict__.get("_abft_base")
         return None if below is None else _on(cls, below, {})
-    for name in module.parametrizations:  # parametrized once more, after it was protected
+    for name in module.parametrizations:  # type: ignore[union-attr]  # parametrized once more, after it was protected
         if name not in base.__dict__:
             setattr(base, name, cls.__dict__[name])
     return base
@@ -135,5 +135,5 @@ def _on(cls: type[nn.Module], below: type[nn.Module], more: dict[str, Any]) -> t
 
 
 def _blank(base: type[nn.Module]) -> nn.Module:
-    cls = checked_class(base)
+    cls = checked_class(base)  # type: ignore[arg-type]
     return cls.__new__(cls)

@@ -4,8 +4,11 @@
 
 with op(x) = xᵀ where the flag says so. The operator receives the *weight itself*, not a cast or a
 transposed view of it: its panel is looked up inside, by the object's identity, where no tracer can bake it in. A
-weight of another dtype than ``a`` is cast here (autocast). The ledger argument is declared as written, so no
-compiler may drop, reorder or merge executions.
+weight of another dtype than ``a`` is cast here (autocast).
+
+The operator has a side effect (no compiler may drop it from a graph that would keep it), but its ledger is not declared as
+written. Declared so, AOTAutograd carries the ledger's value from a forward to its backward: every other graph in
+between (the next compiled layer, the next micro-batch) is then an in-place change of a saved tensor, an error, or is undone.
 """
 
 from __future__ import annotations
@@ -27,7 +30,7 @@ from abft.ledger import Finding, Outcome, Verdict
 
 LIBRARY = torch.library.Library("abft", "DEF")
 LIBRARY.define(
-    "product(Tensor a, bool ta, Tensor b, bool tb, Tensor? bias, Tensor(a!) ledger, Tensor site, str role, str policy) -> Tensor"
+    "product(Tensor a, bool ta, Tensor b, bool tb, Tensor? bias, Tensor ledger, Tensor site, str role, str policy) -> Tensor"
 )
 LIBRARY.define("bypass(Tensor(a!) ledger, str reason) -> ()")
 
@@ -292,5 +295,6 @@ torch.library.register_fake("abft::product", _product_meta, lib=LIBRARY)
 torch.library.register_fake("abft::bypass", lambda ledger_, reason: None, lib=LIBRARY)
 
 product = torch.ops.abft.product.default
+torch.fx.node.has_side_effect(product)  # see the top of this file
 bypass = torch.ops.abft.bypass.default
 __all__ = ["bypass", "product"]

@@ -26,7 +26,6 @@ from unittest import mock
 
 import torch
 import triton
-from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
@@ -185,7 +184,8 @@ def stamp() -> dict[str, Any]:
     source = b"".join(path.read_bytes() for path in sorted((Path(__file__).parent.parent / "triton_kernels").glob("*.py")))
     return {
         "triton": triton.__version__, "torch": torch.__version__, "python": platform.python_version(),
-        "sources": hashlib.sha256(source).hexdigest()[:16], "variants": VARIANTS, "shape": "m = n = k = 4096 with bias, unless the variant says otherwise",
+        "sources": hashlib.sha256(source).hexdigest()[:16],
+        "shape": "m = n = k = 4096 with bias, unless the variant says otherwise", "variants": VARIANTS,
     }  # fmt: skip
 
 

@@ -131,7 +131,7 @@ def plan_for(call: Call) -> Plan:
 def _tf32_allowed() -> bool:
     # Not ``allow_tf32``: it raises where the newer setting was used.
     own = torch.backends.cuda.matmul.fp32_precision
-    return (torch.backends.fp32_precision if own == "none" else own) == "tf32"
+    return (torch.backends.fp32_precision if own == "none" else own) == "tf32"  # type: ignore[attr-defined]
 
 
 @lru_cache(maxsize=64)

@@ -9,6 +9,7 @@ from unittest import mock
 import numpy as np
 import oracles
 import torch
+from abft.triton_kernels import gemm, launch
 from torch import Tensor
 
 from abft import ledger, sites, threshold
@@ -17,7 +18,6 @@ from abft.backends.call import Call
 from abft.checksum import Panel, Sums, predicted_sums
 from abft.faults import BitOperation, Region, Strike
 from abft.policy import Policy
-from abft.triton_kernels import gemm, launch
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 #: bf16 only where the tensor cores multiply it: the interpreter's product of bf16 numbers is wrong.
@@ -60,12 +60,13 @@ def fresh_ledger() -> Tensor:
     return torch.zeros(ledger.WORDS, dtype=torch.int64, device=DEVICE)
 
 
-def run(a: Tensor, w: Tensor, bias: Tensor | None = None, *, strikes: tuple[Strike, ...] = (), words: Tensor | None = None,
-        site: int = SITE, source: Tensor | None = None, again: tuple[Strike, ...] = (), role: str = "fprop", **policy: Any) -> Run:  # fmt: skip
+def run(a: Tensor, w: Tensor, bias: Tensor | None = None, *, strikes: tuple[Strike, ...] = (), again: tuple[Strike, ...] = (),
+        words: Tensor | None = None, site: int = SITE, source: Tensor | None = None, role: str = "fprop", **policy: Any) -> Run:  # fmt: skip
     """``strikes`` hit the product, ``again`` its repetition."""
     words = fresh_ledger() if words is None else words
     policy = {"panel": "full", "level": "correct"} | policy
-    call = Call(a.to(DEVICE), w.to(DEVICE), None if bias is None else bias.to(DEVICE), source, False, role, Policy(**policy), site, tuple(strikes))
+    a, w, bias = a.to(DEVICE), w.to(DEVICE), None if bias is None else bias.to(DEVICE)
+    call = Call(a, w, bias, source, False, role, Policy(**policy), site, tuple(strikes))
     seen: dict[str, Any] = {}
 
     def multiply(product: gemm.Product, faults: Tensor | None) -> gemm.Evidence:

@@ -6,9 +6,10 @@ import numpy as np
 import oracles
 import pytest
 import torch
+from kernel_harness import DEVICE, DTYPES, INF, NAN, NULLIFY, at, counters_of, fresh_ledger, operands, records_of, run
+
 from abft import ledger
 from abft.faults import BitOperation, Region, Strike
-from kernel_harness import DEVICE, DTYPES, INF, NAN, NULLIFY, at, counters_of, fresh_ledger, operands, records_of, run
 
 M, N, K = 128, 400, 96
 #: What happens to the fp32 pattern of an accumulator. Flips of low bits are below any bound, and harmless (thresholds.md).
@@ -136,7 +137,8 @@ def test_a_record_says_what_was_found(dtype):
     a, w = operands(M, N, K, dtype)
     words = fresh_ledger()
     words[ledger.STEP] = ledger._step
-    result = run(a, w, torch.randn(N).to(dtype), strikes=(Strike("accumulator", at(77, 333), BitOperation(flip=1 << 30)),), words=words, role="dgrad")
+    strike = Strike("accumulator", at(77, 333), BitOperation(flip=1 << 30))
+    result = run(a, w, torch.randn(N).to(dtype), strikes=(strike,), words=words, role="dgrad")
     (record,) = result.records
     expected = {"site": 3, "role": 1, "rows": 1, "row": 77, "col": 333, "m": M, "n": N, "k": K, "step": ledger._step}
     assert {name: record[name] for name in expected} == expected
@@ -265,4 +267,4 @@ def test_the_worst_clean_ratio_only_rises():
     words = fresh_ledger()
     first = run(a, w, words=words).worst
     assert run(a[:1] * 0, w, words=words).worst == first > 0
-    assert DEVICE == words.device
+    assert words.device == DEVICE

@@ -6,10 +6,11 @@ import numpy as np
 import oracles
 import pytest
 import torch
+from kernel_harness import DEVICE, DTYPES, at, judged, operands, run
+
 from abft import checksum, ledger
 from abft.backends import triton as backend
 from abft.faults import BitOperation, Strike
-from kernel_harness import DEVICE, DTYPES, at, judged, operands, run
 
 
 @pytest.mark.parametrize("shape", [(5, 100, 64), (130, 700, 300)], ids=str)
@@ -82,7 +83,8 @@ def test_panels_are_those_of_encode(shape, form, dtype, strided):
             allowed = (stop - start) * 2.0**-24 * terms.abs().sum(0) + 2.0**-20 * terms.sum(0).abs().max()
             assert ((checks[g, j] - terms.sum(0)).abs() <= allowed).all()
     _, expected_sketches = value_of(expected)
-    assert ((sketches - expected_sketches).abs() <= (2 * oracles.ROUNDOFF[dtype] + layout.groups.width * 2.0**-23) * expected_sketches.abs() + 1e-7).all()
+    relative = 2 * oracles.ROUNDOFF[dtype] + layout.groups.width * 2.0**-23
+    assert ((sketches - expected_sketches).abs() <= relative * expected_sketches.abs() + 1e-7).all()
     if layout.form.ingress:
         assert torch.equal(panel.columns[-1].cpu(), expected.columns[-1])
 

@@ -1,14 +1,16 @@
 """Numbers that device code repeats because it may not import them."""
 
+from abft.triton_kernels import gemm, judgement, panel, record, tiles
+
 from abft import checksum, faults, floating, ledger
 from abft.backends import triton as backend
-from abft.triton_kernels import gemm, judgement, panel, record, tiles
 
 
 def test_device_code_and_ledger_agree():
     for name in ("HEADER", "HEAD", "STEP", "COUNTERS", "RING", "RECORD"):
         assert getattr(record, name).value == getattr(ledger, name), name
-    for device, host in (("CHECKS", "checks"), ("PRODUCTS", "products"), ("EXECUTIONS", "executions"), ("REPEATED", "repeated_checks"), ("WORST", "worst")):
+    counters = {"CHECKS": "checks", "PRODUCTS": "products", "EXECUTIONS": "executions", "REPEATED": "repeated_checks", "WORST": "worst"}
+    for device, host in counters.items():
         assert getattr(record, device).value == ledger.COUNTER[host]
     assert record.VERDICTS.value == len(ledger.VERDICTS)
     for v, verdict in enumerate(ledger.VERDICTS):
@@ -16,8 +18,8 @@ def test_device_code_and_ledger_agree():
         if hasattr(record, verdict.name):
             assert getattr(record, verdict.name).value == v
     assert (record.TRANSIENT.value, record.PERSISTENT.value) == (ledger.CAUSES.index("transient"), ledger.CAUSES.index("persistent"))
-    order = ("sequence", "site", "role", "verdict", "cause", "rows", "row", "col", "residual", "bound", "m", "n", "k", "dtype", "backend", "step")
-    assert tuple(ledger.RECORD_NAMES[: len(order)]) == order
+    order = "sequence site role verdict cause rows row col residual bound m n k dtype backend step"
+    assert list(ledger.RECORD_NAMES) == order.split()
 
 
 def test_the_summary_has_room():
@@ -29,5 +31,6 @@ def test_panels_and_places_agree():
     assert judgement.SKETCHES.value == checksum.SKETCHES
     assert panel.TARGET_EXPONENT.value == floating.FP16_TARGET_EXPONENT
     places = tuple(backend.KERNEL_PLACES)
-    assert [places.index(p) for p in ("accumulator", "operand", "output")] == [tiles.ACCUMULATOR.value, tiles.OPERAND.value, tiles.OUTPUT.value]
+    for device, host in ((tiles.ACCUMULATOR, "accumulator"), (tiles.OPERAND, "operand"), (tiles.OUTPUT, "output")):
+        assert places[device.value] == host
     assert set(places) < set(faults.PLACES)

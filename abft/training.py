@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from abft import faults, ledger, reporting, scope
+from abft import faults, ledger, protection, reporting, scope
 from abft import policy as policies
 from abft.errors import UncorrectedFault
 from abft.ledger import Verdict
+from abft.nn.checked import Checked
 from abft.reporting import Report
 
 OnFailed = Literal["raise", "drop"] | Callable[["StepGuard"], None]
@@ -25,7 +26,7 @@ _USE = "use `while guard.attempt(): …` for forward and backward, and guard.ste
 class StepGuard:
     """Guard the steps of one optimizer. See the loop in docs/quickstart.md.
 
-    model: its buffers are restored on a replay; unprotected products are not seen. optimizer: its ``step`` raises
+    model: protected, if none of its modules is yet; its buffers are restored on a replay. optimizer: its ``step`` raises
     while a detected, uncorrected fault is pending. policy: in force inside the attempts, for products whose module
     has none of its own. scaler: a GradScaler, stepped and updated by ``step``. process_group: replay together with
     these ranks (None: the default group, if there is one). After ``max_replays``: on_failed="raise" raises
@@ -61,6 +62,9 @@ class StepGuard:
         if not callable(on_failed) and on_failed not in ("raise", "drop"):
             raise ValueError(f"on_failed must be 'raise', 'drop' or a callable; got {on_failed!r}")
         self.model, self.optimizer, self.scaler = model, optimizer, scaler
+        if not any(isinstance(module, Checked) for module in model.modules()):
+            # A guard over nothing would be a silent one.
+            protection.protect(model)
         self.policy = scope.in_force(None if policy is None else policies.as_policy(policy))
         self.process_group, self.max_replays, self.on_failed = process_group, max_replays, on_failed
         self.replays = self.dropped = 0

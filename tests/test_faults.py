@@ -387,7 +387,8 @@ def test_a_mixture_at_a_rate_is_survived():
 
 # --- faults in a weight ----------------------------------------------------------------------------------
 
-NAMEABLE = ("element", "row", "warp2", "warp16")
+#: What a fingerprint can name: one changed element per column of the weight as the product sees it (transposed in dgrad).
+NAMEABLE = [("fprop", "element"), ("fprop", "row"), ("fprop", "warp2"), ("fprop", "warp16"), ("dgrad", "element")]
 
 
 @pytest.fixture(scope="module", params=[torch.float32, torch.bfloat16], ids=name_of)
@@ -395,21 +396,25 @@ def frozen(request):
     return Step(request.param, abft.Policy(weights="frozen", on_uncorrected="record"))
 
 
-@pytest.mark.parametrize("role", ["fprop", "dgrad"])
+@pytest.mark.parametrize("role, pattern", NAMEABLE)
 @pytest.mark.parametrize("what", WHATS)
-def test_a_changed_weight_is_named_and_the_right_product_delivered(frozen, what, role):
-    for seed, pattern in enumerate(NAMEABLE):
+def test_a_changed_weight_is_named_and_the_right_product_delivered(frozen, what, role, pattern):
+    harm = HARM[frozen.x.dtype]
+    for seed in range(3):
+        abft.refresh(frozen.layer)
+        y = frozen.layer(frozen.x)
+        torch.autograd.grad(y, frozen.x, frozen.g, retain_graph=True)
         before = frozen.layer.weight.detach().clone()
-        out, report, injected = frozen.struck(Fault(what, "weight", role=role, pattern=pattern), seed)
-        case = f"{what}-{pattern}-{role}"
-        assert oracles.bits_equal(frozen.layer.weight, before), f"{case}: undone at exit"
-        assert balanced(report) and report.uncorrected == report.stale == 0, case
-        if injected.effect >= HARM[frozen.x.dtype]:
-            assert report.reconstructed > 0, case
-        if report.reconstructed:
-            events = [e for e in report.events if e.cause == "weight"]
-            assert events and report.weight_faults >= 1, case
-            assert (oracles.relative_change(frozen.clean[role], out[role]) < HARM[frozen.x.dtype]).all(), case
+        abft.report(reset=True)
+        with faults(Fault(what, "weight", role=role, pattern=pattern), seed=seed) as log:
+            out = frozen.layer(frozen.x) if role == "fprop" else torch.autograd.grad(y, frozen.x, frozen.g)[0]
+        report = abft.report()
+        assert oracles.bits_equal(frozen.layer.weight, before), "undone at exit"
+        assert balanced(report) and report.uncorrected == report.stale == 0
+        if log[0].effect >= harm:
+            assert report.reconstructed > 0 and report.weight_faults >= 1
+            assert report.events[0].cause == "weight" and oracles.bits_equal(out, frozen.clean[role])
+        assert (oracles.relative_change(frozen.clean[role], out) < harm).all()
     frozen.run()
     abft.report(reset=True)
     frozen.run()
@@ -576,10 +581,10 @@ def test_overflow_to_inf_is_torchs_result():
     assert [e.verdict for e in report.events] == [abft.Verdict.OVERFLOW]
 
 
-@pytest.mark.parametrize("dtype, big", [(torch.float16, 3e4), (torch.bfloat16, 1e37), (torch.float32, 1e37)], ids=name_of)
+@pytest.mark.parametrize("dtype, big", [(torch.float16, 3e4), (torch.bfloat16, 1e38), (torch.float32, 1e38)], ids=name_of)
 def test_some_overflowing_rows_among_clean_ones(dtype, big):
     x, w = torch.randn(ROWS, DEPTH).to(dtype), torch.randn(COLUMNS, DEPTH).to(dtype)
-    x[5] = torch.randn(DEPTH).to(dtype) * big
+    x[5] = (torch.randn(DEPTH).clamp(-2, 2) * big).to(dtype)
     y = abft.linear(x, w)
     report = abft.report()
     assert oracles.bits_equal(y, F.linear(x, w)) and not torch.isfinite(y[5]).all()

@@ -29,7 +29,7 @@ S_CLEAN, S_INPUT, S_OVERFLOW, S_RECOMPUTED, S_UNCORRECTED = (tl.constexpr(i) for
 SCAN = tl.constexpr(32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["shape", "labels", "batches"], do_not_specialize_on_alignment=["site"])
 def settle(a, w, y, first, again, moved, status, bound, shape, words, site, summary, details, labels, batches,
            CORRECT: tl.constexpr, KINDS: tl.constexpr, PARTS: tl.constexpr,
            BM: tl.constexpr, BN: tl.constexpr, OUT_LARGEST: tl.constexpr):  # fmt: skip

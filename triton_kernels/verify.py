@@ -21,7 +21,8 @@ CALM, HUGE, POISONED, SUSPECT = (tl.constexpr(i) for i in range(4))
 UNQUIET = tl.constexpr(0)
 
 
-@triton.jit
+# One build for all shapes, roles and sites: Triton would else make one for every divisibility of every number.
+@triton.jit(do_not_specialize=["shape", "batches"], do_not_specialize_on_alignment=["site"])
 def verify(sums, bound, shape, status, flags, summary, words, site, batches,
            REPEAT: tl.constexpr, KINDS: tl.constexpr, PARTS: tl.constexpr,
            BM: tl.constexpr, BN: tl.constexpr, OUT_LARGEST: tl.constexpr):  # fmt: skip

@@ -61,7 +61,8 @@ def fresh_ledger() -> Tensor:
 
 
 def run(a: Tensor, w: Tensor, bias: Tensor | None = None, *, strikes: tuple[Strike, ...] = (), again: tuple[Strike, ...] = (),
-        words: Tensor | None = None, site: int = SITE, source: Tensor | None = None, role: str = "fprop", **policy: Any) -> Run:  # fmt: skip
+        words: Tensor | None = None, site: int = SITE, source: Tensor | None = None, role: str = "fprop",
+        **policy: Any) -> Run:  # fmt: skip
     """``strikes`` hit the product, ``again`` its repetition."""
     words = fresh_ledger() if words is None else words
     policy = {"panel": "full", "level": "correct"} | policy

@@ -25,11 +25,11 @@ from abft.errors import (
 )
 from abft.events import FaultEvent
 from abft.functional import addmm, bmm, linear, matmul
+from abft.guarding import checkpoint_context, checkpoint_ops, context, protected
 from abft.ledger import Verdict
 from abft.nn import Linear
-from abft.ops import flops as _flops
+from abft.ops import flops as _flops  # noqa: F401  (registers the formula)
 from abft.policy import Policy
-from abft.guarding import checkpoint_context, checkpoint_ops, context, protected
 from abft.protection import protect, refresh, unprotect
 from abft.reporting import Report, report
 from abft.training import StepGuard

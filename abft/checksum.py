@@ -364,11 +364,12 @@ def bias_sums(bias: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
 # --- location and reconstruction ----------------------------------------------------------------
 
 
-def locate(d_e: float, d_hi: float, d_lo: float, tolerance: float, width: int) -> int | None:
+def locate(d_e: float, d_hi: float, d_lo: float, tolerance: float, width: int, *, rounded: bool = False) -> int | None:
     """The column (inside its group) of a single error with residuals d, or None if no single error explains them.
 
     Accepts n only if hi and lo are in range and |d_w - w_n d_e| ≤ (τ/8)(w̄ + |w_n|) for both
-    (docs/explanation/thresholds, "location"). ``tolerance`` is τ of the e check.
+    (docs/explanation/thresholds, "location"). ``tolerance`` is τ of the e check. Of a result that arrived ``rounded``
+    τ/8 is the noise itself: small errors there fit several columns, and then none is named.
     """
     if not (np.isfinite([d_e, d_hi, d_lo]).all() and d_e != 0.0) or width < MIN_SIGNED_WIDTH:
         return None
@@ -379,7 +380,8 @@ def locate(d_e: float, d_hi: float, d_lo: float, tolerance: float, width: int) -
     if not (0 <= hi < digits and 0 <= lo < FRAGMENT and n < width):
         return None
     for d_w, kind, digit in ((d_hi, "hi", 2 * hi - (digits - 1)), (d_lo, "lo", 2 * lo - 15)):
-        if abs(d_w - digit * d_e) > tolerance / 8 * (weight_rms(kind, width) + abs(digit)):  # type: ignore[arg-type]
+        window = tolerance / 8 * (weight_rms(kind, width) + abs(digit))  # type: ignore[arg-type]
+        if abs(d_w - digit * d_e) > window or (rounded and window > abs(d_e)):
             return None
     return n
 

@@ -74,7 +74,12 @@ def _multiplies(module: nn.Module) -> bool:
         return True
     # Layers like GPT-2's Conv1D: a leaf with a matrix that is no embedding and no normalisation.
     weight = module.__dict__.get("_parameters", {}).get("weight")
-    return not list(module.children()) and isinstance(weight, Tensor) and weight.dim() == 2 and not isinstance(module, (nn.Embedding, nn.EmbeddingBag))
+    return (
+        not list(module.children())
+        and isinstance(weight, Tensor)
+        and weight.dim() == 2
+        and not isinstance(module, (nn.Embedding, nn.EmbeddingBag))
+    )
 
 
 def _describe(name: str, module: nn.Module, hidden: bool) -> ModuleCoverage:
@@ -88,7 +93,11 @@ def _describe(name: str, module: nn.Module, hidden: bool) -> ModuleCoverage:
         return ModuleCoverage(name, kind, False, "", "", "", reason)
     policy = scope.in_force(module._abft_policy)
     weight = getattr(module, "weight", None)
-    if isinstance(weight, Tensor) and type(weight) not in (Tensor, nn.Parameter) and torch.utils._python_dispatch.is_traceable_wrapper_subclass(weight):
+    if (
+        isinstance(weight, Tensor)
+        and type(weight) not in (Tensor, nn.Parameter)
+        and torch.utils._python_dispatch.is_traceable_wrapper_subclass(weight)
+    ):
         return ModuleCoverage(name, kind, False, "", "", "", f"its weight is a {type(weight).__name__}, left to its own kernels")
     if policy.level == "off" and policy.redundancy == "none":
         return ModuleCoverage(name, kind, False, "", "", "", "level off")

@@ -75,7 +75,8 @@ def message(site: str, role: str, record: dict[str, Any], device: str) -> str:
     changed = "" if element is None else f" ({'weight' if len(element) == 2 else 'bias'} element {', '.join(map(str, element))})"
     return (
         f"{verdict.name} at {site} ({role}): {record['rows']} row(s), worst row {record['row']}{col}, residual {residual:.4g} "
-        f"against a bound of {bound:.4g}, cause {ledger.CAUSES[record['cause']]}{changed}; rank {rank()}, device {device}, step {record['step']}. "
+        f"against a bound of {bound:.4g}, cause {ledger.CAUSES[record['cause']]}{changed}; "
+        f"rank {rank()}, device {device}, step {record['step']}. "
         f"{verdict.value[0].upper()}{verdict.value[1:]}."
     )
 

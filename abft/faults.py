@@ -101,6 +101,17 @@ active: Callable[[Target], list[Strike]] | None = None
 on_attempt: Callable[[bool], None] | None = None
 
 
+#: Writes a fault into a weight's memory, and remembers to undo it; set by the injector only.
+on_weight: Callable[[Target, Strike], None] | None = None
+
+
+def strike_weights(target: Target, hits: tuple[Strike, ...]) -> None:
+    """Let the faults that lie in the weight's memory happen."""
+    for strike in hits:
+        if strike.place == "weight" and on_weight is not None:
+            on_weight(target, strike)
+
+
 def strikes(target: Target) -> list[Strike]:
     """The faults that hit this product now; empty without an injector."""
     return active(target) if active is not None else []

@@ -111,7 +111,9 @@ def matmul_at(site: Tensor | None, a: Tensor, b: Tensor, own: Policy | None, nam
         raise ShapeError(f"matmul needs at least one dimension on both sides; got {tuple(a.shape)} and {tuple(b.shape)}")
     left, right = (a.unsqueeze(0) if a.dim() == 1 else a), (b.unsqueeze(1) if b.dim() == 1 else b)
     if left.shape[-1] != right.shape[-2]:
-        raise ShapeError(f"matmul cannot multiply {tuple(a.shape)} by {tuple(b.shape)}: inner sizes {left.shape[-1]} and {right.shape[-2]} differ")
+        raise ShapeError(
+            f"matmul cannot multiply {tuple(a.shape)} by {tuple(b.shape)}: inner sizes {left.shape[-1]} and {right.shape[-2]} differ"
+        )
     if right.dim() == 2:
         y = _product(_as_matrix(left), right, None, True, site, own, name)
         y = y.view(*left.shape[:-1], right.shape[-1])
@@ -150,7 +152,9 @@ def _product(a: Tensor, b: Tensor, bias: Tensor | None, tb: bool, site: Tensor |
         bias = None if bias is None else _autocast_weight(bias, dtype)
         b = _autocast_weight(b, dtype)
         if (a.dtype == torch.float64) != (b.dtype == torch.float64):
-            raise DtypeError(f"autocast leaves float64 alone, and operands must have one dtype; got {str(a.dtype)[6:]} and {str(b.dtype)[6:]}")
+            raise DtypeError(
+                f"autocast leaves float64 alone, and operands must have one dtype; got {str(a.dtype)[6:]} and {str(b.dtype)[6:]}"
+            )
         with torch.autocast(device_type, enabled=False):
             return _apply(a, b, bias, tb, site, policy, name)
     if a.dtype != b.dtype:

@@ -7,7 +7,6 @@ from contextlib import contextmanager, nullcontext
 from types import TracebackType
 from typing import Any
 
-
 from abft import events, reporting, scope
 from abft import policy as policies
 from abft.modes import ProductMode

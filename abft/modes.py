@@ -48,7 +48,15 @@ def _mm(mode: ProductMode, input: Tensor, mat2: Tensor, *args: Any, out: Tensor 
 
 
 def _addmm(
-    mode: ProductMode, input: Tensor, mat1: Tensor, mat2: Tensor, *args: Any, beta: float = 1, alpha: float = 1, out: Tensor | None = None, **kwargs: Any
+    mode: ProductMode,
+    input: Tensor,
+    mat1: Tensor,
+    mat2: Tensor,
+    *args: Any,
+    beta: float = 1,
+    alpha: float = 1,
+    out: Tensor | None = None,
+    **kwargs: Any,
 ) -> Tensor:
     reason = "out= or out_dtype" if args or kwargs or out is not None else functional.why_not(input, mat1, mat2)
     if reason is not None:

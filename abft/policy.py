@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache
-from typing import Any, ClassVar, Literal, Union, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 from abft.errors import PolicyError
 
@@ -17,7 +17,7 @@ Redundancy = Literal["none", "dmr", "tmr"]
 Role = Literal["fprop", "dgrad", "wgrad"]
 ROLES: frozenset[str] = frozenset(get_args(Role))
 ATTENTION_ROLES = frozenset({"qk", "pv"})
-OnUncorrected = Union[Literal["record", "warn", "raise"], Callable[[Any], None]]
+OnUncorrected = Literal["record", "warn", "raise"] | Callable[[Any], None]
 
 _CHOICES = {
     "level": get_args(Level),
@@ -112,7 +112,9 @@ class Policy:
             raise PolicyError(f"Policy.roles must be a set of role names; got {self.roles!r}")
         object.__setattr__(self, "roles", frozenset(self.roles))
         if self.roles & ATTENTION_ROLES:
-            raise NotImplementedError(f"Policy.roles {sorted(self.roles & ATTENTION_ROLES)} need checked attention, which has not landed yet")
+            raise NotImplementedError(
+                f"Policy.roles {sorted(self.roles & ATTENTION_ROLES)} need checked attention, which has not landed yet"
+            )
         if self.roles - ROLES:
             raise PolicyError(f"Policy.roles must be among {sorted(ROLES)}; got {sorted(self.roles - ROLES)}")
 
@@ -161,7 +163,7 @@ PRESETS: dict[str, Policy] = {
     "paranoid": Policy(group=128, redundancy="dmr", on_uncorrected="raise"),
 }
 
-PolicyLike = Union[Policy, str, None]
+PolicyLike = Policy | str | None
 
 
 def as_policy(value: Any, *, what: str = "policy") -> Policy:

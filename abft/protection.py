@@ -19,7 +19,9 @@ FilterFn = Callable[[nn.Module, str], bool]
 _FAST_PATH = "_abft_fast_path"
 
 
-def protect(model: Model, policy: PolicyLike | Mapping[str, Any] = None, *, filter_fn: FilterFn | None = None, name: str | None = None) -> Model:
+def protect(
+    model: Model, policy: PolicyLike | Mapping[str, Any] = None, *, filter_fn: FilterFn | None = None, name: str | None = None
+) -> Model:
     """Check every product of the ``nn.Linear`` layers of ``model``, in place; returns the model.
 
     policy: a Policy, a preset's name, None (the policy in force when a layer runs), or a mapping from module names

@@ -6,7 +6,6 @@ import threading
 import warnings
 import weakref
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 
@@ -222,13 +221,13 @@ def _build(counters: np.ndarray, bypassed: dict[str, int], kept: tuple[FaultEven
     by_name: dict[str, list[int]] = {}
     for index in np.flatnonzero(counters[:, :WORST].any(1)):
         by_name.setdefault(sites.site_of(int(index)).name, []).append(int(index))
-    per_site = {
-        name: _counts(counters[indices], {}, tuple(e for e in kept if e.site == name), 0, {}) for name, indices in by_name.items()
-    }
+    per_site = {name: _counts(counters[indices], {}, tuple(e for e in kept if e.site == name), 0, {}) for name, indices in by_name.items()}
     return _counts(counters, bypassed, kept, dropped, per_site)
 
 
-def _counts(counters: np.ndarray, bypassed: dict[str, int], kept: tuple[FaultEvent, ...], dropped: int, per_site: dict[str, Report]) -> Report:
+def _counts(
+    counters: np.ndarray, bypassed: dict[str, int], kept: tuple[FaultEvent, ...], dropped: int, per_site: dict[str, Report]
+) -> Report:
     total = counters.sum(0)
     names = [n for n in ledger.COUNTER_NAMES if n != "worst"]
     return Report(

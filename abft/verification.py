@@ -77,7 +77,9 @@ def _check(a: Tensor, b: Tensor, c: Tensor) -> None:
         if not isinstance(t, Tensor):
             raise TypeError(f"verify_matmul: {name} must be a tensor; got {type(t).__name__}")
         if not floating.is_checked(t.dtype) or t.layout != torch.strided:
-            raise DtypeError(f"verify_matmul: {name} must be a strided float tensor (fp16, bf16, fp32, fp64); got {str(t.dtype)[6:]}, {t.layout}")
+            raise DtypeError(
+                f"verify_matmul: {name} must be a strided float tensor (fp16, bf16, fp32, fp64); got {str(t.dtype)[6:]}, {t.layout}"
+            )
         if t.dim() < 2:
             raise ShapeError(f"verify_matmul: {name} must have at least two dimensions; got {tuple(t.shape)}")
     if not a.device == b.device == c.device:
@@ -87,4 +89,6 @@ def _check(a: Tensor, b: Tensor, c: Tensor) -> None:
     except RuntimeError:
         expected = ()
     if a.shape[-1] != b.shape[-2] or tuple(c.shape) != expected:
-        raise ShapeError(f"verify_matmul needs a (…, M, K), b (…, K, N), c (…, M, N); got {tuple(a.shape)}, {tuple(b.shape)}, {tuple(c.shape)}")
+        raise ShapeError(
+            f"verify_matmul needs a (…, M, K), b (…, K, N), c (…, M, N); got {tuple(a.shape)}, {tuple(b.shape)}, {tuple(c.shape)}"
+        )

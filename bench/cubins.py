@@ -143,6 +143,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "lean": {"form": "lean"},
     "transposed": {"transposed": True},
     "narrow": {"n": 384, "bias": False},
+    "fine": {"group": 32},
     "ones": {"m": 1, "n": 1, "k": 1},
 }
 

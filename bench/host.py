@@ -2,8 +2,9 @@
 
     python -m bench host
 
-Pairs are interleaved call by call in short batches, so that a busy machine slows both; a ratio is the median over batches,
-with its quartiles. ``dispatch``: abft.linear with the operator's body replaced by one that returns a ready tensor.
+Pairs are interleaved in short batches and timed by the thread's CPU time, which waiting for a busy machine does not stretch;
+a ratio is the median over batches, with its quartiles. ``dispatch``: abft.linear with the operator's body replaced by one
+that returns a ready tensor.
 """
 
 from __future__ import annotations
@@ -36,10 +37,10 @@ def interleaved(one: Callable[[], Any], other: Callable[[], Any]) -> dict[str, A
     times = np.empty((BATCHES, 2))
     for batch in times:
         for which, f in enumerate((one, other)):
-            start = time.perf_counter()
+            start = time.thread_time()
             for _ in range(CALLS):
                 f()
-            batch[which] = (time.perf_counter() - start) / CALLS * 1e6
+            batch[which] = (time.thread_time() - start) / CALLS * 1e6
     gc.enable()
     ratio = times[:, 1] / times[:, 0]
     low, median, high = np.percentile(ratio, [25, 50, 75])

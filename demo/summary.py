@@ -17,7 +17,8 @@ def of_retrieval(result: Retrieval) -> str:
         tables.retrieval_table(result),
         "  harmful: changes a row of a product by ≥ 1e-3.  missed: asked under a harmful fault, nothing detected.",
         "  alarms: detections without a fault.  wrong, top-5: not the fault-free answer, not its list of five.",
-        "  ms: median of a request.  The products inside attention (QKᵀ, PV) are neither struck nor checked.",
+        "  ms: median of a request, under faults with the injector's own work (at 0 % without).",
+        "  The products inside attention (QKᵀ, PV) are neither struck nor checked.",
     ]
     example = next((example for example in result.wrong_answers if example.arm == "unprotected"), None)
     if example is not None:
@@ -44,6 +45,7 @@ def of_training(text: Text, rows: Sequence[tuple[Run, Distance]]) -> str:
         tables.training_table(rows),
         "  Δ: against the fault-free run of the same seed.  held-out: final loss on other text, without faults.",
         "  reversed: the same batches, their rows in reverse: what separates it is rounding alone.",
+        "  ms: mean of a step, except in the fault-free runs with the injector's own work.",
         f"  NaN watching skipped {skipped} steps; StepGuard replayed {replays} and dropped {dropped}.",
         f"  Largest |Δloss|: unprotected {_furthest(rows, 'unprotected')}, protected {_furthest(rows, 'protected')}, "
         f"rounding {_furthest(rows, YARDSTICK)}.",

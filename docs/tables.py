@@ -7,6 +7,7 @@ replaced. A table whose measurement does not exist yet says so.
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import sys
@@ -87,13 +88,10 @@ def table(header: str, rows: Iterable[Iterable[object]], missing: str = "") -> s
 
 def share(part: float, whole: float) -> str:
     """A percentage that says 100 only if nothing is missing."""
-    if not whole or part == whole:
-        return "100 %" if whole else "–"
-    for digits in range(1, 6):
-        text = f"{100 * part / whole:.{digits}f}"
-        if float(text) < 100:
-            break
-    return f"{text} %"
+    if not whole:
+        return "–"
+    digits = next((d for d in range(1, 6) if float(f"{100 * part / whole:.{d}f}") < 100), 6)
+    return "100 %" if part == whole else f"{100 * part / whole:.{digits}f} %"
 
 
 def small(value: Any) -> str:
@@ -155,7 +153,12 @@ def campaign(page: str) -> str:
 def _found(s: Record) -> str:
     if not s["harmful"]:
         return "–"
-    return f"{share(s['harmful_detected'], s['harmful'])} (at least {100 * s['harmful_detected_at_least']:.2f} %)"
+    sys.path.insert(0, str(ROOT))
+    from bench import intervals
+
+    # Again from the counts, and cut off: rounded, a lower limit would promise too much.
+    limit = math.floor(1e4 * intervals.lower_limit(s["harmful_detected"], s["harmful"])) / 100
+    return f"{share(s['harmful_detected'], s['harmful'])} (at least {limit:.2f} %)"
 
 
 EMULATED = {
@@ -449,6 +452,17 @@ def main() -> None:
         if new != text:
             path.write_text(new, encoding="utf-8")
             print(f"rewrote the tables of {page}")
+    for f in files("*"):
+        measured = [r["sources"] for r in f.kind("stamp")]
+        if measured and measured[-1] != _sources():
+            print(f"{f.name} was measured with other sources than those here")
+
+
+def _sources() -> str:
+    sys.path.insert(0, str(ROOT))
+    from bench import stamp
+
+    return stamp.sources()
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+import abft
 from abft import threshold
 from bench import campaign, clean, emulated, emulated_faults, emulator, families, intervals, results, stamp
 
@@ -231,3 +232,32 @@ def test_the_command_lists_itself() -> None:
     assert done.returncode == 0
     assert "clean" in done.stdout and "campaign" in done.stdout
     assert subprocess.run([sys.executable, "-m", "bench", "nonsense"], cwd=ROOT, capture_output=True).returncode == 2
+
+
+# --- found by a campaign -----------------------------------------------------------------------------------
+
+
+def test_a_backward_inside_autocast_is_checked_like_any_other() -> None:
+    layer = abft.Linear(32, 16)
+    x = torch.randn(5, 32, requires_grad=True)
+    abft.report(reset=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        layer(x).float().sum().backward()
+    report = abft.report(reset=True)
+    assert report.checks == 5 + 5 + 16
+    assert report.detected == report.false_alarms == 0
+
+
+@pytest.mark.parametrize("width", [64, 512, 4096])
+def test_equal_rows_of_a_weight_raise_no_alarm(width: int) -> None:
+    # Every partial sum of equal numbers rounds the same way: in fp32 such panels and row sums drift by tens of U·S.
+    g = families.generator(width)
+    layer = abft.Linear(64, width, bias=False, policy=abft.Policy(on_uncorrected="record"))
+    with torch.no_grad():
+        layer.weight.copy_(families.weights("gauss", 1, 64, g).expand(width, 64))
+        abft.report(reset=True)
+        for family in ("shifted", "constant-rows"):
+            layer(families.activations(family, 500, 64, g))
+    report = abft.report(reset=True)
+    assert report.false_alarms == report.detected == 0
+    assert report.worst < 0.9

@@ -70,9 +70,7 @@ def test_a_short_corpus_sees_every_part_of_the_library():
     assert len(short) == 100
     assert set(short) <= set(corpus.passages())
     assert short[-1].name > "t"
-    assert {"bisect.insort", "zlib.crc32"} <= {
-        p.name for p in corpus.passages(20, keep=["bisect.insort", "zlib.crc32"])
-    }
+    assert {"bisect.insort", "zlib.crc32"} <= {p.name for p in corpus.passages(20, keep=["bisect.insort", "zlib.crc32"])}
 
 
 def test_questions_are_distinct_and_most_have_their_answer_in_the_corpus():
@@ -93,9 +91,7 @@ def test_record_is_one_json_object_per_line_even_with_nan(tmp_path):
     with Record(tmp_path / "results.jsonl") as record:
         record.write("run", **surroundings())
         record.write("training_run", losses=[1.0, math.nan, math.inf], path=("a", 1))
-    lines = [
-        json.loads(line, parse_constant=pytest.fail) for line in (tmp_path / "results.jsonl").read_text().splitlines()
-    ]
+    lines = [json.loads(line, parse_constant=pytest.fail) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
     assert [line["kind"] for line in lines] == ["run", "training_run"]
     assert lines[0]["versions"]["torch"] == importlib.metadata.version("torch")
     assert lines[0]["torch_threads"] == torch.get_num_threads()

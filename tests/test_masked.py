@@ -46,7 +46,7 @@ def test_clean_is_silent_and_right(place, dtype, backend):
     exact = call.a.double() @ call.w.double().mT + call.bias.double()
     naive = (call.a.float() @ call.w.float().mT + call.bias.float()).to(dtype)
     roundoff = torch.finfo(dtype).eps * exact.abs()
-    assert (((y.double() - exact).abs() <= 2 * (naive.double() - exact).abs() + roundoff + 1e-4)).all()
+    assert ((y.double() - exact).abs() <= 2 * (naive.double() - exact).abs() + roundoff + 1e-4).all()
     counts = _counts(words, site)
     assert (counts["checks"], counts["products"], counts["executions"]) == (40, 1, 2)
     assert not any(counts[n] for n in ("observed", "recomputed", "uncorrected", "input_rows", "overflow_rows"))

@@ -16,7 +16,7 @@ from torch import nn
 import abft
 from abft.inject import Fault, faults
 
-DEFAULTS = dict(
+DEFAULTS = dict(  # noqa: C408
     level="correct", backend="auto", redundancy="none", panel="full", group=None, roles=frozenset({"fprop", "dgrad", "wgrad"}), timing="immediate",
     detector="checksum", weights="tracked", max_floor=None, on_uncorrected="warn",
 )  # fmt: skip

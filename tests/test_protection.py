@@ -692,7 +692,7 @@ def test_coverage_by_looking():
     abft.protect(model)
     after = abft.coverage(model)
     assert (after.covered, after.total) == (1, 6)
-    assert [f for f in vars(after.modules[0])] == ["name", "type", "covered", "how", "backend", "policy", "reason"]
+    assert list(vars(after.modules[0])) == ["name", "type", "covered", "how", "backend", "policy", "reason"]
     assert (after.modules[0].name, after.modules[0].type, after.modules[0].backend) == ("0", "Linear", "reference")
     assert all(m.covered or m.reason for m in after.modules)
     table = str(after)

@@ -97,7 +97,7 @@ class Product:
 
     a: Tensor
     w: Tensor
-    bias: Tensor | None
+    bias: Tensor | None  # (N,), contiguous
     panel: Tensor  # (C, K), checksums of W's rows
     signs: Tensor  # (N,) fp32, ε
     config: Config

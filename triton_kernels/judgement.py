@@ -110,7 +110,7 @@ def bound_of(coefficient, squares, c, noise2, absolute):
 @triton.jit
 def range_safe_bound(coefficient, largest, total, c, magnitudes):
     """τ where squares over- or underflow: S_L = sqrt(max|acc| · Σ|acc|) + |c| + sqrt(π/2) · mean|x·g|, with κ/2."""
-    scale = tl.sqrt(largest) * tl.sqrt(total) + tl.abs(c) + SQRT_HALF_PI / SKETCHES * magnitudes
+    scale = tl.sqrt(largest) * tl.sqrt(total) + tl.abs(c) + magnitudes * (SQRT_HALF_PI / SKETCHES)
     return scale * (coefficient * 0.5) + TINY
 
 

@@ -93,7 +93,7 @@ def _add_verdict(summary, v, mine, ratio, first_row):
     if count > 0:
         # Largest ratio first, then smallest row.
         row = first_row + tl.arange(0, mine.shape[0])
-        key = (bits(ratio).to(tl.int64) << 32) | (ROW_MASK - row)
+        key = (bits(ratio).to(tl.int64) << 32) | (row ^ ROW_MASK)
         tl.atomic_add(summary + ROWS + v, count)
         tl.atomic_max(summary + KEYS + v, tl.max(tl.where(mine, key, 0), 0))
 
@@ -125,7 +125,7 @@ def _graver(v, other):
 def _write_record(words, site, v, summary, details, rows_total, labels):
     """The call's one record: its slot reserved atomically, its sequence number written last, when the rest can be read."""
     rows, key = tl.load(summary + ROWS + v, volatile=True), tl.load(summary + KEYS + v, volatile=True)
-    row, plane = ROW_MASK - (key & ROW_MASK), tl.cast(rows_total, tl.int64)
+    row, plane = (key & ROW_MASK) ^ ROW_MASK, tl.cast(rows_total, tl.int64)
     slot = tl.atomic_add(words + HEAD, tl.cast(1, tl.int64))
     at = words + HEADER + tl.cast(labels.sites, tl.int64) * COUNTERS + (slot % RING) * RECORD
     tl.store(at + 1, site)

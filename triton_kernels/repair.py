@@ -28,6 +28,7 @@ def recompute(a, w, panel, bias, y, signs, again, moved, flags, summary, shape, 
     tiles_m, tiles_n, tiles_c = tl.cdiv(shape.m, BM), tl.cdiv(shape.n, BN), tl.cdiv(shape.c, BC)
     data_tiles, per_batch = tiles_m * tiles_n, tiles_m * (tiles_n + tiles_c)
     end = tl.where(tl.load(summary + UNQUIET) > 0, per_batch * batches, 0)
+    # Hoisted out of this loop, the addresses of both kinds of tile would not fit the registers.
     for index in tl.range(tl.program_id(0), end, tl.num_programs(0), disable_licm=True):
         batch, tile = index // per_batch, index % per_batch
         if tile < data_tiles:

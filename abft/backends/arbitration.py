@@ -190,7 +190,7 @@ def _correct(case: Case, rows: np.ndarray) -> None:
     if len(rows) > max(MANY_ROWS, case.call.rows // 8):
         arbitrated = True
         _arbitrate(case, rows, repair=True)
-        rows = _still_suspect(case, rows)
+        rows = _still_wrong(case, rows)
     for _ in range(RECOMPUTATIONS):
         if len(rows) == 0:
             return
@@ -199,15 +199,16 @@ def _correct(case: Case, rows: np.ndarray) -> None:
         case.outcome.executions += 1
         case.examine_again()
         repeated = _flat(bits.same(_rows(old, rows), _rows(case.y, rows)).all(-1))
-        still = _still_suspect(case, rows)
+        left = _set_aside_known(case)
+        still = np.intersect1d(rows, left)
         # Other rows that the fresh execution got wrong are not forgotten either.
-        new = np.setdiff1d(_set_aside_known(case), rows)
+        new = np.setdiff1d(left, rows)
         done = np.setdiff1d(rows, still)
         case.find(Verdict.RECOMPUTED, done, "transient", at=before)
         if len(still) and not arbitrated and repeated[np.isin(rows, still)].any():
             arbitrated = True
             _arbitrate(case, still, repair=True)
-            still = _still_suspect(case, still)
+            still = _still_wrong(case, still)
         rows = np.union1d(still, new)
         if len(rows) and repeated.all():
             break
@@ -224,8 +225,9 @@ def _set_aside_known(case: Case) -> np.ndarray:
     return _set_aside_harmless(quiet, rows)
 
 
-def _still_suspect(case: Case, rows: np.ndarray) -> np.ndarray:
-    return np.intersect1d(rows, case.suspects())
+def _still_wrong(case: Case, rows: np.ndarray) -> np.ndarray:
+    # Not merely suspect: rows whose squares overflow are so however right they are.
+    return np.intersect1d(rows, _set_aside_known(case))
 
 
 def _replace_by_independent(case: Case, rows: np.ndarray) -> None:
@@ -243,7 +245,7 @@ def _replace_by_independent(case: Case, rows: np.ndarray) -> None:
     case.y = _with_rows(case.y, wrong, _exact_rows(case, wrong).to(case.y.dtype))
     case.outcome.executions += 1
     case.examine_again()
-    still = _still_suspect(case, wrong)
+    still = _still_wrong(case, wrong)
     case.find(Verdict.RECONSTRUCTED, np.setdiff1d(wrong, still), "persistent", at=before)
     case.find(Verdict.UNCORRECTED, still, "persistent", at=before)
 
@@ -421,6 +423,10 @@ def _finding(verdict: Verdict, rows: np.ndarray, cause: str, j: Judgement, case:
     col = None
     if element is not None:
         col = element[-1] if case.call.transposed and len(element) > 1 else element[0]
+    elif verdict is Verdict.RECOMPUTED:
+        # The repetition tells exactly what the sums only estimate: which elements were wrong.
+        moved = np.flatnonzero(~bits.same(_rows(j.y, rows[r : r + 1]), _rows(case.y, rows[r : r + 1])).numpy())
+        col = int(moved[0]) if len(moved) == 1 else None
     elif verdict not in (Verdict.INPUT, Verdict.OVERFLOW, Verdict.STALE):
         col = _locate(case, j.y, row, int(g))
     return Finding(verdict, len(rows), row, col, float(d), float(j.tau[row, g, kind]), cause, element)
@@ -447,7 +453,7 @@ def _locate(case: Case, y: Tensor, row: int, group: int) -> int | None:
     j = reference.judge(one, reference.sums(one, a, panel, case.bias, everything), a.shape[-1], everything)
     d = (j.sums.actual - j.sums.predicted)[0, group].astype(np.float64)
     start, stop = plan.layout.groups.span(group)
-    column = checksum.locate(d[0], d[2], d[3], float(j.tau[0, group, 0]), stop - start)
+    column = checksum.locate(d[0], d[2], d[3], float(j.tau[0, group, 0]), stop - start, rounded=plan.rounded)
     return None if column is None else start + column
 
 

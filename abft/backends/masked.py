@@ -80,7 +80,8 @@ def plan_for(call: Call, *, fused: bool) -> Plan:
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
     if device.type == "cuda" and call.a.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32:
         raise DeviceError(
-            "torch.backends.cuda.matmul.allow_tf32 is on: the reference and vendor backends judge fp32 products as IEEE fp32, which TF32 is not. "
+            "torch.backends.cuda.matmul.allow_tf32 is on: the reference and vendor backends judge fp32 products "
+            "as IEEE fp32, which TF32 is not. "
             'Use backend="triton", or switch TF32 off.'
         )
     return plan(call.w.shape[-2], call.a.shape[-1], call.a.dtype, call.policy.panel, call.policy.group, fused, capability)
@@ -91,9 +92,7 @@ def panel_of(call: Call, p: Plan) -> Panel:
     if call.source is None:
         return reference.build_panel(call.w, p.layout)
     frozen = call.policy.weights == "frozen"
-    return panels.entry_for(
-        call.source, call.w, p.layout, transposed=call.transposed, frozen=frozen, build=reference.build_panel
-    ).panel
+    return panels.entry_for(call.source, call.w, p.layout, transposed=call.transposed, frozen=frozen, build=reference.build_panel).panel
 
 
 def _execute(call: Call, p: Plan, *, struck: bool) -> tuple[Tensor, Tensor]:
@@ -186,7 +185,15 @@ def _place(site: Tensor, device: torch.device) -> Tensor:
 
 
 def _record(
-    words: Tensor, place: Tensor, call: Call, backend: str, s: Sums, tau: Tensor, ratio: Tensor, bad: Tensor, verdicts: dict[Verdict, Tensor]
+    words: Tensor,
+    place: Tensor,
+    call: Call,
+    backend: str,
+    s: Sums,
+    tau: Tensor,
+    ratio: Tensor,
+    bad: Tensor,
+    verdicts: dict[Verdict, Tensor],
 ) -> None:
     device = words.device
     faults = [Verdict.UNCORRECTED, Verdict.OBSERVED, Verdict.RECOMPUTED, Verdict.OVERFLOW, Verdict.INPUT]

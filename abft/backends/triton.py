@@ -191,7 +191,8 @@ def product(call: Call, words: Tensor, site: Tensor) -> Tensor:
             strike.hit(panel.columns)
     groups, kinds = p.layout.groups, p.layout.form.kinds
     signs = column_weights(groups, ("e",), call.a.device)[0]
-    operands = gemm.Product(call.a, call.w, call.bias, panel.columns, signs, p.config)
+    bias = None if call.bias is None else call.bias.contiguous()
+    operands = gemm.Product(call.a, call.w, bias, panel.columns, signs, p.config)
     judge = launch.Judge(
         _bound(p, call.a.shape[-1]), panel.scales, len(kinds), p.layout.parts, groups.count, p.tiles_per_group,
         correct=call.policy.level == "correct", repeat=_is_repeated(call),

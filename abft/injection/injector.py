@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable
 from dataclasses import dataclass
 from types import TracebackType
@@ -67,14 +68,16 @@ class faults:
         self._undo: list[tuple[Tensor, Tensor, Tensor]] = []
         self._broken_panels: list[tuple[Tensor, Tensor, Tensor]] = []
         self._calls: dict[tuple[str, str], int] = {}
-        self._pending: list[tuple[Fault, Strike, Tensor | None]] = []
+        self._lock = threading.Lock()  # products of several threads draw from one generator
+        self._pending = threading.local()
         active_faults.active = self._hits
+        active_faults.on_weight = self._strike_weight
         product_op.on_strike = self._record
         self._hooks = self._plan.watch()
         return self.log
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        active_faults.active = product_op.on_strike = active_faults.on_attempt = None
+        active_faults.active = active_faults.on_weight = product_op.on_strike = active_faults.on_attempt = None
         for hook in self._hooks:
             hook.remove()
         for weight, place, before in reversed(self._undo):
@@ -90,17 +93,21 @@ class faults:
             )
 
     def _hits(self, target: Target) -> list[Strike]:
+        with self._lock:
+            return self._draw(target)
+
+    def _draw(self, target: Target) -> list[Strike]:
         key = (target.site, target.role)
         self._calls[key] = self._calls.get(key, -1) + 1
-        strikes = []
+        strikes: list[Strike] = []
+        drawn = []
         for fault, rng in self._plan.due(target):
             strike = strike_of(fault, target, rng)
-            if strike.place == "weight":
-                self._strike_weight(target, strike)
-            elif strike.place == "panel":
+            if strike.place == "panel":
                 self._remember_panel(target, strike)
-            self._pending.append((fault, strike, None))
+            drawn.append((fault, strike, self._calls[key]))
             strikes.append(strike)
+        self._pending.faults = drawn
         return strikes
 
     def _strike_weight(self, target: Target, strike: Strike) -> None:
@@ -123,11 +130,8 @@ class faults:
         where = np.argwhere(changed.reshape(flat_clean.shape).numpy())[:MAX_ELEMENTS]
         elements = tuple((int(r), int(c), float(flat_clean[r, c]), float(flat_struck[r, c])) for r, c in where)
         effect = _effect(flat_clean, flat_struck)
-        for fault, strike, _ in self._pending:
-            self.log.append(
-                Injected(target.site, target.role, self._calls[target.site, target.role], fault.what, strike.place, fault.pattern, elements, effect)
-            )
-        self._pending.clear()
+        for fault, strike, call_number in self._pending.faults:
+            self.log.append(Injected(target.site, target.role, call_number, fault.what, strike.place, fault.pattern, elements, effect))
 
 
 def _effect(clean: np.ndarray, struck: np.ndarray) -> float:

@@ -8,7 +8,7 @@ parameter, a buffer or a key of the state dict.
 from __future__ import annotations
 
 import weakref
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -91,7 +91,7 @@ def _device_of(module: nn.Module) -> torch.device:
     return torch.device("cpu") if first is None else first.device
 
 
-@lru_cache(maxsize=None)
+@cache
 def checked_class(base: type[nn.Module]) -> type[nn.Module]:
     """The checked subclass of a module class; one per class, so that graphs are shared."""
     mixin = CheckedForward if base.forward is nn.Linear.forward else ScopedForward

@@ -29,9 +29,7 @@ from abft.faults import Strike, Target
 from abft.ledger import Finding, Outcome, Verdict
 
 LIBRARY = torch.library.Library("abft", "DEF")
-LIBRARY.define(
-    "product(Tensor a, bool ta, Tensor b, bool tb, Tensor? bias, Tensor ledger, Tensor site, str role, str policy) -> Tensor"
-)
+LIBRARY.define("product(Tensor a, bool ta, Tensor b, bool tb, Tensor? bias, Tensor ledger, Tensor site, str role, str policy) -> Tensor")
 LIBRARY.define("bypass(Tensor(a!) ledger, str reason) -> ()")
 
 #: A remembered panel is compared with its own checksum at every so-many-th use: a fault in a sketch column only
@@ -47,6 +45,10 @@ def _product(
 ) -> Tensor:
     if torch.is_grad_enabled():
         with torch.no_grad():
+            return _product(a, ta, b, tb, bias, ledger_, site, role, policy_text)
+    if torch.is_autocast_enabled(a.device.type):
+        # A backward inside autocast: what is computed here has the types it has, and its checks are fp32.
+        with torch.autocast(a.device.type, enabled=False):
             return _product(a, ta, b, tb, bias, ledger_, site, role, policy_text)
     chosen = policy.decode(policy_text)
     source = b if role != "wgrad" and isinstance(b, torch.nn.Parameter) else None
@@ -81,11 +83,12 @@ def _struck(call: Call, backend: str) -> Call:
         None if panel is None else panel.columns,
     )  # fmt: skip
     execute = masked.execute_fused if fused else reference.execute
-    clean = execute(call, ()) if on_strike is not None else None
     strikes = tuple(faults.strikes(target))
     if not strikes:
         return call
+    clean = execute(call, ()) if on_strike is not None else None
     if any(strike.place == "weight" for strike in strikes):
+        faults.strike_weights(target, strikes)
         w = call.source.detach().to(call.a.dtype)  # type: ignore[union-attr]
         call = replace(call, w=w.mT if call.transposed else w)
     if on_strike is not None and clean is not None:
@@ -112,7 +115,9 @@ def choose_backend(call: Call) -> str:
     if chosen == "triton":
         reason = _triton_unavailable(call)
         if reason is not None:
-            raise DeviceError(f'backend="triton" cannot run this product: {reason}. Use backend="auto", which says in abft.coverage what it took.')
+            raise DeviceError(
+                f'backend="triton" cannot run this product: {reason}. Use backend="auto", which says in abft.coverage what it took.'
+            )
         return chosen
     if chosen == "auto":
         chosen = "triton" if call.a.device.type == "cuda" and _triton_unavailable(call) is None else "reference"
@@ -279,7 +284,9 @@ _GRAVITY = (
 )  # fmt: skip
 
 
-def _product_meta(a: Tensor, ta: bool, b: Tensor, tb: bool, bias: Tensor | None, ledger_: Tensor, site: Tensor, role: str, policy_text: str) -> Tensor:
+def _product_meta(
+    a: Tensor, ta: bool, b: Tensor, tb: bool, bias: Tensor | None, ledger_: Tensor, site: Tensor, role: str, policy_text: str
+) -> Tensor:
     rows, columns = a.shape[-1 if ta else -2], b.shape[-1 if tb else -2]
     return a.new_empty((*a.shape[:-2], rows, columns))
 

@@ -62,7 +62,7 @@ def table(compiled: dict[str, Path]) -> list[dict]:
     return [line for line in lines if "kernel" in line]
 
 
-CASES = [("sm_90", v) for v in ("full", "lean", "transposed", "narrow", "ones")] + [("sm_80", "full"), ("sm_100", "full")]
+CASES = [("sm_90", v) for v in ("full", "lean", "transposed", "narrow", "fine", "ones")] + [("sm_80", "full"), ("sm_100", "full")]
 
 
 @pytest.mark.parametrize("kind", ["bf16", "fp16", "tf32", "ieee"])

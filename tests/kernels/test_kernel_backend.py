@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from unittest import mock
 
-import abft
 import oracles
 import pytest
 import torch
+from kernel_harness import DEVICE
+
+import abft
 from abft import panels, threshold
 from abft.backends import triton as backend
-from kernel_harness import DEVICE
 
 CPU = torch.device("cpu")
 TRITON = abft.Policy(backend="triton", on_uncorrected="record")
@@ -76,7 +77,7 @@ def test_a_panel_is_remembered_and_follows_announced_edits_in_place():
     layer = abft.Linear(32, 40, device=DEVICE, policy=TRITON)
     x = torch.randn(6, 32, device=DEVICE)
     layer(x)
-    (entry,) = panels._panels_of(layer.weight).entries.values()
+    (entry,) = panels.panels_of(layer.weight).entries.values()
     columns, address = entry.panel.columns.clone(), entry.panel.columns.data_ptr()
     layer(x)
     assert torch.equal(entry.panel.columns, columns)

@@ -78,7 +78,7 @@ def test_panels_are_those_of_encode(shape, form, dtype, strided):
     for g in range(layout.groups.count):
         start, stop = layout.groups.span(g)
         for j, kind in enumerate(layout.form.kinds):
-            weights = torch.from_numpy(checksum.column_weights(kind, stop - start)).double()
+            weights = torch.from_numpy(checksum.column_weights(kind, stop - start).astype(np.float64))
             terms = weights[:, None] * w[start:stop].double()
             allowed = (stop - start) * 2.0**-24 * terms.abs().sum(0) + 2.0**-20 * terms.sum(0).abs().max()
             assert ((checks[g, j] - terms.sum(0)).abs() <= allowed).all()

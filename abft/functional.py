@@ -228,8 +228,8 @@ def why_not(*operands: Tensor) -> str | None:
 def _is_plain(t: Tensor) -> bool:
     if torch.compiler.is_compiling():
         return not is_traceable_wrapper_subclass(t)
-    own = type(t).__torch_function__
-    ordinary = own is Tensor.__torch_function__ or own is torch._C._disabled_torch_function_impl
+    own = getattr(type(t).__torch_function__, "__func__", type(t).__torch_function__)
+    ordinary = own in (Tensor.__torch_function__.__func__, torch._C._disabled_torch_function_impl)
     return not is_traceable_wrapper_subclass(t) and (ordinary or isinstance(t, FakeTensor))
 
 

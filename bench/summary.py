@@ -14,11 +14,11 @@ def main(argv: list[str]) -> int:
     argparse.ArgumentParser(prog="python -m bench summary", description=__doc__).parse_args(argv)
     for path in sorted(FOLDER.glob("*.jsonl")):
         records = read(path)
-        stamp = next((r for r in records if r["kind"] == "stamp"), {})
-        found = next((r for r in reversed(records) if r["kind"] == "summary"), None)
+        stamp = next((r for r in records if r.get("kind") == "stamp"), {})
+        found = next((r for r in reversed(records) if r.get("kind") == "summary"), None)
         print(f"{path.stem}  ({stamp.get('date')}, {stamp.get('commit')}, {stamp.get('cpu')}, torch {stamp.get('torch')})")
         if found is None:
-            print(f"  {sum(r['kind'] != 'stamp' for r in records)} records")
+            print(f"  {sum(r.get('kind') != 'stamp' for r in records)} records")
         elif "alarms" in found:
             rate = f"rate below {found['rate_below']} at 95 %"
             print(f"  {found['alarms']} alarms in {found['rows']:,} rows: {rate}; worst residual / bound {found['worst']}")

@@ -222,7 +222,8 @@ def test_a_stamp_names_no_machine() -> None:
 
 
 def test_committed_results_are_stamped() -> None:
-    for path in results.FOLDER.glob("*.jsonl"):
+    campaigns = [p for p in results.FOLDER.glob("*.jsonl") if p.name.startswith(("clean-", "faults-", "floors", "memory", "host"))]
+    for path in campaigns:
         kinds = [r["kind"] for r in results.read(path)]
         assert kinds and kinds[0] == "stamp", path.name
 

@@ -133,7 +133,7 @@ def test_the_expected_floor_is_what_a_deviation_meets(dtype, harm, k):
         assert bool(judgement.suspects().all()) if expected else not judgement.suspects().any()
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.integers(1, 40), st.integers(1, 90), st.integers(1, 200), st.integers(0, 2**31), st.sampled_from(["gauss", "positive", "sparse", "spread"]))
 def test_clean_products_of_any_shape_are_silent(m, k, n, seed, kind):
     generator = torch.Generator().manual_seed(seed)

@@ -12,6 +12,8 @@ from typing import Any
 GROUP = 512
 #: Tall columns of tiles: neighbours in time share operands in the L2.
 TALL = 8
+#: Of one thread.
+MAX_REGISTERS = 255
 #: Programs of the repair, which share its tiles: one for each multiprocessor of the largest common GPU. Any number is right.
 REPAIR_PROGRAMS = 132
 #: Warpgroup MMA needs 64 rows and 16 columns; narrower tiles would fall to other instructions, that is, to other bits.
@@ -20,7 +22,10 @@ MIN_COLUMNS = 16
 
 @dataclass(frozen=True)
 class Config:
-    """bm × bn data tiles, bm × bc check tiles, bk the step in K; ``precision`` as in tl.dot."""
+    """bm × bn data tiles, bm × bc check tiles, bk the step in K; ``precision`` as in tl.dot.
+
+    registers: what a thread may use; None leaves it to the assembler, which weighs occupancy and would sometimes rather spill.
+    """
 
     bm: int
     bn: int
@@ -29,10 +34,12 @@ class Config:
     stages: int
     precision: str = "ieee"
     bc: int = 64
+    registers: int | None = MAX_REGISTERS
 
     def launch(self) -> dict[str, Any]:
         """The keyword arguments of a launch. Fused multiply-add is said aloud: its default differs between Triton versions."""
-        return {
+        limit = {} if self.registers is None else {"maxnreg": self.registers}
+        return limit | {
             "BM": self.bm, "BN": self.bn, "BK": self.bk, "BC": self.bc, "TALL": TALL, "PRECISION": self.precision,
             "num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True,
         }  # fmt: skip
@@ -43,12 +50,12 @@ CONFIGS = {
     (80, "16-bit"): Config(128, 128, 32, warps=8, stages=3),
     (90, "16-bit"): Config(128, 128, 64, warps=8, stages=4),
     (100, "16-bit"): Config(128, 128, 64, warps=8, stages=4),
-    (80, "tf32"): Config(128, 128, 32, warps=8, stages=2, precision="tf32"),
+    (80, "tf32"): Config(128, 64, 32, warps=8, stages=3, precision="tf32"),
     (90, "tf32"): Config(128, 128, 32, warps=8, stages=4, precision="tf32"),
     (100, "tf32"): Config(128, 64, 32, warps=8, stages=4, precision="tf32"),
-    (80, "ieee"): Config(128, 64, 16, warps=8, stages=3),
-    (90, "ieee"): Config(128, 64, 16, warps=8, stages=3),
-    (100, "ieee"): Config(128, 64, 16, warps=8, stages=3),
+    (80, "ieee"): Config(128, 64, 16, warps=8, stages=3, registers=None),
+    (90, "ieee"): Config(128, 64, 16, warps=8, stages=3, registers=None),
+    (100, "ieee"): Config(128, 64, 16, warps=8, stages=3, registers=None),
 }
 #: The interpreter pays per operation, not per element.
 INTERPRETED = Config(128, 128, 256, warps=4, stages=1)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .configs import REPAIR_PROGRAMS
+from .configs import MAX_REGISTERS, REPAIR_PROGRAMS
 from .gemm import Evidence, Product, fault_argument
 from .judgement import Bound, Shape, Sums
 from .record import DETAILS, Labels
@@ -15,8 +15,6 @@ from .repair import SUMS_AGAIN, recompute
 from .settle import settle
 from .tiles import matrix
 from .verify import verify
-
-MAX_REGISTERS = 255
 
 
 @dataclass(frozen=True)
@@ -61,7 +59,7 @@ def check(product: Product, evidence: Evidence, judge: Judge, words: Tensor, sit
     )
     recompute[(min(product.tiles, REPAIR_PROGRAMS),)](
         a, w, panel, product.bias, y, product.signs, again, moved, flags, evidence.summary, shape, batch,
-        fault_argument(faults), CORRECT=judge.correct, maxnreg=MAX_REGISTERS, **config.launch(),
+        fault_argument(faults), CORRECT=judge.correct, **(config.launch() | {"maxnreg": MAX_REGISTERS}),
     )  # fmt: skip
     settle[(max(1, batch * blocks),)](
         a, w, y, first, again, moved, status, judge.bound, shape, words, site, evidence.summary, details, labels, batch,

@@ -23,6 +23,8 @@ from abft.ops.checked import bypass, product
 from abft.policy import Policy, PolicyLike
 
 _PLAIN = (Tensor, torch.nn.Parameter)
+#: What subclasses that change nothing have for ``__torch_function__``.
+_ORDINARY = (vars(Tensor)["__torch_function__"].__func__, torch._C._disabled_torch_function_impl)
 _DEVICES = ("cpu", "cuda", "meta")
 
 
@@ -202,6 +204,8 @@ def why_not(*operands: Tensor) -> str | None:
     for t in operands:
         if type(t) not in _PLAIN:
             if not isinstance(t, Tensor):
+                if hasattr(type(t), "__torch_function__"):
+                    return type(t).__name__  # torch.fx's Proxy, for one: torch's functions know what to do with it
                 raise TypeError(f"operands must be tensors; got {type(t).__name__}")
             if isinstance(t, FakeTensor) and not torch.compiler.is_compiling() and not t.fake_mode.allow_non_fake_inputs:
                 return "fake tensor"  # has no numbers, and its mode refuses the ledger's
@@ -229,7 +233,7 @@ def _is_plain(t: Tensor) -> bool:
     if torch.compiler.is_compiling():
         return not is_traceable_wrapper_subclass(t)
     own = getattr(type(t).__torch_function__, "__func__", type(t).__torch_function__)
-    ordinary = own in (Tensor.__torch_function__.__func__, torch._C._disabled_torch_function_impl)
+    ordinary = own in _ORDINARY
     return not is_traceable_wrapper_subclass(t) and (ordinary or isinstance(t, FakeTensor))
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from abft import checksum, floating, threshold
+from abft import checksum, floating, scope, threshold
 from abft import policy as policies
 from abft.backends import reference
 from abft.errors import DeviceError, DtypeError, ShapeError
@@ -41,7 +41,7 @@ def verify_matmul(a: Tensor, b: Tensor, c: Tensor, *, policy: PolicyLike = None)
     NaN or Inf are suspect. Raises ShapeError, DtypeError, DeviceError.
     """
     _check(a, b, c)
-    chosen = policies.Policy() if policy is None else policies.as_policy(policy)
+    chosen = scope.in_force(None if policy is None else policies.as_policy(policy))
     operand = torch.promote_types(a.dtype, b.dtype)
     batch = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
     p = reference.plan(b.shape[-1], a.shape[-1], c.dtype, chosen.panel, chosen.group)

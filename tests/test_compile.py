@@ -306,6 +306,32 @@ def test_scopes_of_different_policies_are_obeyed(dynamo):
     assert abft.report().checks == 10 and scope.report().executions == 2
 
 
+def test_protection_after_compilation_is_obeyed(dynamo):
+    model = nn.Linear(16, 16)
+    fast = torch.compile(model, backend="aot_eager")
+    x, checks = torch.randn(5, 16), []
+    with torch.no_grad():
+        for change in (lambda m: m, abft.protect, abft.unprotect):
+            change(model)
+            abft.report(reset=True)
+            fast(x)
+            checks.append(abft.report().checks)
+        assert checks == [0, 5, 0]
+        abft.protect(fast)
+        fast(x)
+    assert set(abft.report().sites) == {"_orig_mod"} and abft.coverage(fast).covered == 1
+
+
+def test_symbolic_tracing_keeps_checked_layers_whole():
+    model = abft.protect(nn.Sequential(nn.Linear(16, 8), nn.ReLU()))
+    x = torch.randn(5, 16)
+    traced = torch.fx.symbolic_trace(model)
+    assert oracles.bits_equal(traced(x), model(x)) and abft.report().checks == 10
+    w = torch.randn(8, 16)
+    assert torch.equal(torch.fx.symbolic_trace(lambda x: abft.linear(x, w))(x), F.linear(x, w))
+    assert abft.report().bypassed == {"Proxy": 1}
+
+
 def test_a_changed_weight_is_followed_by_a_compiled_model(dynamo):
     """Dynamo cannot guard on a weight's version: the panel is looked up when the product runs."""
     model = abft.protect(nn.Linear(16, 16))

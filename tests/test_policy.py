@@ -176,7 +176,7 @@ def test_level_detect_reports_and_leaves_the_result():
 def test_level_off_delivers_the_fault_and_counts_the_product():
     y, _, report = hit_linear(abft.Policy(level="off"))
     assert torch.isnan(y[1, 2])
-    assert (report.detected, report.checks) == (0, 0) and report.bypassed == {"level off": 1}
+    assert (report.detected, report.checks, report.products) == (0, 0, 0) and report.bypassed == {"level off": 1}
 
 
 @pytest.mark.parametrize("roles", [set(), {"fprop"}, {"dgrad"}, {"wgrad"}, {"fprop", "wgrad"}], ids=lambda r: "+".join(sorted(r)) or "none")

@@ -65,6 +65,13 @@ def test_narrow_groups_lower_the_floor():
     assert (narrow.floor < wide.floor).all()
 
 
+def test_without_a_policy_the_one_in_force_is_taken():
+    a, b, c = product(((40, 256), (256, 1024)), torch.bfloat16)
+    with abft.protected(abft.Policy(group=64)):
+        assert abft.verify_matmul(a, b, c).bound.shape[-1] == 16
+        assert abft.verify_matmul(a, b, c, policy=abft.Policy(group=32)).bound.shape[-1] == 32
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 3e38], ids=str)
 def test_extreme_values_fail_closed(value):
     a, b, c = product(((40, 96), (96, 160)), torch.float32)

@@ -186,8 +186,8 @@ def _product_on_host(call: Call, backend: str) -> Tensor:
     if checked:
         y = _check(call, y, outcome)
     elif call.policy.redundancy == "none":
-        outcome.checks = 0
         ledger.bypass("level off" if call.policy.level == "off" else f"role {call.role} not in policy")
+        return y
     repeated = call.role == "fprop" and torch._C._current_graph_task_id() != -1
     book = ledger.cpu()
     book.count(call.site, outcome, repeated=repeated)

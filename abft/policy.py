@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import threading
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache
@@ -38,6 +39,15 @@ _NOT_YET = {
 #: Callable reactions by their number in this process, kept alive with it, and the numbers by identity.
 _callables: list[Callable[[Any], None]] = []
 _numbers: dict[int, int] = {}
+_lock = threading.Lock()
+
+
+def _number_of(reaction: Callable[[Any], None]) -> int:
+    with _lock:
+        number = _numbers.setdefault(id(reaction), len(_callables))
+        if number == len(_callables):
+            _callables.append(reaction)
+        return number
 
 
 def _encode(policy: Policy) -> str:
@@ -49,10 +59,7 @@ def _encode(policy: Policy) -> str:
     if "roles" in kept:
         kept["roles"] = sorted(policy.roles)
     if callable(policy.on_uncorrected):
-        number = _numbers.setdefault(id(policy.on_uncorrected), len(_callables))
-        if number == len(_callables):
-            _callables.append(policy.on_uncorrected)
-        kept["on_uncorrected"] = number
+        kept["on_uncorrected"] = _number_of(policy.on_uncorrected)
     return json.dumps(kept, sort_keys=True)
 
 

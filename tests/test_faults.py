@@ -439,6 +439,21 @@ def test_the_changed_element_of_a_weight_is_named(dtype, row, column):
     assert abft.report().weight_faults == 1 and event.rows == abft.report().reconstructed == ROWS
 
 
+def test_the_changed_element_is_named_under_autocast_too():
+    """The product sees the weight cast to bf16; the fault lies in the fp32 one."""
+    layer = abft.protect(nn.Linear(DEPTH, COLUMNS), abft.Policy(weights="frozen"))
+    x = torch.randn(ROWS, DEPTH)
+    with torch.autocast("cpu", torch.bfloat16):
+        clean = layer(x)
+        with faults(Fault("bitflip", "weight", bit=30, index=(33, 17))):
+            y = layer(x)
+        assert oracles.bits_equal(y, clean)
+        (event,) = abft.report().events
+        assert (event.cause, event.col, event.dtype) == ("weight", 33, "bfloat16") and "weight element 33, 17" in event.message
+        assert oracles.bits_equal(layer(x), clean)
+    assert abft.report().weight_faults == 1
+
+
 def test_a_weight_fault_is_counted_once_however_often_it_is_seen():
     layer = abft.protect(nn.Linear(DEPTH, COLUMNS), abft.Policy(weights="frozen"))
     x = torch.randn(ROWS, DEPTH)
@@ -625,3 +640,23 @@ def test_replicas_outvote_a_transient_fault(redundancy, level, what):
             y = abft.linear(x, w, policy=abft.Policy(redundancy=redundancy, level=level, on_uncorrected="record"))
         report = abft.report()
         assert oracles.bits_equal(y, clean) and report.recomputed == report.detected == 1 and report.executions == 3
+
+
+@pytest.mark.parametrize("redundancy", ["dmr", "tmr"])
+@pytest.mark.parametrize("role", ROLES)
+def test_replicas_of_gradients_outvote_a_transient_fault(redundancy, role):
+    step = Step(torch.float32, abft.Policy(level="off", redundancy=redundancy))
+    out, report, _ = step.struck(Fault("bitflip", bit=0, role=role))
+    assert all(oracles.bits_equal(out[r], step.clean[r]) for r in ROLES)
+    assert (report.recomputed, report.checks) == (1, 2 * ROWS + COLUMNS)
+    assert report.executions == {"dmr": 3 * 2 + 1, "tmr": 3 * 3}[redundancy]
+
+
+@pytest.mark.parametrize("redundancy", ["dmr", "tmr"])
+def test_replicas_cannot_outvote_a_wrong_weight_but_checksums_see_it(redundancy):
+    layer = abft.protect(nn.Linear(DEPTH, COLUMNS), abft.Policy(weights="frozen", redundancy=redundancy))
+    x = torch.randn(ROWS, DEPTH)
+    clean = layer(x)
+    with faults(Fault("bitflip", "weight", bit=29)):
+        assert oracles.bits_equal(layer(x), clean)
+    assert abft.report().weight_faults == 1

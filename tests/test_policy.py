@@ -357,6 +357,14 @@ def test_what_a_callable_raises_reaches_the_caller():
         abft.linear(torch.randn(3, 8), torch.randn(4, 8), policy=DETECT.replace(on_uncorrected=stop))
 
 
+@pytest.mark.parametrize("role", ["dgrad", "wgrad"])
+def test_raise_raises_inside_the_backward(role):
+    x = torch.randn(3, 8, requires_grad=True)
+    y = abft.linear(x, torch.randn(8, 8, requires_grad=True), policy=DETECT.replace(on_uncorrected="raise"))
+    with pytest.raises(abft.FaultDetected, match=f"\\({role}\\)"), faults(Fault("nan", role=role, index=(1, 1))):
+        y.sum().backward()
+
+
 def test_a_repaired_fault_needs_no_reaction():
     seen = []
     with faults(Fault("nan", index=(1, 1))), warnings.catch_warnings():

@@ -53,9 +53,9 @@ CONFIGS = {
     (80, "tf32"): Config(128, 64, 32, warps=8, stages=3, precision="tf32"),
     (90, "tf32"): Config(128, 128, 32, warps=8, stages=4, precision="tf32"),
     (100, "tf32"): Config(128, 64, 32, warps=8, stages=4, precision="tf32"),
-    (80, "ieee"): Config(128, 64, 16, warps=8, stages=3, registers=None),
-    (90, "ieee"): Config(128, 64, 16, warps=8, stages=3, registers=None),
-    (100, "ieee"): Config(128, 64, 16, warps=8, stages=3, registers=None),
+    (80, "ieee"): Config(128, 64, 16, warps=8, stages=2, registers=None),
+    (90, "ieee"): Config(128, 64, 16, warps=8, stages=2, registers=None),
+    (100, "ieee"): Config(128, 64, 16, warps=8, stages=2, registers=None),
 }
 #: The interpreter pays per operation, not per element.
 INTERPRETED = Config(128, 128, 256, warps=4, stages=1)

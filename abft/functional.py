@@ -12,14 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd import _profiler_enabled, forward_ad
 from torch.nn import functional as F
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from abft import floating, ledger, scope, sites
 from abft import policy as policies
+from abft.backends import lane
 from abft.errors import DeviceError, DtypeError, ShapeError
-from abft.ops.autograd import CheckedProduct
-from abft.ops.checked import bypass, product
+from abft.ops.autograd import CheckedProduct, apply_directly
+from abft.ops.checked import bypass, product, take
 from abft.policy import Policy, PolicyLike
 
 _PLAIN = (Tensor, torch.nn.Parameter)
@@ -36,7 +38,7 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, *, policy:
     kept for ``nn.Parameter`` weights; of other tensors they are built at every call). Does not see an input that was already
     wrong when it arrived. Raises ShapeError, DtypeError, DeviceError.
     """
-    return linear_at(None, input, weight, bias, _own(policy))
+    return linear_at(None, input, weight, bias, None if policy is None else policies.as_policy(policy))
 
 
 def matmul(input: Tensor, other: Tensor, *, out: Tensor | None = None, policy: PolicyLike = None) -> Tensor:
@@ -75,6 +77,10 @@ def addmm(
 
 def linear_at(site: Tensor | None, input: Tensor, weight: Tensor, bias: Tensor | None, own: Policy | None, name: str = "linear") -> Tensor:
     """``linear`` at a given site (its 0-d tensor)."""
+    if not torch.compiler.is_compiling() and _is_ordinary(input, weight, bias):
+        y = _linear_again(site, input, weight, bias, own, name)
+        if y is not None:
+            return y
     reason = why_not(input, weight) if bias is None else why_not(input, weight, bias)
     if reason is not None:
         return bypassed(reason, lambda: F.linear(input, weight, bias))
@@ -83,6 +89,44 @@ def linear_at(site: Tensor | None, input: Tensor, weight: Tensor, bias: Tensor |
         return bypassed(unusual, lambda: F.linear(input, weight, bias))
     y = _product(_as_matrix(input), weight, bias, False, site, own, name)
     return y if input.dim() == 2 else y.view(*input.shape[:-1], weight.shape[0])
+
+
+def _is_ordinary(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether nobody could tell if this product, on a CPU, went through the operator or not."""
+    return (
+        type(input) is Tensor
+        and type(weight) is torch.nn.Parameter
+        and input.layout is torch.strided
+        and input.dtype is weight.dtype
+        and (bias is None or (type(bias) is torch.nn.Parameter and bias.dtype is input.dtype))
+        and not torch.is_autocast_enabled("cpu")
+        and torch._C._len_torch_dispatch_stack() == torch._C._len_torch_function_stack() == 0
+        and not torch._C._are_functorch_transforms_active()
+        and forward_ad._current_level < 0
+        and torch._C._get_tracing_state() is None
+        and not _profiler_enabled()
+    )
+
+
+def _linear_again(
+    site: Tensor | None, input: Tensor, weight: Tensor, bias: Tensor | None, own: Policy | None, name: str
+) -> Tensor | None:
+    """A linear like an earlier one, by the shortest way; None if it has to be decided anew."""
+    policy = scope.in_force(own)
+    dimensions = input.dim()
+    if dimensions == 0:
+        return None
+    a = input if dimensions == 2 else _as_matrix(input)
+    fitting = lane.find(a, weight, False, bias, "fprop", policy.text)
+    if fitting is None:
+        return None
+    if site is None:
+        site = sites.functional_tensor(sites.functional(name, policy.on_uncorrected))
+    if torch.is_grad_enabled() and (input.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)):
+        y = apply_directly(a, weight, bias, False, ledger.tensor(a.device), site, policy.text, fitting)
+    else:
+        y = take(fitting, a, weight, False, bias, "fprop", sites.number_of(site))
+    return y if a is input else y.view(*input.shape[:-1], weight.shape[0])
 
 
 def addmm_at(site: Tensor | None, input: Tensor, mat1: Tensor, mat2: Tensor, beta: float, alpha: float, own: Policy | None) -> Tensor:
@@ -172,7 +216,7 @@ def _apply(a: Tensor, b: Tensor, bias: Tensor | None, tb: bool, site: Tensor | N
     book = ledger.tensor(a.device)
     if not torch.is_grad_enabled():
         return product(a, False, b, tb, bias, book, site, "fprop", policy.text)
-    return CheckedProduct.apply(a, b, bias, tb, book, site, policy.text)
+    return CheckedProduct.apply(a, b, bias, tb, book, site, policy.text, None)
 
 
 def _own_site(name: str, policy: str, device: torch.device) -> int:
@@ -224,7 +268,7 @@ def why_not(*operands: Tensor) -> str | None:
     if not torch.compiler.is_compiling():
         if torch._C._are_functorch_transforms_active():
             return "functorch transform"
-        if torch.autograd.forward_ad._current_level >= 0:
+        if forward_ad._current_level >= 0:
             return "forward-mode AD"
     return None
 

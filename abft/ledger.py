@@ -117,14 +117,19 @@ class CpuLedger:
         self._worst: dict[int, float] = {}
         self._ring = self.words[HEADER + sites.CAPACITY * COUNTERS :].reshape(RING, RECORD)
 
-    def count(self, site: int, outcome: Outcome, *, repeated: bool) -> None:
+    def count_clean(self, site: int, checks: int, worst: float, repeated: bool) -> None:
+        """A product, computed once, of which every check passed."""
         words, at = self._view, HEADER + site * COUNTERS
-        words[at + (_REPEATED if repeated else _CHECKS)] += outcome.checks
+        words[at + (_REPEATED if repeated else _CHECKS)] += checks
         words[at + _PRODUCTS] += 1
-        words[at + _EXECUTIONS] += outcome.executions
-        if outcome.worst > self._worst.get(site, 0.0):
-            self._worst[site] = outcome.worst
-            words[at + WORST] = float_bits(outcome.worst)
+        words[at + _EXECUTIONS] += 1
+        if worst > self._worst.get(site, 0.0):
+            self._worst[site] = worst
+            words[at + WORST] = float_bits(worst)
+
+    def count(self, site: int, outcome: Outcome, repeated: bool) -> None:
+        self.count_clean(site, outcome.checks, outcome.worst, repeated)
+        self._view[HEADER + site * COUNTERS + _EXECUTIONS] += outcome.executions - 1
         if outcome.findings or outcome.weight_faults:
             row = self._counters[site]
             row[COUNTER["weight_faults"]] += outcome.weight_faults

@@ -81,17 +81,16 @@ class Panels:
     def __init__(self, source: Tensor) -> None:
         self.entries: dict[tuple[object, ...], Entry] = {}
         self.latest: tuple[Layout, bool, bool, Entry] | None = None  # asked for again far more often than not
+        self.lanes: dict[str, Any] = {}  # a backend's shortcuts for calls like earlier ones, by role
         self.announced = 0  # how often somebody said that this weight changed on purpose
         self.history = History()
         self.source = id(source)  # attributes may be copied or swapped to another tensor: these are not its panels
         self._gathered = _gathered_by(source)
         _all.add(self)
 
-    def version(self, source: Tensor) -> tuple[int, ...]:
-        """The weight's version; that of its shards if FSDP2 gathered it, which leaves the gathered weight's own alone."""
-        if self._gathered is None:
-            return (0,) if source.is_inference() else (source._version,)
-        shard = getattr(self._gathered(), "sharded_param", None)
+    def gathered_version(self, source: Tensor) -> tuple[int, ...]:
+        """The version of a weight that FSDP2 gathered, which leaves the weight's own alone: that of its shards too."""
+        shard = getattr(self._gathered(), "sharded_param", None)  # type: ignore[misc]
         if shard is None:
             return (source._version,)
         return source._version, id(shard), shard._version, getattr(shard, "_local_tensor", shard)._version
@@ -147,11 +146,13 @@ def _gathered_by(source: Tensor) -> weakref.ref[Any] | None:
     return next((weakref.ref(p) for p in _fsdp_parameters() if getattr(p, "_unsharded_param", None) is source), None)
 
 
-def validity(source: Tensor, owner: Panels, *, frozen: bool) -> tuple[int, ...]:
+def validity(source: Tensor, owner: Panels, frozen: bool) -> tuple[int, ...]:
     """What must be unchanged for a panel to be believed. The address is here only to notice ``.data =`` swaps."""
     if frozen:
         return (owner.announced,)
-    return (_epoch, source.data_ptr(), *owner.version(source))
+    if owner._gathered is None:
+        return _epoch, source.data_ptr(), 0 if source.is_inference() else source._version
+    return (_epoch, source.data_ptr(), *owner.gathered_version(source))
 
 
 def panels_of(source: Tensor) -> Panels:
@@ -175,7 +176,7 @@ def entry_for(source: Tensor, matrix: Tensor, layout: Layout, *, transposed: boo
     """The valid panel entry of ``matrix`` (N, K), which is ``source`` seen as the product sees it; built if need be."""
     panels = panels_of(source)
     latest = panels.latest
-    now = validity(source, panels, frozen=frozen)
+    now = validity(source, panels, frozen)
     if (
         latest is not None
         and latest[0] is layout
@@ -271,7 +272,7 @@ def bias_sums_for(
             entry.bias = entry.quick = None
         return None if bias is None else bias_sums(bias, layout)
     owner = panels_of(source)
-    now = validity(source, owner, frozen=frozen)
+    now = validity(source, owner, frozen)
     kept = entry.bias
     if kept is None or kept.owner is not owner or kept.validity != now or kept.values.dtype != bias.dtype:
         kept = remember_bias(entry, owner, now, bias)

@@ -34,6 +34,7 @@ _sites: list[Site] = [Site(OVERFLOW, "(other sites)")]
 _free: dict[str, set[int]] = {}
 _functional: dict[tuple[str, object], Site] = {}
 _index_tensors: dict[torch.device, Tensor] = {}
+_functional_tensors: dict[int, Tensor] = {}
 
 
 def register(name: str, on_uncorrected: OnUncorrected = "warn") -> Site:
@@ -64,6 +65,14 @@ def functional(name: str, on_uncorrected: OnUncorrected) -> Site:
     if site is None:
         site = _functional[key] = register(name, on_uncorrected)
     return site
+
+
+def functional_tensor(site: Site) -> Tensor:
+    """The number of a function's site as a 0-d tensor on a CPU; always the same one."""
+    found = _functional_tensors.get(site.index)
+    if found is None:
+        found = _functional_tensors[site.index] = as_tensor(site, torch.device("cpu"))
+    return found
 
 
 def site_of(index: int) -> Site:

@@ -10,19 +10,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from abft.ops.checked import bypass, product
+from abft import sites
+from abft.backends.lane import Lane
+from abft.ops.checked import bypass, product, take
 
 
 class CheckedProduct(torch.autograd.Function):
     """y = a · Wᵀ (+ bias) with W = b, or bᵀ if ``tb``; a (M, K) or (B, M, K). Every gradient product is checked."""
 
     @staticmethod
-    def forward(ctx: Any, a: Tensor, b: Tensor, bias: Tensor | None, tb: bool, ledger: Tensor, site: Tensor, policy: str) -> Tensor:  # type: ignore[override]
+    def forward(  # type: ignore[override]
+        ctx: Any, a: Tensor, b: Tensor, bias: Tensor | None, tb: bool, ledger: Tensor, site: Tensor, policy: str, fitting: Lane | None
+    ) -> Tensor:
         ctx.save_for_backward(a, b)
         # Not through save_for_backward: the next layer's forward writes the ledger again (a compiled graph would take that for
         # an error), and hooks on saved tensors would hand back copies, which are no ledger and no site.
         ctx.ledger, ctx.site = ledger, site
         ctx.tb, ctx.policy, ctx.bias_dtype = tb, policy, None if bias is None else bias.dtype
+        if fitting is not None:
+            return take(fitting, a, b, tb, bias, "fprop", sites.number_of(site))
         return product(a, False, b, tb, bias, ledger, site, "fprop", policy)
 
     @staticmethod
@@ -45,4 +51,8 @@ class CheckedProduct(torch.autograd.Function):
                 db = product(left, True, right, True, None, ledger, site, "wgrad", policy).to(b.dtype)
         if ctx.bias_dtype is not None and ctx.needs_input_grad[2]:
             dbias = g.sum(tuple(range(g.dim() - 1))).to(ctx.bias_dtype)
-        return da, db, dbias, None, None, None, None
+        return da, db, dbias, None, None, None, None, None
+
+
+#: CheckedProduct.apply without its search for functorch transforms, for callers who know that there are none.
+apply_directly = super(torch.autograd.Function, CheckedProduct).apply

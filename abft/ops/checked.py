@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from abft import faults, floating, ledger, panels, policy, redundancy, reporting, sites, threshold
-from abft.backends import arbitration, masked, quick, reference
+from abft.backends import arbitration, lane, masked, quick, reference
 from abft.backends.call import Call
 from abft.checksum import Panel
 from abft.errors import DeviceError, PolicyError
@@ -31,10 +31,6 @@ from abft.ledger import Finding, Outcome, Verdict
 LIBRARY = torch.library.Library("abft", "DEF")
 LIBRARY.define("product(Tensor a, bool ta, Tensor b, bool tb, Tensor? bias, Tensor ledger, Tensor site, str role, str policy) -> Tensor")
 LIBRARY.define("bypass(Tensor(a!) ledger, str reason) -> ()")
-
-#: A remembered panel is compared with its own checksum at every so-many-th use: a fault in a sketch column only
-#: widens bounds, and no residual would ever tell.
-PANEL_AUDIT = 64
 
 #: Called with (call, site, clean, struck) when faults strike a product; set by the injector, for its log.
 on_strike: Callable[[Call, Target, Tensor, Tensor, tuple[Strike, ...]], None] | None = None
@@ -50,6 +46,10 @@ def _product(
         # A backward inside autocast: what is computed here has the types it has, and its checks are fp32.
         with torch.autocast(a.device.type, enabled=False):
             return _product(a, ta, b, tb, bias, ledger_, site, role, policy_text)
+    if not ta:
+        fitting = lane.find(a, b, tb, bias, role, policy_text)
+        if fitting is not None:
+            return take(fitting, a, b, tb, bias, role, sites.index_of(site))
     chosen = policy.decode(policy_text)
     source = b if role != "wgrad" and isinstance(b, torch.nn.Parameter) else None
     left = a.mT if ta else a
@@ -69,6 +69,23 @@ def _product(
         sites.site_of(call.site).on_uncorrected = chosen.on_uncorrected
         return _product_on_device(call, words, site, backend)
     return _product_on_host(call, backend)
+
+
+def take(fitting: lane.Lane, a: Tensor, b: Tensor, tb: bool, bias: Tensor | None, role: str, site: int) -> Tensor:
+    """The checked product of a call like an earlier one."""
+    dtype = fitting.dtype
+    right = b if b.dtype is dtype else b.to(dtype)
+    w = right.mT if tb else right
+    offset = bias if bias is None or bias.dtype is dtype else bias.to(dtype)
+    entry, y = fitting.entry, None
+    if not entry.audited or panels.unchanged(entry, w, offset):
+        y = reference.multiply(a, w, offset)
+        worst = quick.worst(y, a, fitting.quick)
+        if worst <= 1.0:
+            entry.uses += 1
+            ledger.cpu().count_clean(site, a.shape[0], worst, role == "fprop" and torch._C._current_graph_task_id() != -1)
+            return y
+    return _product_on_host(Call(a, w, offset, b, tb, role, fitting.policy, site, bias_source=bias), fitting.backend, y)
 
 
 def _struck(call: Call, backend: str) -> Call:
@@ -179,18 +196,19 @@ def _product_on_device(call: Call, words: Tensor, site: Tensor, backend: str) ->
 # --- on a host whose memory may be read -------------------------------------------------------------
 
 
-def _product_on_host(call: Call, backend: str) -> Tensor:
+def _product_on_host(call: Call, backend: str, y: Tensor | None = None) -> Tensor:
+    """``y``: the product, where it was computed already."""
     outcome = Outcome(checks=call.rows)
-    y = _execute(call, outcome)
+    y = _execute(call, outcome) if y is None else y
     checked = call.policy.level != "off" and call.role in call.policy.roles
     if checked:
-        y = _check(call, y, outcome)
+        y = _check(call, y, outcome, backend)
     elif call.policy.redundancy == "none":
         ledger.bypass("level off" if call.policy.level == "off" else f"role {call.role} not in policy")
         return y
     repeated = call.role == "fprop" and torch._C._current_graph_task_id() != -1
     book = ledger.cpu()
-    book.count(call.site, outcome, repeated=repeated)
+    book.count(call.site, outcome, repeated)
     if outcome.findings:
         _announce(call, outcome.findings, backend, book)
     return y
@@ -222,7 +240,7 @@ def _execute(call: Call, outcome: Outcome) -> Tensor:
     return redundancy.vote(x, y, z)
 
 
-def _check(call: Call, y: Tensor, outcome: Outcome) -> Tensor:
+def _check(call: Call, y: Tensor, outcome: Outcome, backend: str) -> Tensor:
     p = reference.plan_for(call)
     entry = _entry(call, p) if call.source is not None else None
     panel = entry.panel if entry is not None else reference.build_panel(call.w, p.layout)
@@ -232,9 +250,10 @@ def _check(call: Call, y: Tensor, outcome: Outcome) -> Tensor:
     bias = panels.bias_sums_for(entry, call.bias_source, call.bias, p.layout, frozen=call.policy.weights == "frozen")
     as_remembered = entry is None or panels.unchanged(entry, call.w, call.bias)
     if entry is not None and as_remembered and _quickly_clean(call, y, entry, bias, p, outcome):
+        lane.open_for(call, backend, entry)
         return y
     judgement = reference.examine(y, call, panel, bias, p)
-    if judgement.clean and as_remembered and (entry is None or entry.uses % PANEL_AUDIT or panels.intact(entry)):
+    if judgement.clean and as_remembered and (entry is None or entry.uses % lane.PANEL_AUDIT or panels.intact(entry)):
         outcome.worst = judgement.worst
         return y
     case = arbitration.Case(call, p, y, judgement, panel, entry, bias, reference.execute, outcome)
@@ -243,7 +262,7 @@ def _check(call: Call, y: Tensor, outcome: Outcome) -> Tensor:
 
 def _quickly_clean(call: Call, y: Tensor, entry: panels.Entry, bias: Any, p: reference.Plan, outcome: Outcome) -> bool:
     entry.uses += 1
-    if entry.uses % PANEL_AUDIT == 0 and not panels.intact(entry):
+    if entry.uses % lane.PANEL_AUDIT == 0 and not panels.intact(entry):
         return False
     q = entry.quick
     if q is None:
@@ -304,4 +323,4 @@ torch.library.register_fake("abft::bypass", lambda ledger_, reason: None, lib=LI
 product = torch.ops.abft.product.default
 torch.fx.node.has_side_effect(product)  # see the top of this file
 bypass = torch.ops.abft.bypass.default
-__all__ = ["bypass", "product"]
+__all__ = ["bypass", "product", "take"]

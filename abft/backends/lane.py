@@ -1,0 +1,85 @@
+"""The call that is like an earlier one: what was decided for it is not decided again.
+
+On a CPU a small layer is bound by Python, not by arithmetic, and nearly every call repeats an earlier one with other rows:
+the same weight, bias, policy, dtype. A lane is open for such calls; to find that it fits takes a handful of comparisons. It
+can only confirm: what is unusual (an injector, a weight that may have changed, the audit of a panel, a row that the quick
+judgement does not like) takes the whole way, with the product that is there already.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from abft import faults, panels
+from abft.backends.call import Call
+from abft.backends.quick import Quick
+from abft.policy import Policy
+
+#: A remembered panel is compared with its own checksum at every so-many-th use: a fault in a sketch column only
+#: widens bounds, and no residual would ever tell.
+PANEL_AUDIT = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Lane:
+    """A product that was clean, and all that must be the same for the next one to be judged as it was."""
+
+    entry: panels.Entry
+    quick: Quick
+    policy: Policy
+    backend: str
+    transposed: bool
+    biased: bool
+    frozen: bool
+    dtype: torch.dtype
+    depth: int
+
+
+def open_for(call: Call, backend: str, entry: panels.Entry) -> None:
+    """The next call of this kind may take the lane. The call was clean, with nothing repeated and all checks on."""
+    if call.policy.redundancy == "none" and call.a.dim() == 2 and (call.bias is None) == (call.bias_source is None):
+        owner = panels.panels_of(call.source)  # type: ignore[arg-type]
+        owner.lanes[call.role] = Lane(
+            entry, entry.quick, call.policy, backend, call.transposed, call.bias is not None, call.policy.weights == "frozen",
+            call.a.dtype, call.a.shape[1],
+        )  # fmt: skip
+
+
+def find(a: Tensor, b: Tensor, transposed: bool, bias: Tensor | None, role: str, policy: str) -> Lane | None:
+    """The lane that a · bᵀ (+ bias), or a · b if ``transposed``, may take under the policy of that text."""
+    if type(b) is not torch.nn.Parameter or faults.active is not None:
+        return None
+    owner = b.__dict__.get(panels.ATTRIBUTE)
+    if type(owner) is not panels.Panels or owner.source != id(b):
+        return None
+    lane = owner.lanes.get(role)
+    if (
+        lane is None
+        or lane.transposed is not transposed
+        or a.dtype is not lane.dtype
+        or not (a.is_cpu and b.is_cpu)
+        or lane.policy.text != policy
+        or a.dim() != 2
+    ):
+        return None
+    rows, depth = a.shape
+    if depth != lane.depth or not rows:
+        return None
+    entry = lane.entry
+    # A panel or bias that was rebuilt has lost its prepared judgement, or has another.
+    if entry.quick is not lane.quick or entry.uses % PANEL_AUDIT == PANEL_AUDIT - 1:
+        return None
+    if entry.validity != panels.validity(b, owner, lane.frozen):
+        return None
+    if bias is None:
+        return None if lane.biased else lane
+    return lane if lane.biased and _remembered(bias, entry, lane.frozen) else None
+
+
+def _remembered(bias: Tensor, entry: panels.Entry, frozen: bool) -> bool:
+    kept = entry.bias
+    owner = bias.__dict__.get(panels.ATTRIBUTE)
+    return kept is not None and kept.owner is owner and owner.source == id(bias) and kept.validity == panels.validity(bias, owner, frozen)

@@ -1,0 +1,283 @@
+"""The shortcut for calls like earlier ones: it changes nothing but time, and everything unusual leaves it."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+import abft
+from abft.backends import lane, reference
+from abft.errors import DtypeError, ShapeError
+
+
+@pytest.fixture
+def taken(monkeypatch):
+    """How many calls found a lane that fits."""
+    found = []
+    genuine = lane.find
+
+    def find(*args):
+        fitting = genuine(*args)
+        if fitting is not None:
+            found.append(args[4])
+        return fitting
+
+    monkeypatch.setattr(lane, "find", find)
+    return found
+
+
+def _layer(dtype=torch.float32, **kwargs):
+    torch.manual_seed(0)
+    return abft.Linear(48, 64, dtype=dtype, **kwargs)
+
+
+def _mark():
+    return abft.report(reset=True)
+
+
+@pytest.mark.parametrize("grad", [False, True], ids=["no_grad", "grad"])
+@pytest.mark.parametrize("shape", [(5, 48), (2, 3, 48), (48,)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_second_call_takes_it_and_equals_torch(taken, dtype, shape, grad):
+    layer, x = _layer(dtype), torch.randn(shape).to(dtype)
+    _mark()
+    with torch.set_grad_enabled(grad):
+        for _ in range(4):
+            y = layer(x)
+            assert torch.equal(y, F.linear(x, layer.weight, layer.bias)) and y.requires_grad is grad
+    report = abft.report()
+    assert len(taken) >= 3
+    assert report.products == 4 and report.checks == 4 * x[..., 0].numel() and report.detected == 0
+    assert 0 < report.worst < 1
+
+
+def test_backward_takes_its_own_and_gradients_are_torchs(taken):
+    layer, plain = _layer(), torch.nn.Linear(48, 64)
+    plain.load_state_dict(layer.state_dict())
+    for _ in range(3):
+        x = torch.randn(7, 48, requires_grad=True)
+        x2 = x.detach().clone().requires_grad_()
+        layer(x).square().sum().backward()
+        plain(x2).square().sum().backward()
+        assert torch.equal(x.grad, x2.grad)
+    assert torch.equal(layer.weight.grad, plain.weight.grad)
+    assert taken.count("dgrad") == 2 and "wgrad" not in taken
+
+
+@pytest.mark.parametrize("level", ["detect", "correct"])
+def test_a_wrong_product_in_the_lane_is_found_in_that_product(monkeypatch, taken, level):
+    layer, x = _layer(policy=abft.Policy(level=level, on_uncorrected="record")), torch.randn(5, 48)
+    with torch.no_grad():
+        clean = [layer(x) for _ in range(3)][-1]
+        _mark()
+        genuine, wrong = reference.multiply, []
+
+        def multiply(a, w, bias):
+            y = genuine(a, w, bias)
+            if not wrong:
+                wrong.append(1)
+                y[3, 17] += 1.0
+            return y
+
+        monkeypatch.setattr(reference, "multiply", multiply)
+        before = len(taken)
+        y = layer(x)
+    report = abft.report()
+    assert len(taken) > before and wrong
+    assert report.detected == 1 and report.products == 1 and report.checks == 5 and report.events[0].row == 3
+    assert torch.equal(y, clean) is (level == "correct")
+
+
+def _poke(layer):
+    with torch.no_grad():
+        layer.weight[3, 5] += 100.0
+
+
+def _poke_data(layer):
+    layer.weight.data.mul_(2.0)
+
+
+def _swap_data(layer):
+    layer.weight.data = torch.randn(64, 48)
+
+
+def _step(layer):
+    layer.weight.grad = torch.ones_like(layer.weight)
+    torch.optim.SGD([layer.weight], 1.0).step()
+
+
+def _new_bias(layer):
+    layer.bias = torch.nn.Parameter(torch.randn(64))
+
+
+def _no_bias(layer):
+    layer.bias = None
+
+
+def _poke_bias(layer):
+    with torch.no_grad():
+        layer.bias += 7.0
+
+
+@pytest.mark.parametrize("change", [_poke, _swap_data, _step, _new_bias, _no_bias, _poke_bias])
+def test_a_change_leaves_it(taken, change):
+    layer, x = _layer(), torch.randn(5, 48)
+    with torch.no_grad():
+        for _ in range(3):
+            layer(x)
+    change(layer)
+    _mark()
+    before = len(taken)
+    with torch.no_grad():
+        assert torch.equal(layer(x), F.linear(x, layer.weight, layer.bias))
+        assert len(taken) == before
+        for _ in range(3):
+            assert torch.equal(layer(x), F.linear(x, layer.weight, layer.bias))
+    report = abft.report()
+    assert len(taken) > before and report.detected == report.stale == 0 and report.checks == 20
+
+
+def test_an_unannounced_change_is_seen_by_the_judgement(taken):
+    layer, x = _layer(), torch.randn(5, 48)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for _ in range(3):
+            layer(x)
+        _poke_data(layer)
+        _mark()
+        assert torch.equal(layer(x), F.linear(x, layer.weight, layer.bias))
+    assert abft.report().stale == 1
+
+
+def test_a_frozen_half_weight_is_compared_bit_by_bit(taken):
+    layer, x = _layer(torch.bfloat16, policy=abft.Policy(weights="frozen", on_uncorrected="record")), torch.randn(5, 48).bfloat16()
+    with torch.no_grad():
+        clean = [layer(x) for _ in range(3)][-1]
+        _mark()
+        layer.weight.data.view(torch.int16)[3, 5] ^= 1  # far below what its rounded product could show
+        assert torch.equal(layer(x), clean)
+    assert len(taken) == 3  # what it found sent it the whole way
+    assert abft.report().weight_faults == 1
+
+
+def test_the_panel_is_audited_inside_the_lane_too(taken):
+    layer, x = _layer(policy=abft.Policy(on_uncorrected="record")), torch.randn(5, 48)
+    with torch.no_grad():
+        layer(x)
+        entry = layer.weight.__dict__["_abft_panels"].latest[3]
+        entry.panel.columns[-1, 3] *= 4.0  # a sketch: it widens bounds and nothing else would tell
+        _mark()
+        for _ in range(2 * lane.PANEL_AUDIT):
+            layer(x)
+    report = abft.report()
+    assert report.events and report.events[0].cause == "panel" and report.detected == 0
+    assert len(taken) > lane.PANEL_AUDIT
+
+
+def test_injection_leaves_it(taken):
+    layer, x = _layer(), torch.randn(5, 48)
+    with torch.no_grad():
+        clean = [layer(x) for _ in range(3)][-1]
+        before = len(taken)
+        with abft.inject.faults(abft.inject.Fault("nullify", pattern="row")):
+            assert torch.equal(layer(x), clean)
+        assert len(taken) == before
+        layer(x)
+        assert len(taken) == before + 1
+
+
+def test_another_policy_leaves_it(taken):
+    layer, x = _layer(), torch.randn(5, 48)
+    with torch.no_grad():
+        for _ in range(3):
+            layer(x)
+        before = len(taken)
+        with abft.protected(abft.Policy(level="off")):
+            _mark()
+            layer(x)
+        assert len(taken) == before and abft.report().bypassed == {"level off": 1}
+        layer(x)
+        assert len(taken) == before + 1
+        abft.linear(x, layer.weight, layer.bias, policy=abft.Policy(redundancy="dmr"))
+        assert len(taken) == before + 1
+
+
+def test_bad_input_is_told_as_ever(taken):
+    layer, x = _layer(), torch.randn(5, 48)
+    with torch.no_grad():
+        for _ in range(3):
+            layer(x)
+        with pytest.raises(ShapeError, match="48 input features but input has 47"):
+            layer(torch.randn(5, 47))
+        with pytest.raises(ShapeError):
+            layer(torch.tensor(1.0))
+        with pytest.raises(DtypeError):
+            layer(x.double())
+        with pytest.raises(TypeError):
+            abft.linear(x, [1.0], layer.bias)
+        with pytest.raises(TypeError):
+            abft.linear(x, layer.weight, 3.0)
+        assert layer(torch.randn(0, 48)).shape == (0, 64)
+    assert len(taken) == 2
+
+
+def test_a_lane_opened_under_autocast_is_none_outside_of_it(taken):
+    layer, x = _layer(), torch.randn(5, 48)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        for _ in range(3):
+            assert torch.equal(layer(x), F.linear(x, layer.weight, layer.bias))
+    assert len(taken) == 2
+    with torch.no_grad(), pytest.raises(DtypeError):
+        layer(x.bfloat16())
+
+
+def test_who_watches_operators_sees_the_operator(taken):
+    layer, x = _layer(), torch.randn(5, 48)
+    with torch.no_grad():
+        for _ in range(3):
+            layer(x)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            layer(x)
+        assert any(event.key == "abft::product" for event in profile.key_averages())
+
+        from torch.utils._python_dispatch import TorchDispatchMode
+
+        seen = []
+
+        class Watch(TorchDispatchMode):
+            def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+                seen.append(str(func))
+                return func(*args, **(kwargs or {}))
+
+        with Watch():
+            layer(x)
+        assert "abft.product.default" in seen
+
+
+def test_nested_scopes_count_once(taken):
+    layer, x = torch.nn.Linear(48, 64), torch.randn(5, 48)
+    with torch.no_grad(), abft.protected() as outer, abft.protected() as inner:
+        for _ in range(3):
+            layer(x)
+    assert outer.report().products == inner.report().products == 3
+
+
+def test_copies_have_their_own(taken):
+    layer, x = _layer(), torch.randn(5, 48)
+    with torch.no_grad():
+        for _ in range(3):
+            layer(x)
+        other = copy.deepcopy(layer)
+        other.weight.data.mul_(3.0)
+        _mark()
+        for _ in range(3):
+            assert torch.equal(other(x), F.linear(x, other.weight, other.bias))
+            assert torch.equal(layer(x), F.linear(x, layer.weight, layer.bias))
+        torch.utils.swap_tensors(layer.weight, torch.nn.Parameter(torch.randn(64, 48)))
+        assert torch.equal(layer(x), F.linear(x, layer.weight, layer.bias))
+    report = abft.report()
+    assert report.detected == report.stale == 0

@@ -1,11 +1,11 @@
 """The checked product Y = A Wᵀ + b: one launch computes the result and, twice over, what its rows must sum to.
 
     data tiles     acc = A[rows] · W[cols]ᵀ                    fp32 accumulator
-                   partials[:, tile_n, m] = Σ ε acc, Σ acc, Σ acc²
+                   partials[:, tile_n, m] = Σ_n w_j acc for every kind j of sum, Σ_n acc²
                    Y = cast(acc + b)
     check tiles    raw[m, c] = A[rows] · P[c]ᵀ                  P (C, K) the panel: weighted sums of W's rows
 
-P was built from W beforehand, so Σ_n ε_n acc[m, n] and A[m] · (Σ_n ε_n W[n]) are the same number computed along two
+P was built from W beforehand, so Σ_n w_n acc[m, n] and A[m] · (Σ_n w_n W[n]) are the same number computed along two
 paths, and differ by rounding or by a fault. Two choices make the comparison sharp:
 
   * sums are taken from the accumulator, before bias and cast: rounding Y would hide errors a thousand times larger;
@@ -33,7 +33,6 @@ from .tiles import (
     accumulate,
     finish,
     matrix,
-    row_sums,
     split_program,
     store_sums,
     store_tile,
@@ -41,14 +40,12 @@ from .tiles import (
     tile_of,
 )
 
-#: Planes of a tile's partial sums; a repair adds two, for the bound that survives numbers whose squares overflow.
-SUMS = tl.constexpr(3)
 #: Words of the summary through which the launches of one call agree (settle.py); zeroed here.
 SUMMARY = tl.constexpr(32)
 
 
 @triton.jit
-def checked_product(a, w, panel, bias, y, signs, partials, raw, summary, M, N, K, C, FAULT,
+def checked_product(a, w, panel, bias, y, weights, partials, raw, summary, M, N, K, C, FAULT, KINDS: tl.constexpr,
                     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BC: tl.constexpr,
                     TALL: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """One tile per program: first all data tiles of a batch, then its check tiles."""
@@ -59,21 +56,20 @@ def checked_product(a, w, panel, bias, y, signs, partials, raw, summary, M, N, K
         tl.store(summary + tl.arange(0, SUMMARY), tl.zeros((SUMMARY,), tl.int64))
     if tile < data_tiles:
         tile_m, tile_n = tile_of(tile, tiles_m, tiles_n, TALL)
-        _data_tile(a, w, bias, y, signs, partials, batch, tile_m, tile_n, M, N, K, FAULT, BM, BN, BK, PRECISION)
+        _data_tile(a, w, bias, y, weights, partials, batch, tile_m, tile_n, M, N, K, FAULT, KINDS, BM, BN, BK, PRECISION)
     elif tile < per_batch:
         tile_m, tile_c = tile_of(tile - data_tiles, tiles_m, tiles_c, TALL)
         check_tile(a, panel, raw, batch, tile_m, tile_c, M, C, K, BM, BC, BK, PRECISION)
 
 
 @triton.jit
-def _data_tile(a, w, bias, y, signs, partials, batch, tile_m, tile_n, M, N, K, FAULT,
+def _data_tile(a, w, bias, y, weights, partials, batch, tile_m, tile_n, M, N, K, FAULT, KINDS: tl.constexpr,
                BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     rows, cols = tile_m * BM + tl.arange(0, BM), tile_n * BN + tl.arange(0, BN)
     acc = accumulate(a, w, batch, rows, cols, M, N, K, FAULT, BM, BN, BK, PRECISION)
     if FAULT is not None:
         acc = strike(acc, FAULT, ACCUMULATOR, batch, rows, cols, 0, 1)
-    e, one, squares = row_sums(acc, tl.load(signs + cols, mask=cols < N, other=0.0))
-    store_sums(partials, SUMS, e, one, squares, batch, tile_n, tl.cdiv(N, BN), rows, M)
+    store_sums(acc, weights, partials, KINDS + 1, KINDS, batch, tile_n, tl.cdiv(N, BN), rows, cols, M, N)
     out = finish(acc, bias, cols, N, y.dtype.element_ty)
     if FAULT is not None:
         out = strike(out, FAULT, OUTPUT, batch, rows, cols, 0, 1)
@@ -99,7 +95,7 @@ class Product:
     w: Tensor
     bias: Tensor | None  # (N,), contiguous
     panel: Tensor  # (C, K), checksums of W's rows
-    signs: Tensor  # (N,) fp32, ε
+    weights: Tensor  # (kinds, N) fp32, contiguous: what every column counts in every sum
     config: Config
 
     @property
@@ -107,6 +103,11 @@ class Product:
         """(batch, M, N, K, C)"""
         batch = self.a.shape[0] if self.a.dim() == 3 else 1
         return batch, self.a.shape[-2], self.w.shape[-2], self.a.shape[-1], self.panel.shape[-2]
+
+    @property
+    def kinds(self) -> int:
+        """Sums of every row that are judged: e, one, hi, lo, or e alone."""
+        return self.weights.shape[0]
 
     @property
     def tiles(self) -> int:
@@ -126,7 +127,7 @@ class Evidence:
     """A product and the sums that tell whether it is right."""
 
     y: Tensor  # (M, N) or (B, M, N)
-    partials: Tensor  # (B, 3, tiles_n, M) fp32
+    partials: Tensor  # (B, kinds + 1, tiles_n, M) fp32
     raw: Tensor  # (B, M, C) fp32
     summary: Tensor  # (SUMMARY,) int64, zero
 
@@ -136,11 +137,11 @@ def multiply(product: Product, faults: Tensor | None = None) -> Evidence:
     a, config = product.a, product.config
     _, m, n, k, c = product.sizes
     y = torch.empty(*a.shape[:-1], n, dtype=a.dtype, device=a.device)
-    partials, raw = product.workspace(SUMS.value)
+    partials, raw = product.workspace(product.kinds + 1)
     summary = torch.empty(SUMMARY.value, dtype=torch.int64, device=a.device)
     checked_product[(product.tiles,)](
-        matrix(a), matrix(product.w), matrix(product.panel), product.bias, y, product.signs,
-        partials, raw, summary, m, n, k, c, fault_argument(faults),
+        matrix(a), matrix(product.w), matrix(product.panel), product.bias, y, product.weights,
+        partials, raw, summary, m, n, k, c, fault_argument(faults), KINDS=product.kinds,
         **config.launch(),
     )  # fmt: skip
     return Evidence(y, partials, raw, summary)

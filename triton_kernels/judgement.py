@@ -2,7 +2,7 @@
 
     S = sqrt( Σ acc² + c² + h² )        τ = κU·S + τ_abs        suspect = ~(|r - c| <= τ) | ~(τ < largest)
 
-per group of columns, for the kinds e (random signs) and one. Constants and evidence: docs/explanation/thresholds.md.
+per group of columns and kind of sum: e (random signs), one, hi, lo; or e alone. Constants and evidence: docs/explanation/thresholds.md.
 """
 
 from __future__ import annotations
@@ -24,9 +24,8 @@ TINY = tl.constexpr(2.0**-120)
 class Bound(NamedTuple):
     """Coefficients of τ (abft.threshold.coefficients) and what decides whether finite operands can overflow a check."""
 
-    e: Any
-    one: Any
-    absolute: Any
+    accumulate: Any  # (kinds,)
+    absolute: Any  # (kinds,)
     reach: Any  # 4 · K · group width: |c| <= reach · max|a| · max|w|
 
 
@@ -42,7 +41,8 @@ class Shape(NamedTuple):
 
 
 class Sums(NamedTuple):
-    """Where the sums of a product lie: partials (B, planes, tiles_n, M), raw (B, M, C), scales (C,) of the panel's columns or None."""
+    """Where the sums of a product lie: partials (B, planes, tiles_n, M), a plane per kind and one of squares, more after a repair;
+    raw (B, M, C), scales (C,) of the panel's columns or None."""
 
     partials: Any
     raw: Any
@@ -122,25 +122,22 @@ def explained(residual, tau):
 
 @triton.jit
 def judge(sums, bound, PLANES: tl.constexpr, KINDS: tl.constexpr, PARTS: tl.constexpr, shape, tiles_n, batch, group, rows):
-    """(suspect, poisoned, residual, τ, Σ acc²) of one group; residual and τ of the kind that stands out more.
+    """(suspect, poisoned, residual, τ, Σ acc²) of one group; residual and τ of the kind that stands out most.
 
     poisoned: actual and predicted are both not finite, as when an operand held NaN or Inf.
     """
-    squares = actual(sums, 2, PLANES, False, shape, tiles_n, batch, group, rows)
+    squares = actual(sums, KINDS, PLANES, False, shape, tiles_n, batch, group, rows)
     noise2, _ = noise(sums, KINDS, PARTS, shape, batch, group, rows)
-    r = actual(sums, 0, PLANES, False, shape, tiles_n, batch, group, rows)
-    c = predicted(sums, 0, KINDS, PARTS, shape, batch, group, rows)
-    tau, residual = bound_of(bound.e, squares, c, noise2, bound.absolute), r - c
-    suspect = ~explained(residual, tau)
-    poisoned = ~is_finite(r) & ~is_finite(c)
-    if KINDS > 1:
-        r = actual(sums, 1, PLANES, False, shape, tiles_n, batch, group, rows)
-        c = predicted(sums, 1, KINDS, PARTS, shape, batch, group, rows)
-        tau_one, residual_one = bound_of(bound.one, squares, c, noise2, bound.absolute), r - c
-        suspect |= ~explained(residual_one, tau_one)
+    suspect, poisoned = rows < 0, rows < 0
+    residual, tau = tl.zeros(rows.shape, tl.float32), tl.full(rows.shape, 1.0, tl.float32)
+    for kind in tl.static_range(KINDS):
+        r = actual(sums, kind, PLANES, False, shape, tiles_n, batch, group, rows)
+        c = predicted(sums, kind, KINDS, PARTS, shape, batch, group, rows)
+        own_tau, own = bound_of(bound.accumulate[kind], squares, c, noise2, bound.absolute[kind]), r - c
+        suspect |= ~explained(own, own_tau)
         poisoned |= ~is_finite(r) & ~is_finite(c)
-        more = ratio_of(residual_one, tau_one) > ratio_of(residual, tau)
-        residual, tau = tl.where(more, residual_one, residual), tl.where(more, tau_one, tau)
+        more = ratio_of(own, own_tau) > ratio_of(residual, tau)
+        residual, tau = tl.where(more, own, residual), tl.where(more, own_tau, tau)
     return suspect, poisoned & suspect, residual, tau, squares
 
 

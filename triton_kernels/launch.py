@@ -11,7 +11,7 @@ from .configs import MAX_REGISTERS, REPAIR_PROGRAMS
 from .gemm import Evidence, Product, fault_argument
 from .judgement import Bound, Shape, Sums
 from .record import DETAILS, Labels
-from .repair import SUMS_AGAIN, recompute
+from .repair import RANGE, recompute
 from .settle import settle
 from .tiles import matrix
 from .verify import verify
@@ -23,7 +23,6 @@ class Judge:
 
     bound: Bound
     scales: Tensor | None  # (C,) or (B, C), of an fp16 panel
-    kinds: int
     parts: int
     groups: int
     tiles_per_group: int
@@ -40,7 +39,7 @@ def check(product: Product, evidence: Evidence, judge: Judge, words: Tensor, sit
     batch, m, n, k, c = product.sizes
     y, config, device = evidence.y, product.config, product.a.device
     blocks = -(-m // config.bm)
-    partials, raw = product.workspace(SUMS_AGAIN.value)
+    partials, raw = product.workspace(product.kinds + 1 + RANGE.value)
     status = torch.empty(batch, judge.groups, m, dtype=torch.int8, device=device)
     flags = torch.empty(batch * blocks * judge.groups, dtype=torch.int8, device=device)
     moved = torch.empty(batch, partials.shape[2], m, dtype=torch.int32, device=device)
@@ -51,15 +50,15 @@ def check(product: Product, evidence: Evidence, judge: Judge, words: Tensor, sit
     again = Sums(partials, raw, judge.scales, scales_batch)
     shape = Shape(m, n, k, c, judge.groups, judge.tiles_per_group)
     a, w, panel = matrix(product.a), matrix(product.w), matrix(product.panel)
-    order = {"KINDS": judge.kinds, "PARTS": judge.parts, "BM": config.bm, "BN": config.bn, "OUT_LARGEST": torch.finfo(y.dtype).max}
+    order = {"KINDS": product.kinds, "PARTS": judge.parts, "BM": config.bm, "BN": config.bn, "OUT_LARGEST": torch.finfo(y.dtype).max}
     # Rarely more than an early exit: left to itself, the assembler would rather spill than take another register.
     order |= {"num_warps": 4, "enable_fp_fusion": True, "maxnreg": MAX_REGISTERS}
     verify[(max(1, batch * blocks * judge.groups),)](
         first, judge.bound, shape, status, flags, evidence.summary, words, site, batch, REPEAT=judge.repeat, **order
     )
     recompute[(min(product.tiles, REPAIR_PROGRAMS),)](
-        a, w, panel, product.bias, y, product.signs, again, moved, flags, evidence.summary, shape, batch,
-        fault_argument(faults), CORRECT=judge.correct, **(config.launch() | {"maxnreg": MAX_REGISTERS}),
+        a, w, panel, product.bias, y, product.weights, again, moved, flags, evidence.summary, shape, batch,
+        fault_argument(faults), KINDS=product.kinds, CORRECT=judge.correct, **(config.launch() | {"maxnreg": MAX_REGISTERS}),
     )  # fmt: skip
     settle[(max(1, batch * blocks),)](
         a, w, y, first, again, moved, status, judge.bound, shape, words, site, evidence.summary, details, labels, batch,

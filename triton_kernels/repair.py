@@ -11,17 +11,17 @@ import triton
 import triton.language as tl
 
 from .gemm import check_tile
-from .tiles import ACCUMULATOR, accumulate, finish, offsets, row_sums, store_sums, store_tile, strike, tile_of
+from .tiles import ACCUMULATOR, accumulate, finish, offsets, store_sums, store_tile, strike, tile_of
 from .verify import SUSPECT, UNQUIET
 
-#: Planes of the recomputed sums: the three of a product, then max |acc| and Σ |acc|.
-SUMS_AGAIN = tl.constexpr(5)
+#: Planes that recomputed sums have beyond those of a product: max |acc| and Σ |acc|.
+RANGE = tl.constexpr(2)
 #: What ``moved`` says of a row of a recomputed tile: no bit of Y changed, or more than one element; else the column.
 NOTHING, SEVERAL = tl.constexpr(-1), tl.constexpr(-2)
 
 
 @triton.jit
-def recompute(a, w, panel, bias, y, signs, again, moved, flags, summary, shape, batches, FAULT, CORRECT: tl.constexpr,
+def recompute(a, w, panel, bias, y, weights, again, moved, flags, summary, shape, batches, FAULT, KINDS: tl.constexpr, CORRECT: tl.constexpr,
               BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BC: tl.constexpr,
               TALL: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """A few programs share the tiles of the product's grid; they leave at once when nothing is suspect."""
@@ -35,8 +35,8 @@ def recompute(a, w, panel, bias, y, signs, again, moved, flags, summary, shape, 
             tile_m, tile_n = tile_of(tile, tiles_m, tiles_n, TALL)
             group = tile_n // shape.tiles_per_group
             if _flag(flags, shape, tiles_m, batch, tile_m, group) == SUSPECT:
-                _data_tile_again(a, w, bias, y, signs, again.partials, moved, batch, tile_m, tile_n, shape, FAULT,
-                                 CORRECT, BM, BN, BK, PRECISION)  # fmt: skip
+                _data_tile_again(a, w, bias, y, weights, again.partials, moved, batch, tile_m, tile_n, shape, FAULT,
+                                 KINDS, CORRECT, BM, BN, BK, PRECISION)  # fmt: skip
         else:
             tile_m, tile_c = tile_of(tile - data_tiles, tiles_m, tiles_c, TALL)
             gravest = tl.cast(0, tl.int32)
@@ -53,17 +53,17 @@ def _flag(flags, shape, tiles_m, batch, tile_m, group):
 
 
 @triton.jit
-def _data_tile_again(a, w, bias, y, signs, partials, moved, batch, tile_m, tile_n, shape, FAULT,
-                     CORRECT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+def _data_tile_again(a, w, bias, y, weights, partials, moved, batch, tile_m, tile_n, shape, FAULT,
+                     KINDS: tl.constexpr, CORRECT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
                      PRECISION: tl.constexpr):  # fmt: skip
     rows, cols = tile_m * BM + tl.arange(0, BM), tile_n * BN + tl.arange(0, BN)
     acc = accumulate(a, w, batch, rows, cols, shape.m, shape.n, shape.k, FAULT, BM, BN, BK, PRECISION)
     if FAULT is not None:
         acc = strike(acc, FAULT, ACCUMULATOR, batch, rows, cols, 0, 1)
-    e, one, squares = row_sums(acc, tl.load(signs + cols, mask=cols < shape.n, other=0.0))
     tiles_n = tl.cdiv(shape.n, BN)
-    store_sums(partials, SUMS_AGAIN, e, one, squares, batch, tile_n, tiles_n, rows, shape.m)
-    _store_range(partials, acc, batch, tile_n, tiles_n, rows, shape.m)
+    planes: tl.constexpr = KINDS + 1 + RANGE
+    store_sums(acc, weights, partials, planes, KINDS, batch, tile_n, tiles_n, rows, cols, shape.m, shape.n)
+    _store_range(acc, partials, planes, batch, tile_n, tiles_n, rows, shape.m)
     out = finish(acc, bias, cols, shape.n, y.dtype.element_ty)
     tl.store(moved + (tl.cast(batch, tl.int64) * tiles_n + tile_n) * shape.m + rows,
              _what_moved(y, out, batch, rows, cols, shape), mask=rows < shape.m)  # fmt: skip
@@ -72,10 +72,10 @@ def _data_tile_again(a, w, bias, y, signs, partials, moved, batch, tile_m, tile_
 
 
 @triton.jit
-def _store_range(partials, acc, batch, tile_n, tiles_n, rows, M):
-    """max |acc| and Σ |acc|, for the bound that survives numbers whose squares overflow."""
+def _store_range(acc, partials, PLANES: tl.constexpr, batch, tile_n, tiles_n, rows, M):
+    """The last two planes, max |acc| and Σ |acc|: for the bound that survives numbers whose squares overflow."""
     plane = tl.cast(tiles_n, tl.int64) * M
-    at = partials + (tl.cast(batch, tl.int64) * SUMS_AGAIN + 3) * plane + tl.cast(tile_n, tl.int64) * M + rows
+    at = partials + ((tl.cast(batch, tl.int64) + 1) * PLANES - RANGE) * plane + tl.cast(tile_n, tl.int64) * M + rows
     tl.store(at, tl.max(tl.abs(acc), axis=1), mask=rows < M)
     tl.store(at + plane, tl.sum(tl.abs(acc), axis=1), mask=rows < M)
 

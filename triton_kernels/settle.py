@@ -16,10 +16,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .gemm import SUMS
 from .judgement import actual, bound_of, explained, is_finite, judge, noise, predicted, range_safe_bound, ratio_of
 from .record import CLEAN, INPUT, OBSERVED, OVERFLOW, PERSISTENT, RECOMPUTED, TRANSIENT, UNCORRECTED, bits, keep, report
-from .repair import NOTHING, SEVERAL, SUMS_AGAIN
+from .repair import NOTHING, RANGE, SEVERAL
 from .tiles import ACC_LARGEST, offsets, split_program
 from .verify import CALM, HUGE, POISONED, SUSPECT, UNQUIET
 
@@ -61,7 +60,7 @@ def _settle_rows(a, w, y, first, again, moved, status, bound, shape, details, ba
         code = tl.load(status + at, mask=inside, other=CALM).to(tl.int32)
         huge |= code == HUGE
         if tl.max(code, 0) >= POISONED:
-            _, _, d, t, _ = judge(first, bound, SUMS, KINDS, PARTS, shape, tiles_n, batch, group, rows)
+            _, _, d, t, _ = judge(first, bound, KINDS + 1, KINDS, PARTS, shape, tiles_n, batch, group, rows)
             s, col, why = _second_opinion(a, w, first, again, moved, bound, shape, code, batch, group, rows, KINDS, PARTS, BN)
             severity = tl.maximum(severity, s)
             more = (ratio_of(d, t) > worst) & (s != S_CLEAN)
@@ -81,12 +80,11 @@ def _second_opinion(a, w, first, again, moved, bound, shape, code, batch, group,
     """(severity, column or -1, cause) of the rows of one group, after its tiles were computed again."""
     tiles_n, suspect, poisoned = tl.cdiv(shape.n, BN), code == SUSPECT, code == POISONED
     col, changed = _moved_column(moved, shape, tiles_n, batch, group, rows)
-    ok, judged = _explained_again(0, bound.e, bound, again, shape, tiles_n, batch, group, rows, KINDS, PARTS)
-    changed |= _differs(0, first, again, shape, tiles_n, batch, group, rows, KINDS, PARTS)
-    if KINDS > 1:
-        ok_one, judged_one = _explained_again(1, bound.one, bound, again, shape, tiles_n, batch, group, rows, KINDS, PARTS)
-        changed |= _differs(1, first, again, shape, tiles_n, batch, group, rows, KINDS, PARTS)
-        ok, judged = ok & ok_one, judged & judged_one
+    ok, judged = rows >= 0, rows >= 0
+    for kind in tl.static_range(KINDS):
+        own, own_judged = _explained_again(kind, bound, again, shape, tiles_n, batch, group, rows, KINDS, PARTS)
+        changed |= _differs(kind, first, again, shape, tiles_n, batch, group, rows, KINDS, PARTS)
+        ok, judged = ok & own, judged & own_judged
     severity = tl.where(suspect, tl.where(ok, tl.where(changed, S_RECOMPUTED, S_CLEAN), S_UNCORRECTED), S_CLEAN)
     severity = tl.where(poisoned, S_UNCORRECTED, severity)
     puzzling = poisoned | (suspect & ~ok & ~judged)
@@ -100,17 +98,18 @@ def _second_opinion(a, w, first, again, moved, bound, shape, code, batch, group,
 
 
 @triton.jit
-def _explained_again(KIND: tl.constexpr, coefficient, bound, again, shape, tiles_n, batch, group, rows,
+def _explained_again(KIND: tl.constexpr, bound, again, shape, tiles_n, batch, group, rows,
                      KINDS: tl.constexpr, PARTS: tl.constexpr):  # fmt: skip
     """(explained, judged): by the usual bound or, where its squares overflowed, by the range-safe one; judged: τ, r, c finite."""
-    r = actual(again, KIND, SUMS_AGAIN, False, shape, tiles_n, batch, group, rows)
+    planes: tl.constexpr = KINDS + 1 + RANGE
+    r = actual(again, KIND, planes, False, shape, tiles_n, batch, group, rows)
     c = predicted(again, KIND, KINDS, PARTS, shape, batch, group, rows)
-    squares = actual(again, 2, SUMS_AGAIN, False, shape, tiles_n, batch, group, rows)
+    squares = actual(again, KINDS, planes, False, shape, tiles_n, batch, group, rows)
     noise2, magnitudes = noise(again, KINDS, PARTS, shape, batch, group, rows)
-    tau = bound_of(coefficient, squares, c, noise2, bound.absolute)
-    largest = actual(again, 3, SUMS_AGAIN, True, shape, tiles_n, batch, group, rows)
-    total = actual(again, 4, SUMS_AGAIN, False, shape, tiles_n, batch, group, rows)
-    tau = tl.where(tau < ACC_LARGEST, tau, range_safe_bound(coefficient, largest, total, c, magnitudes))
+    tau = bound_of(bound.accumulate[KIND], squares, c, noise2, bound.absolute[KIND])
+    largest = actual(again, KINDS + 1, planes, True, shape, tiles_n, batch, group, rows)
+    total = actual(again, KINDS + 2, planes, False, shape, tiles_n, batch, group, rows)
+    tau = tl.where(tau < ACC_LARGEST, tau, range_safe_bound(bound.accumulate[KIND], largest, total, c, magnitudes))
     return explained(r - c, tau), is_finite(r) & is_finite(c) & (tau < ACC_LARGEST)
 
 
@@ -118,8 +117,8 @@ def _explained_again(KIND: tl.constexpr, coefficient, bound, again, shape, tiles
 def _differs(KIND: tl.constexpr, first, again, shape, tiles_n, batch, group, rows,
              KINDS: tl.constexpr, PARTS: tl.constexpr):  # fmt: skip
     """Whether actual or predicted sum have other bits than at first."""
-    r = actual(first, KIND, SUMS, False, shape, tiles_n, batch, group, rows)
-    r_again = actual(again, KIND, SUMS_AGAIN, False, shape, tiles_n, batch, group, rows)
+    r = actual(first, KIND, KINDS + 1, False, shape, tiles_n, batch, group, rows)
+    r_again = actual(again, KIND, KINDS + 1 + RANGE, False, shape, tiles_n, batch, group, rows)
     c = predicted(first, KIND, KINDS, PARTS, shape, batch, group, rows)
     c_again = predicted(again, KIND, KINDS, PARTS, shape, batch, group, rows)
     return (bits(r) != bits(r_again)) | (bits(c) != bits(c_again))

@@ -1,7 +1,7 @@
 """Tiles: the device functions that every kernel here shares, so that the same tile computed twice has the same bits.
 
     acc[m, n] = Σ_k a[m, k] b[n, k]        one tile, fp32, k in steps of BK
-    e, one, Σ acc²                         the row sums of a tile, taken before anything is rounded
+    Σ w_j acc, Σ acc²                      the row sums of a tile, taken before anything is rounded
     bits' = ((bits & keep) ^ flip) + add   an injected fault; absent from the compiled code when FAULT is None
 """
 
@@ -17,6 +17,8 @@ FAULT_WORDS = tl.constexpr(12)
 ACCUMULATOR = tl.constexpr(0)
 OPERAND = tl.constexpr(1)
 OUTPUT = tl.constexpr(2)
+#: The kind of sum whose weights are all 1 (kinds: e, one, hi, lo, or e alone).
+ONE = tl.constexpr(1)
 #: The largest finite fp32 number.
 ACC_LARGEST = tl.constexpr(3.4028234663852886e38)
 
@@ -84,12 +86,6 @@ def accumulate(a, b, batch, rows, cols, M, N, K, FAULT,
 
 
 @triton.jit
-def row_sums(acc, signs):
-    """(Σ ε acc, Σ acc, Σ acc²) of every row: before bias and cast, whose rounding would hide a fault a thousand times larger."""
-    return tl.sum(acc * signs[None, :], axis=1), tl.sum(acc, axis=1), tl.sum(acc * acc, axis=1)
-
-
-@triton.jit
 def finish(acc, bias, cols, N, OUT: tl.constexpr):
     """What is delivered: the accumulator plus bias, rounded once to the output type."""
     if bias is not None:
@@ -116,13 +112,20 @@ def strike(values, faults, PLACE: tl.constexpr, batch, rows, cols, tile_start, t
 
 
 @triton.jit
-def store_sums(partials, PLANES: tl.constexpr, e, one, squares, batch, tile_n, tiles_n, rows, M):
-    """partials[batch, plane, tile_n, row]: neighbouring rows lie side by side."""
+def store_sums(acc, weights, partials, PLANES: tl.constexpr, KINDS: tl.constexpr, batch, tile_n, tiles_n, rows, cols, M, N):
+    """partials[batch, plane, tile_n, row]: a plane for each kind of sum, then Σ acc²; neighbouring rows lie side by side.
+
+    From the accumulator, before bias and cast, whose rounding would hide a fault a thousand times larger.
+    """
     plane = tl.cast(tiles_n, tl.int64) * M
     at = partials + batch * PLANES * plane + tl.cast(tile_n, tl.int64) * M + rows
-    tl.store(at, e, mask=rows < M)
-    tl.store(at + plane, one, mask=rows < M)
-    tl.store(at + 2 * plane, squares, mask=rows < M)
+    for kind in tl.static_range(KINDS):
+        if kind == ONE:
+            tl.store(at + kind * plane, tl.sum(acc, axis=1), mask=rows < M)
+        else:
+            weight = tl.load(weights + kind * N + cols, mask=cols < N, other=0.0)
+            tl.store(at + kind * plane, tl.sum(acc * weight[None, :], axis=1), mask=rows < M)
+    tl.store(at + KINDS * plane, tl.sum(acc * acc, axis=1), mask=rows < M)
 
 
 @triton.jit

@@ -9,7 +9,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .gemm import SUMS
 from .judgement import judge, ratio_of
 from .record import count_call, raise_worst
 from .tiles import split_program
@@ -33,7 +32,7 @@ def verify(sums, bound, shape, status, flags, summary, words, site, batches,
     if index < blocks * shape.groups:
         block, group = index // shape.groups, index % shape.groups
         rows = block * BM + tl.arange(0, BM)
-        suspect, poisoned, residual, tau, squares = judge(sums, bound, SUMS, KINDS, PARTS, shape, tiles_n, batch, group, rows)
+        suspect, poisoned, residual, tau, squares = judge(sums, bound, KINDS + 1, KINDS, PARTS, shape, tiles_n, batch, group, rows)
         # A factor of two before the type's end leaves room for the bias.
         code = tl.where(tl.sqrt(squares) >= OUT_LARGEST / 2, HUGE, CALM)
         code = tl.where(rows < shape.m, tl.where(suspect, tl.where(poisoned, POISONED, SUSPECT), code), CALM)

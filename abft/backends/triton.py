@@ -116,8 +116,7 @@ def plan(n: int, k: int, dtype: torch.dtype, architecture: int | None, tf32: boo
     groups = Groups.near_equal(n, group or configs.GROUP, unit=bn)
     layout = Layout(groups, FORMS[form], dtype, TF32_PARTS if tf32 else floating.PARTS[dtype])
     config = configs.choose(architecture, kind, group, layout.columns)
-    tested = FORMS[form].kinds[:2]
-    coefficients = threshold.coefficients(arithmetic, k, tested, groups.width)
+    coefficients = threshold.coefficients(arithmetic, k, FORMS[form].kinds, groups.width)
     return Plan(config, arithmetic, layout, coefficients, -(-groups.width // bn))
 
 
@@ -190,11 +189,11 @@ def product(call: Call, words: Tensor, site: Tensor) -> Tensor:
         if strike.place == "panel":
             strike.hit(panel.columns)
     groups, kinds = p.layout.groups, p.layout.form.kinds
-    signs = column_weights(groups, ("e",), call.a.device)[0]
+    weights = column_weights(groups, kinds, call.a.device)
     bias = None if call.bias is None else call.bias.contiguous()
-    operands = gemm.Product(call.a, call.w, bias, panel.columns, signs, p.config)
+    operands = gemm.Product(call.a, call.w, bias, panel.columns, weights, p.config)
     judge = launch.Judge(
-        _bound(p, call.a.shape[-1]), panel.scales, len(kinds), p.layout.parts, groups.count, p.tiles_per_group,
+        _bound(p, call.a.shape[-1]), panel.scales, p.layout.parts, groups.count, p.tiles_per_group,
         correct=call.policy.level == "correct", repeat=_is_repeated(call),
     )  # fmt: skip
     labels = record.Labels(
@@ -222,7 +221,7 @@ def _bound(p: Plan, k: int) -> Any:
 
     c = p.coefficients
     reach = 4.0 * max(k, 1) * p.layout.groups.width
-    return Bound(c.accumulate[0], c.accumulate[-1], c.absolute[0], reach)
+    return Bound(c.accumulate, c.absolute, reach)
 
 
 def _is_repeated(call: Call) -> bool:

@@ -108,12 +108,12 @@ def judged(result: Run, k: int) -> tuple[Sums, np.ndarray]:
     total = grouped[..., 0, :]
     for t in range(1, tiles):  # in the kernel's order
         total = total + grouped[..., t, :]
-    e, one, squares = total.unbind(1)  # (B, groups, M)
+    *of_kind, squares = total.unbind(1)  # (B, groups, M)
     panel = Panel(layout, result.panel.columns.cpu(), None if result.panel.scales is None else result.panel.scales.cpu())
     c, noise2 = predicted_sums(result.evidence.raw.cpu(), panel)
-    kinds = layout.form.kinds[:2]
-    actual = torch.stack([e, one][: len(kinds)], -1).transpose(1, 2)
-    sums = Sums(kinds, actual, c[..., : len(kinds)], squares.transpose(1, 2), noise2)
+    kinds = layout.form.kinds
+    actual = torch.stack(of_kind, -1).transpose(1, 2)
+    sums = Sums(kinds, actual, c, squares.transpose(1, 2), noise2)
     return sums, threshold.bounds(sums, threshold.coefficients(result.plan.arithmetic, k, kinds, layout.groups.width))
 
 

@@ -1,6 +1,7 @@
 """Clean campaign on the public path: fault-free rows of every family; what must not happen is an alarm.
 
     python -m bench clean --dtype bf16 --rows 1e7
+    python -m bench clean --backend interpreted --dtype fp16 --rows 2e5      the Triton kernels, in Triton's interpreter
 
 Each family of activations meets each family of weights in a protected ``nn.Linear``, forward, and a part of the rows
 backward too (dgrad, wgrad). A row is an alarm if it was judged anything but clean, except OVERFLOW where torch's own
@@ -11,6 +12,8 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
+import warnings
 from dataclasses import dataclass, field
 from itertools import count
 
@@ -27,6 +30,8 @@ DEPTHS = {64: (0.70, 65536, 4096), 512: (0.25, 16384, 2048), 2048: (0.045, 4096,
 #: Result widths, taken in turn: one group, a ragged one, several; all in a few families.
 WIDTHS = (64, 128, 200, 96, 33, 256, 384)
 SLOW_SHARE = 0.05
+#: In Triton's interpreter a launch costs what a million multiplications cost.
+DEPTHS_INTERPRETED = {64: (0.78, 4096, 64), 512: (0.2, 1024, 64), 2048: (0.02, 128, 16)}
 
 
 @dataclass
@@ -110,7 +115,7 @@ def _not_finite_rows(y: Tensor) -> int:
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench clean", description=__doc__)
-    parser.add_argument("--backend", default="reference", choices=["reference", "vendor", "auto"])
+    parser.add_argument("--backend", default="reference", choices=["reference", "vendor", "auto", "interpreted"])
     parser.add_argument("--dtype", default="fp32", choices=DTYPES)
     parser.add_argument("--rows", type=float, default=1e7)
     parser.add_argument("--seed", type=int, default=0)
@@ -118,18 +123,28 @@ def main(argv: list[str]) -> int:
     options = parser.parse_args(argv)
     torch.set_num_threads(1)
     results = Results(f"clean-{options.backend}-{options.dtype}", fresh=options.fresh, rows=options.rows, seed=options.seed)
-    policy = abft.Policy(backend=options.backend, on_uncorrected="record")
-    cells = [(a, k) for k in DEPTHS for a in families.ACTIVATIONS]
+    policy = abft.Policy(backend=backend_of(options.backend), on_uncorrected="record")
+    depths = DEPTHS_INTERPRETED if options.backend == "interpreted" else DEPTHS
+    cells = [(a, k) for k in depths for a in families.ACTIVATIONS]
     for i, (activation, k) in enumerate(cells):
         key = f"{activation} k{k} rows{options.rows:g} seed{options.seed}"
         if results.find(key) is None:
-            share, batch, backward = DEPTHS[k]
+            share, batch, backward = depths[k]
             rows = options.rows * share * _weight_of(activation)
             t = measure(DTYPES[options.dtype], activation, k, math.ceil(rows), options.seed, batch=batch, backward=backward, policy=policy)
             results.add("cell", key=key, activation=activation, k=k, rows=t.rows, alarms=t.alarms, overflow=t.overflow, worst=t.worst)
         results.progress(i + 1, len(cells), key)
     print(summarise(results))
     return 0
+
+
+def backend_of(choice: str) -> str:
+    """The policy's name of a backend; for ``interpreted``, Triton is told so. Before anything imports Triton."""
+    if choice != "interpreted":
+        return choice
+    os.environ["TRITON_INTERPRET"] = "1"
+    warnings.filterwarnings("ignore", category=DeprecationWarning, module="triton")
+    return "triton"
 
 
 def _weight_of(activation: str) -> float:

@@ -22,8 +22,8 @@ from bench.emulator import Emulator
 
 TILE = 128
 GROUP = 512
-#: What the kernel sums from its accumulators; hi and lo are measured beside them.
-KERNEL_KINDS = FULL.kinds[:2]
+#: Of the four sums that the kernel takes, those that a cheaper epilogue could do with: what it would miss is counted beside.
+E_ONE = FULL.kinds[:2]
 TF32_MASK = -0x2000  # 13 mantissa bits that the unit does not read
 PANEL_ROWS = 64  # rows of W that the panel's kernel adds as a tree
 
@@ -129,7 +129,7 @@ class Checks:
 class Product:
     """A weight with its panel on one emulated unit."""
 
-    def __init__(self, emulator: Emulator, unit: Unit, w: Tensor, kinds: tuple[checksum.Kind, ...] = KERNEL_KINDS) -> None:
+    def __init__(self, emulator: Emulator, unit: Unit, w: Tensor, kinds: tuple[checksum.Kind, ...] = FULL.kinds) -> None:
         self.emulator, self.unit, self.w, self.kinds = emulator, unit, w, kinds
         self.panel = build_panel(w, unit)
         self.groups = self.panel.layout.groups

@@ -18,7 +18,7 @@ import torch
 
 from abft.checksum import FULL
 from bench import emulator, families, intervals
-from bench.emulated import KERNEL_KINDS, TILE, UNITS, Checks, Product, Unit
+from bench.emulated import E_ONE, TILE, UNITS, Checks, Product, Unit
 from bench.results import Results
 
 HARM = 1e-3
@@ -77,14 +77,14 @@ class Tally:
     trials: int = 0
     harmful: int = 0
     harmful_detected: int = 0
-    harmful_detected_e_one: int = 0  # by the two sums that the kernel takes
+    harmful_detected_e_one: int = 0  # by two of the four sums alone
     detected: int = 0
     floor: float = float("inf")
     largest_missed: float = 0.0
 
     def add(self, effect: Values, checks: Checks) -> None:
         struck = effect > 0
-        suspect, by_two = checks.suspect[struck], checks.suspect_by(len(KERNEL_KINDS))[struck]
+        suspect, by_two = checks.suspect[struck], checks.suspect_by(len(E_ONE))[struck]
         effect = effect[struck]
         harmful = effect >= HARM
         self.trials += len(effect)

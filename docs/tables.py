@@ -48,6 +48,11 @@ class File:
         return "-".join(p for p in self.name.split("-") if p in (*ARITHMETICS, "ampere")) or "fp32"
 
     @property
+    def place(self) -> str:
+        """A key of WHERE."""
+        return next((p for p in ("interpreted", "emulated") if p in self.name), "cpu")
+
+    @property
     def machine(self) -> str:
         s = next(iter(reversed(self.kind("stamp"))), {})
         threads = s.get("threads", 1)
@@ -103,6 +108,10 @@ def small(value: Any) -> str:
     return f"{mantissa.removesuffix('.0')}e{int(exponent)}"
 
 
+#: What computed: torch on a CPU, the kernels in Triton's interpreter, or their arithmetic on an emulated unit.
+WHERE = {"cpu": "CPU", "interpreted": "kernels, interpreted", "emulated": "emulated tensor core"}
+
+
 # --- silence ----------------------------------------------------------------------------------------
 
 
@@ -110,7 +119,7 @@ def clean(page: str) -> str:
     def row(f: File) -> tuple[object, ...]:
         s = f.summary
         worst = max(s["worst"].values()) if isinstance(s["worst"], dict) else s["worst"]
-        where = "emulated tensor core" if "emulated" in f.name else "CPU, MiniLM" if "minilm" in f.name else "CPU"
+        where = "CPU, MiniLM" if "minilm" in f.name else WHERE[f.place]
         return (
             f"{where}, {f.arithmetic}", f"{s['rows']:,}", f"{s['alarms']:,}", small(s["rate_below"]), f"{worst:.2f}",
             f.machine, f.link(page),
@@ -135,17 +144,17 @@ PLACES = {
 
 def campaign(page: str) -> str:
     def rows() -> Iterator[tuple[object, ...]]:
-        for f in finished("faults-reference-*"):
+        for f in (*finished("faults-reference-*"), *finished("faults-interpreted-*")):
             harm = small(f.summary["harmful_from"])
             for place, s in f.summary["places"].items():
                 if place in PLACES and s["trials"]:
                     yield (
-                        f.arithmetic, PLACES[place], f"{s['trials']:,}", f"{s['harmful']:,} (≥ {harm})", _found(s),
+                        f"{WHERE[f.place]}, {f.arithmetic}", PLACES[place], f"{s['trials']:,}", f"{s['harmful']:,} (≥ {harm})", _found(s),
                         small(s["largest_missed"]), f"{share(s['repaired'], s['detected'])} of {s['detected']:,}",
                         share(s["located_finite"], s["single_finite"]), s["false_alarms"], f.link(page),
                     )  # fmt: skip
 
-    header = "CPU | place | faults | harmful | of these detected | largest missed | repaired, bit-equal | located"
+    header = "where | place | faults | harmful | of these detected | largest missed | repaired, bit-equal | located"
     header += " | false alarms | file"
     return table(header, rows(), "python -m bench campaign")
 
@@ -189,8 +198,8 @@ def emulated_faults(page: str) -> str:
 SHAPES = ((384, 384), (1536, 384), (4096, 512), (4096, 4096), (4096, 16384))
 
 
-def _plan(arithmetic: str, n: int, k: int, *, kernels: bool) -> Any:
-    """The plan of a product in an arithmetic as tables name it: ``bf16``, ``bf16-ampere``, ``tf32``."""
+def _plan(arithmetic: str, n: int, k: int, place: str) -> Any:
+    """The plan of a product in an arithmetic as tables name it, ``bf16``, ``bf16-ampere``, ``tf32``, at a place of WHERE."""
     sys.path.insert(0, str(ROOT))
     import torch
 
@@ -198,8 +207,10 @@ def _plan(arithmetic: str, n: int, k: int, *, kernels: bool) -> Any:
 
     name, _, generation = arithmetic.partition("-")
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}.get(name, torch.float32)
-    if kernels:
+    if place == "emulated":
         return triton.plan(n, k, dtype, 80 if generation == "ampere" else 90, name == "tf32", "full", None)
+    if place == "interpreted":
+        return triton.plan(n, k, dtype, None, False, "full", None)
     return reference.plan(n, k, dtype, "full", None)
 
 
@@ -209,30 +220,30 @@ def _expected(p: Any, k: int) -> float:
     return threshold.expected_floor(p.arithmetic, k, p.layout.groups)
 
 
-def _floor(arithmetic: str, *, kernels: bool) -> str:
+def _floor(arithmetic: str, place: str) -> str:
     """The size from which 99 % of single deviations are found, K = 512; measured, else expected."""
     for _, r in _measured_floors():
-        same = r["dtype"] == arithmetic and (r["backend"] == "emulated") == kernels
+        same = r["dtype"] == arithmetic and ("emulated" if r["backend"] == "emulated" else "cpu") == place
         if same and r["k"] == 512 and r["data"] == "gauss":
             return f"{arithmetic} {small(r['99%_found'])}"
-    return f"{arithmetic} {small(_expected(_plan(arithmetic, 1024, 512, kernels=kernels), 512))} (expected)"
+    return f"{arithmetic} {small(_expected(_plan(arithmetic, 1024, 512, place), 512))} (expected)"
 
 
 def expected_floors(page: str) -> str:
     """From the package's own constants; needs no measurement."""
-    units = [("kernels, Hopper or Blackwell, bf16", "bf16", True), ("kernels, Ampere, bf16", "bf16-ampere", True)]
-    units += [("kernels, Hopper, tf32", "tf32", True)]
-    units += [(f"CPU, {name}", name, False) for name in ("fp32", "fp16", "bf16")]
+    units = [("kernels, Hopper or Blackwell, bf16", "bf16", "emulated"), ("kernels, Ampere, bf16", "bf16-ampere", "emulated")]
+    units += [("kernels, Hopper, tf32", "tf32", "emulated")]
+    units += [(f"CPU, {name}", name, "cpu") for name in ("fp32", "fp16", "bf16")]
 
-    def cell(name: str, kernels: bool, n: int, k: int) -> str:
-        p = _plan(name, n, k, kernels=kernels)
+    def cell(name: str, place: str, n: int, k: int) -> str:
+        p = _plan(name, n, k, place)
         from abft import threshold
 
         width = p.layout.groups.width
         return f"{small(_expected(p, k))} (κ {threshold.kappa(p.arithmetic, k, width=width):.0f}, G {width})"
 
     header = " | ".join(["", *(f"N {n}, K {k}" for n, k in SHAPES)])
-    return table(header, [(text, *(cell(name, kernels, n, k) for n, k in SHAPES)) for text, name, kernels in units])
+    return table(header, [(text, *(cell(name, place, n, k) for n, k in SHAPES)) for text, name, place in units])
 
 
 SIZES = ("half_found", "99%_found", "largest_missed")
@@ -314,7 +325,9 @@ def headline(page: str) -> str:
         *_silence("false alarms on fault-free data, CPU", "clean-reference-*", page),
         *_silence("… on emulated tensor cores", "clean-emulated-*", page),
         *_silence("… on a real encoder's activations and gradients", "clean-minilm-*", page),
-        *_detection(page),
+        *_silence("… in the kernels, interpreted", "clean-interpreted-*", page),
+        *_detection("CPU", "faults-reference-*", page),
+        *_detection("in the kernels, interpreted", "faults-interpreted-*", page),
         *_emulated(page),
         *_small_layer(page),
         *_panels(page),
@@ -335,16 +348,16 @@ def _silence(what: str, pattern: str, page: str) -> Iterator[tuple[object, ...]]
         yield (what, "; ".join(texts), *_circumstances(found, page))
 
 
-def _detection(page: str) -> Iterator[tuple[object, ...]]:
-    found = finished("faults-reference-*")
+def _detection(where: str, pattern: str, page: str) -> Iterator[tuple[object, ...]]:
+    found = finished(pattern)
     if found:
         totals = [(f.arithmetic, f.summary["places"]["all single"]) for f in found]
         seen = [f"{name} **{share(s['harmful_detected'], s['harmful'])}** of {s['harmful']:,}" for name, s in totals]
         repaired = [f"{name} **{share(s['repaired'], s['detected'])}** of {s['detected']:,}" for name, s in totals]
         harm = ", ".join(f"{f.arithmetic} ≥ {small(f.summary['harmful_from'])}" for f in found)
         circumstances = _circumstances(found, page)
-        yield (f"single faults that change a row (L2, {harm}), detected, CPU", "; ".join(seen), *circumstances)
-        yield ("detected single faults repaired bit for bit, CPU", "; ".join(repaired), *circumstances)
+        yield (f"single faults that change a row (L2, {harm}), detected, {where}", "; ".join(seen), *circumstances)
+        yield (f"detected single faults repaired bit for bit, {where}", "; ".join(repaired), *circumstances)
 
 
 def _emulated(page: str) -> Iterator[tuple[object, ...]]:
@@ -364,7 +377,7 @@ def _small_layer(page: str) -> Iterator[tuple[object, ...]]:
         if r:
             text = f"**{r['ratio']:.2f} ×** torch's ({r['one_us']:.0f} µs → {r['other_us']:.0f} µs)"
             what = "time of a small checked layer, 16 × 384 × 384, fp32, CPU"
-            yield what, text, _floor("fp32", kernels=False), f.machine, f.link(page)
+            yield what, text, _floor("fp32", "cpu"), f.machine, f.link(page)
 
 
 def _panels(page: str) -> Iterator[tuple[object, ...]]:
@@ -373,22 +386,24 @@ def _panels(page: str) -> Iterator[tuple[object, ...]]:
         r = found.get(("bf16", 4096, 4096))
         if r:
             text = f"**{100 * r['kernel_panel']:.1f} %** of the weights per direction (bf16, G = {r['group']})"
-            floor = _floor("bf16", kernels=True)
+            floor = _floor("bf16", "emulated")
             yield "memory of the kernels' panels, 4096 × 4096", text, floor, "–", f.link(page)
 
 
 def _compiled(page: str) -> Iterator[tuple[object, ...]]:
-    for f in files("cubins*"):
-        kernels = [r for r in f.records if "kernel" in r]
+    found = files("cubins*")
+    kernels = [r for f in found for r in f.records if "kernel" in r]
+    if kernels:
         spilling = sum(r["spills"] > 0 for r in kernels)
         targets = ", ".join(sorted({r["arch"] for r in kernels}, key=lambda arch: int(arch[3:])))
         text = f"**{len(kernels)}** for {targets}; with spills: {spilling}"
-        yield "kernels compiled", text, "–", f"none needed; Triton {_triton(f)}", f.link(page, "cubins")
+        versions = ", ".join(map(_triton, found))
+        yield "kernels compiled", text, "–", f"none needed; Triton {versions}", ", ".join(f.link(page, _triton(f)) for f in found)
 
 
 def _circumstances(found: list[File], page: str) -> tuple[str, str, str]:
     """Floor, machine and files: a figure is worth what the sensitivity beside it is."""
-    floors = [_floor(f.arithmetic, kernels="emulated" in f.name) for f in found]
+    floors = [_floor(f.arithmetic, f.place) for f in found]
     machines = dict.fromkeys(f.machine for f in found)
     return ", ".join(floors), "; ".join(machines), ", ".join(f.link(page, f.arithmetic) for f in found)
 

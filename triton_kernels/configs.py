@@ -27,7 +27,8 @@ MIN_COLUMNS = 16
 class Config:
     """bm × bn data tiles, bm × bc check tiles, bk the step in K; ``precision`` as in tl.dot.
 
-    resident: programs that run on a multiprocessor at once; registers: what a thread may use; None leaves it to the assembler, which weighs occupancy and would sometimes rather spill.
+    resident: programs that run on a multiprocessor at once. registers: what a thread may use; None leaves it to the assembler,
+    which weighs occupancy and would sometimes rather spill.
     """
 
     bm: int

@@ -21,8 +21,8 @@ NOTHING, SEVERAL = tl.constexpr(-1), tl.constexpr(-2)
 
 
 @triton.jit
-def recompute(a, w, panel, bias, y, weights, again, moved, flags, summary, shape, batches, FAULT, KINDS: tl.constexpr, CORRECT: tl.constexpr,
-              BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BC: tl.constexpr,
+def recompute(a, w, panel, bias, y, weights, again, moved, flags, summary, shape, batches, FAULT,
+              KINDS: tl.constexpr, CORRECT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BC: tl.constexpr,
               TALL: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """A few programs share the tiles of the product's grid; they leave at once when nothing is suspect."""
     tiles_m, tiles_n, tiles_c = tl.cdiv(shape.m, BM), tl.cdiv(shape.n, BN), tl.cdiv(shape.c, BC)

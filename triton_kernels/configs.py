@@ -27,8 +27,8 @@ MIN_COLUMNS = 16
 class Config:
     """bm × bn data tiles, bm × bc check tiles, bk the step in K; ``precision`` as in tl.dot.
 
-    resident: programs that run on a multiprocessor at once. registers: what a thread may use; None leaves it to the assembler,
-    which weighs occupancy and would sometimes rather spill.
+    resident: programs that run on a multiprocessor at once. registers: what a thread may use; left to itself, the assembler
+    weighs occupancy and would sometimes rather spill.
     """
 
     bm: int
@@ -39,14 +39,13 @@ class Config:
     precision: str = "ieee"
     bc: int = 64
     resident: int = 1
-    registers: int | None = MAX_REGISTERS
+    registers: int = MAX_REGISTERS
 
     def launch(self) -> dict[str, Any]:
         """The keyword arguments of a launch. Fused multiply-add is said aloud: its default differs between Triton versions."""
-        limit = {} if self.registers is None else {"maxnreg": self.registers}
-        return limit | {
+        return {
             "BM": self.bm, "BN": self.bn, "BK": self.bk, "BC": self.bc, "TALL": TALL, "PRECISION": self.precision,
-            "num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True,
+            "num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True, "maxnreg": self.registers,
         }  # fmt: skip
 
 
@@ -58,9 +57,9 @@ CONFIGS = {
     (80, "tf32"): Config(128, 64, 32, warps=8, stages=3, precision="tf32"),
     (90, "tf32"): Config(128, 128, 32, warps=8, stages=4, precision="tf32"),
     (100, "tf32"): Config(128, 64, 32, warps=8, stages=4, precision="tf32"),
-    (80, "ieee"): Config(128, 64, 16, warps=8, stages=2, registers=None),
-    (90, "ieee"): Config(128, 64, 16, warps=8, stages=2, registers=None),
-    (100, "ieee"): Config(128, 64, 16, warps=8, stages=2, registers=None),
+    (80, "ieee"): Config(128, 64, 16, warps=8, stages=2),
+    (90, "ieee"): Config(128, 64, 16, warps=8, stages=2),
+    (100, "ieee"): Config(128, 64, 16, warps=8, stages=2),
 }
 #: Programs in the interpreter, which has no multiprocessors: a few, so that tiles are dealt there, too.
 INTERPRETED_PROGRAMS = 3

@@ -16,8 +16,9 @@ COMMANDS = {
     "host": "cost of the dispatch, and of a small checked linear beside torch's",
     "summary": "the committed results as one table",
     "cubins": "compiled kernels: registers, spills, shared memory, instructions",
+    "predict": "what the check should cost on a GPU, counted from waves and instructions; not a measurement",
 }
-MODULES = {"emulated-clean": "emulated_clean", "emulated-faults": "emulated_faults"}
+MODULES = {"predict": "predictions", "emulated-clean": "emulated_clean", "emulated-faults": "emulated_faults"}
 
 
 def main() -> int:

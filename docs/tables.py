@@ -294,6 +294,17 @@ def memory(page: str) -> str:
     return table(header, rows, "python -m bench memory")
 
 
+def predictions(page: str) -> str:
+    def row(f: File, r: Record) -> tuple[object, ...]:
+        size = f"{r['m']:,} × {r['n']:,} × {r['k']:,}"
+        waves = f"{r['waves']:.2f} of {r['rounds']}"
+        return r["name"], size, r["group"], waves, f"{100 * r['of_sums']:.1f} %", f"**{r['ratio']:.3f}**", f.link(page)
+
+    rows = [row(f, r) for f in files("predictions*") for r in f.kind("prediction") if r["form"] == "full"]
+    header = "product | M × N × K | G | rounds with check tiles, of without | row sums | predicted × unchecked | file"
+    return table(header, rows, "python -m bench predict")
+
+
 # --- kernels ----------------------------------------------------------------------------------------
 
 
@@ -450,6 +461,7 @@ TABLES: dict[str, Callable[[str], str]] = {
     "floors": floors,
     "host": host,
     "memory": memory,
+    "predictions": predictions,
     "cubins": cubins,
 }
 

@@ -6,7 +6,10 @@ Not tuned yet on hardware: chosen from compiled registers, spills and shared mem
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
+
+import torch
 
 #: Result columns under one check, near-equal in units of a tile. Wider costs less and sees less: the floor grows with its root.
 GROUP = 512
@@ -24,7 +27,8 @@ MIN_COLUMNS = 16
 class Config:
     """bm × bn data tiles, bm × bc check tiles, bk the step in K; ``precision`` as in tl.dot.
 
-    registers: what a thread may use; None leaves it to the assembler, which weighs occupancy and would sometimes rather spill.
+    resident: programs that run on a multiprocessor at once. registers: what a thread may use; left to itself, the assembler
+    weighs occupancy and would sometimes rather spill.
     """
 
     bm: int
@@ -34,14 +38,14 @@ class Config:
     stages: int
     precision: str = "ieee"
     bc: int = 64
-    registers: int | None = MAX_REGISTERS
+    resident: int = 1
+    registers: int = MAX_REGISTERS
 
     def launch(self) -> dict[str, Any]:
         """The keyword arguments of a launch. Fused multiply-add is said aloud: its default differs between Triton versions."""
-        limit = {} if self.registers is None else {"maxnreg": self.registers}
-        return limit | {
+        return {
             "BM": self.bm, "BN": self.bn, "BK": self.bk, "BC": self.bc, "TALL": TALL, "PRECISION": self.precision,
-            "num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True,
+            "num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True, "maxnreg": self.registers,
         }  # fmt: skip
 
 
@@ -53,10 +57,12 @@ CONFIGS = {
     (80, "tf32"): Config(128, 64, 32, warps=8, stages=3, precision="tf32"),
     (90, "tf32"): Config(128, 128, 32, warps=8, stages=4, precision="tf32"),
     (100, "tf32"): Config(128, 64, 32, warps=8, stages=4, precision="tf32"),
-    (80, "ieee"): Config(128, 64, 16, warps=8, stages=2, registers=None),
-    (90, "ieee"): Config(128, 64, 16, warps=8, stages=2, registers=None),
-    (100, "ieee"): Config(128, 64, 16, warps=8, stages=2, registers=None),
+    (80, "ieee"): Config(128, 64, 16, warps=8, stages=2),
+    (90, "ieee"): Config(128, 64, 16, warps=8, stages=2),
+    (100, "ieee"): Config(128, 64, 16, warps=8, stages=2),
 }
+#: Programs in the interpreter, which has no multiprocessors: a few, so that tiles are dealt there, too.
+INTERPRETED_PROGRAMS = 3
 #: The interpreter pays per operation, not per element.
 INTERPRETED = Config(128, 128, 256, warps=4, stages=1)
 
@@ -72,6 +78,14 @@ class PanelConfig:
 
 PANEL = PanelConfig(32, 64, warps=4)
 PANEL_INTERPRETED = PanelConfig(128, 512, warps=4)
+
+
+@lru_cache(maxsize=64)
+def multiprocessors(device: torch.device) -> int:
+    """How many multiprocessors share the tiles of a launch."""
+    if device.type != "cuda":
+        return INTERPRETED_PROGRAMS
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def family(capability: tuple[int, int]) -> int:

@@ -5,6 +5,9 @@
                    Y = cast(acc + b)
     check tiles    raw[m, c] = A[rows] · P[c]ᵀ                  P (C, K) the panel: weighted sums of W's rows
 
+Persistent programs, as many as run at once: each computes its data tiles, then its check tiles (waves.py). Two loops with
+one kind of tile each, for only then are both K loops pipelined on warpgroup MMA.
+
 P was built from W beforehand, so Σ_n w_n acc[m, n] and A[m] · (Σ_n w_n W[n]) are the same number computed along two
 paths, and differ by rounding or by a fault. Two choices make the comparison sharp:
 
@@ -25,7 +28,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .configs import Config
+from .configs import Config, multiprocessors
 from .tiles import (
     ACCUMULATOR,
     OUTPUT,
@@ -33,33 +36,42 @@ from .tiles import (
     accumulate,
     finish,
     matrix,
-    split_program,
     store_sums,
     store_tile,
     strike,
     tile_of,
 )
+from .waves import check_cost, deal
 
 #: Words of the summary through which the launches of one call agree (settle.py); zeroed here.
 SUMMARY = tl.constexpr(32)
 
 
-@triton.jit
-def checked_product(a, w, panel, bias, y, weights, partials, raw, summary, M, N, K, C, FAULT, KINDS: tl.constexpr,
-                    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BC: tl.constexpr,
+@triton.jit(do_not_specialize=["deal", "batches"])
+def checked_product(a, w, panel, bias, y, weights, partials, raw, summary, deal, M, N, K, C, batches, FAULT,
+                    KINDS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BC: tl.constexpr,
                     TALL: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """One tile per program: first all data tiles of a batch, then its check tiles."""
-    tiles_m, tiles_n, tiles_c = tl.cdiv(M, BM), tl.cdiv(N, BN), tl.cdiv(C, BC)
-    data_tiles, per_batch = tiles_m * tiles_n, tiles_m * (tiles_n + tiles_c)
-    batch, tile = split_program(per_batch)
-    if tl.program_id(0) == 0:
+    """Every program: its data tiles, then its check tiles."""
+    program, programs = tl.program_id(0), tl.num_programs(0)
+    if program == 0:
         tl.store(summary + tl.arange(0, SUMMARY), tl.zeros((SUMMARY,), tl.int64))
-    if tile < data_tiles:
-        tile_m, tile_n = tile_of(tile, tiles_m, tiles_n, TALL)
-        _data_tile(a, w, bias, y, weights, partials, batch, tile_m, tile_n, M, N, K, FAULT, KINDS, BM, BN, BK, PRECISION)
-    elif tile < per_batch:
-        tile_m, tile_c = tile_of(tile - data_tiles, tiles_m, tiles_c, TALL)
-        check_tile(a, panel, raw, batch, tile_m, tile_c, M, C, K, BM, BC, BK, PRECISION)
+    tiles_m, tiles_n, tiles_c = tl.cdiv(M, BM), tl.cdiv(N, BN), tl.cdiv(C, BC)
+    # Hoisted out of their loops, the addresses of both kinds of tile would not fit the registers.
+    for index in tl.range(program, batches * tiles_m * tiles_n, programs, disable_licm=True):
+        tile_m, tile_n = tile_of(index % (tiles_m * tiles_n), tiles_m, tiles_n, TALL)
+        _data_tile(a, w, bias, y, weights, partials, index // (tiles_m * tiles_n), tile_m, tile_n, M, N, K, FAULT,
+                   KINDS, BM, BN, BK, PRECISION)  # fmt: skip
+    rank = (program - deal.behind + programs) % programs
+    for index in tl.range(first_check_tile(rank, programs, deal), first_check_tile(rank + 1, programs, deal), disable_licm=True):
+        tile_m, tile_c = tile_of(index % (tiles_m * tiles_c), tiles_m, tiles_c, TALL)
+        check_tile(a, panel, raw, index // (tiles_m * tiles_c), tile_m, tile_c, M, C, K, BM, BC, BK, PRECISION)
+
+
+@triton.jit
+def first_check_tile(rank, programs, deal):
+    """As waves.first_of."""
+    evenly = deal.share * rank + tl.minimum(rank, deal.share_more)
+    return evenly + deal.early * tl.minimum(rank, programs - deal.behind) + tl.minimum(rank, deal.early_more)
 
 
 @triton.jit
@@ -110,10 +122,11 @@ class Product:
         return self.weights.shape[0]
 
     @property
-    def tiles(self) -> int:
-        """Programs of a launch that has one for every data tile and every check tile."""
+    def tiles(self) -> tuple[int, int]:
+        """(data tiles, check tiles), over the batch."""
         batch, m, n, _, c = self.sizes
-        return max(1, batch * -(-m // self.config.bm) * (-(-n // self.config.bn) + -(-c // self.config.bc)))
+        rows = batch * -(-m // self.config.bm)
+        return rows * -(-n // self.config.bn), rows * -(-c // self.config.bc)
 
     def workspace(self, planes: int) -> tuple[Tensor, Tensor]:
         """Uninitialised (partials (B, planes, tiles_n, M), raw (B, M, C)), fp32; per call, for two streams would race."""
@@ -135,13 +148,16 @@ class Evidence:
 def multiply(product: Product, faults: Tensor | None = None) -> Evidence:
     """Launch. ``faults``: (count, 12) int32 descriptors (tiles.strike), or None."""
     a, config = product.a, product.config
-    _, m, n, k, c = product.sizes
+    batch, m, n, k, c = product.sizes
+    data_tiles, check_tiles = product.tiles
+    programs = max(1, min(data_tiles + check_tiles, config.resident * multiprocessors(a.device)))
+    dealt = deal(data_tiles, check_tiles, programs, check_cost(config.bn, config.bc))
     y = torch.empty(*a.shape[:-1], n, dtype=a.dtype, device=a.device)
     partials, raw = product.workspace(product.kinds + 1)
     summary = torch.empty(SUMMARY.value, dtype=torch.int64, device=a.device)
-    checked_product[(product.tiles,)](
+    checked_product[(programs,)](
         matrix(a), matrix(product.w), matrix(product.panel), product.bias, y, product.weights,
-        partials, raw, summary, m, n, k, c, fault_argument(faults), KINDS=product.kinds,
+        partials, raw, summary, dealt, m, n, k, c, batch, fault_argument(faults), KINDS=product.kinds,
         **config.launch(),
     )  # fmt: skip
     return Evidence(y, partials, raw, summary)

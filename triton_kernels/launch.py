@@ -56,7 +56,7 @@ def check(product: Product, evidence: Evidence, judge: Judge, words: Tensor, sit
     verify[(max(1, batch * blocks * judge.groups),)](
         first, judge.bound, shape, status, flags, evidence.summary, words, site, batch, REPEAT=judge.repeat, **order
     )
-    recompute[(min(product.tiles, REPAIR_PROGRAMS),)](
+    recompute[(max(1, min(sum(product.tiles), REPAIR_PROGRAMS)),)](
         a, w, panel, product.bias, y, product.weights, again, moved, flags, evidence.summary, shape, batch,
         fault_argument(faults), KINDS=product.kinds, CORRECT=judge.correct, **(config.launch() | {"maxnreg": MAX_REGISTERS}),
     )  # fmt: skip

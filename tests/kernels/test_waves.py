@@ -1,0 +1,73 @@
+"""Dealing tiles: every tile once, nobody much later than the others; cases computed by hand."""
+
+from __future__ import annotations
+
+import heapq
+
+import pytest
+from abft.triton_kernels import waves
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bench import predictions
+
+
+def shares(data_tiles, check_tiles, programs, cost):
+    """Check tiles of every program, as lists."""
+    d = waves.deal(data_tiles, check_tiles, programs, cost)
+    starts = [waves.first_of((p - d.behind) % programs, programs, d) for p in range(programs)]
+    stops = [waves.first_of((p - d.behind) % programs + 1, programs, d) for p in range(programs)]
+    return [list(range(a, b)) for a, b in zip(starts, stops, strict=True)]
+
+
+def test_what_fits_beside_the_last_round_costs_nothing():
+    # 10 data tiles on 4 programs: two have 3, two have 2. Four halves fit beside the third round.
+    assert shares(10, 4, 4, 0.5) == [[], [], [0, 1], [2, 3]]
+    assert waves.loads(10, 4, 4, 0.5) == [3, 3, 3, 3]
+    # One more, and somebody works half a tile longer.
+    assert waves.makespan(10, 5, 4, 0.5) == 3.5
+
+
+def test_tiles_that_come_out_even_leave_no_room():
+    assert waves.loads(8, 4, 4, 0.5) == [2.5] * 4
+    assert waves.loads(8, 5, 4, 0.5) == [3, 2.5, 2.5, 2.5]
+
+
+def test_4096_cubed_and_8192_cubed_on_132_multiprocessors():
+    # 1024 data tiles of 128 × 128 are 7 rounds and 100 tiles; 32 × 2 check tiles of half a tile fit beside the eighth.
+    h100 = {"bm": 128, "bn": 128, "bc": 64, "programs": 132}
+    assert waves.overhead(4096, 4096, 8 * 16, **h100) == 1.0
+    # 4096 are 31 rounds and 4 tiles: 256 half tiles fill the thirty-second exactly.
+    assert waves.overhead(8192, 8192, 16 * 16, **h100) == 1.0
+    # 16384 × 14336: 14336 are 108 rounds and 80 tiles; 896 halves, 104 of which fit, leave six for each.
+    assert waves.makespan(14336, 896, 132, 0.5) == 109 + 0.5 * 6
+
+
+@pytest.mark.parametrize("size", [4096, 8192])
+def test_the_full_panel_is_predicted_to_cost_at_most_three_percent(size):
+    predicted = predictions.predict(size, size, size)
+    assert predicted["columns"] == size // 512 * 16
+    assert 1.0 < predicted["ratio"] <= 1.03
+
+
+sizes = st.integers(0, 900), st.integers(0, 400), st.integers(1, 140), st.sampled_from([0.125, 0.25, 0.5, 1.0])
+
+
+@given(*sizes)
+def test_every_check_tile_is_dealt_once(data_tiles, check_tiles, programs, cost):
+    dealt = sorted(tile for share in shares(data_tiles, check_tiles, programs, cost) for tile in share)
+    assert dealt == list(range(check_tiles))
+
+
+@given(*sizes)
+def test_the_last_is_at_most_one_check_tile_later_than_least_loaded_first(data_tiles, check_tiles, programs, cost):
+    busy = [-(-(data_tiles - p) // programs) for p in range(programs)]
+    heapq.heapify(busy)
+    for _ in range(check_tiles):
+        heapq.heapreplace(busy, busy[0] + cost)
+    assert waves.makespan(data_tiles, check_tiles, programs, cost) <= max(busy) + cost
+
+
+@pytest.mark.parametrize(("bn", "bc", "cost"), [(256, 64, 0.25), (128, 64, 0.5), (128, 16, 0.25), (16, 16, 1.0)])
+def test_a_check_tile_costs_its_columns_down_to_what_reading_its_operand_costs(bn, bc, cost):
+    assert waves.check_cost(bn, bc) == cost

@@ -197,6 +197,7 @@ def entry_for(source: Tensor, matrix: Tensor, layout: Layout, *, transposed: boo
                 kind = (source.dtype, source.device, source.shape)
                 for old in [k for k, e in panels.entries.items() if e.source != kind]:
                     del panels.entries[old]  # the weight was moved or cast since
+                    panels.lanes.clear()
                 audited = _is_audited(matrix, frozen)
                 entry = Entry(build(matrix, layout), matrix.dtype, None, None, now, kind, panels.history, audited)
                 _remember(entry, matrix, now)

@@ -266,6 +266,104 @@ def test_nested_scopes_count_once(taken):
     assert outer.report().products == inner.report().products == 3
 
 
+def _cut(layer):
+    layer.weight.data, layer.bias.data = layer.weight.data[:32], layer.bias.data[:32]
+
+
+def _cut_features(layer):
+    layer.weight.data = layer.weight.data[:, :24]
+
+
+def _grow(layer):
+    layer.weight.data, layer.bias.data = torch.randn(80, 48), torch.randn(80)
+
+
+@pytest.mark.parametrize("weights", ["tracked", "frozen"])
+@pytest.mark.parametrize("change", [_cut, _cut_features, _grow])
+def test_a_weight_of_another_shape_leaves_it(taken, change, weights):
+    layer = _layer(policy=abft.Policy(weights=weights))
+    for _ in range(3):
+        layer(torch.randn(5, 48)).sum().backward()
+    change(layer)
+    layer.zero_grad()
+    x = torch.randn(5, layer.weight.shape[1], requires_grad=True)
+    before = len(taken)
+    y = layer(x)
+    y.sum().backward()
+    assert len(taken) == before and torch.equal(y, F.linear(x, layer.weight, layer.bias))
+    with pytest.raises(ShapeError):
+        layer(torch.randn(5, 33))
+
+
+def test_a_bias_of_another_shape_leaves_it(taken):
+    layer, x = _layer(), torch.randn(5, 48)
+    with torch.no_grad():
+        for _ in range(3):
+            layer(x)
+        layer.bias.data = layer.bias.data[:32]
+        with pytest.raises(ShapeError):
+            layer(x)
+        layer.bias.data = layer.bias.data[:1]
+        _mark()
+        assert torch.equal(layer(x), F.linear(x, layer.weight, layer.bias))
+    assert abft.report().bypassed == {"bias of another shape": 1}
+
+
+def test_wrappers_of_functorch_leave_it(taken):
+    layer, x, leaked = _layer(), torch.randn(5, 48), []
+    with torch.no_grad():
+        for _ in range(3):
+            layer(x)
+    before = len(taken)
+
+    def leak(t):
+        leaked.append(t * 1)
+        return t.sum()
+
+    torch.func.grad(leak)(x)
+    layer(leaked[0]).sum().backward()
+    layer(leaked[0]).sum().backward()  # a graph of its own
+    assert len(taken) == before + 2  # inside the operator, where they are unwrapped
+
+    class Implicit(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, t):
+            return F.pad(t, (0, 16))
+
+        @staticmethod
+        def backward(ctx, g):
+            return layer(g[:, :48])[:, :48]
+
+    x.requires_grad_()
+    (gradient,) = torch.autograd.grad(Implicit.apply(x), x, torch.randn(3, 5, 64), is_grads_batched=True)
+    assert gradient.shape == (3, 5, 48)
+
+
+def test_another_thread_that_forgets_the_judgement_breaks_nothing(monkeypatch):
+    layer, x = _layer(), torch.randn(5, 48)
+    genuine = lane.open_for
+
+    def open_for(call, backend, entry, quick):
+        entry.quick = None  # as a thread with another bias of the same weight would
+        genuine(call, backend, entry, quick)
+
+    monkeypatch.setattr(lane, "open_for", open_for)
+    with torch.no_grad():
+        for _ in range(3):
+            assert torch.equal(layer(x), F.linear(x, layer.weight, layer.bias))
+
+
+def test_lanes_hold_no_panel_that_was_dropped(taken):
+    layer = _layer()
+    for _ in range(3):
+        layer(torch.randn(5, 48)).sum().backward()
+    layer.to(torch.bfloat16)
+    layer(torch.randn(5, 48).bfloat16())
+    panels = layer.weight.__dict__["_abft_panels"]
+    held = {id(entry) for entry in panels.entries.values()}
+    assert all(id(found.entry) in held for found in panels.lanes.values())
+
+
 def test_copies_have_their_own(taken):
     layer, x = _layer(), torch.randn(5, 48)
     with torch.no_grad():

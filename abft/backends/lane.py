@@ -35,16 +35,17 @@ class Lane:
     biased: bool
     frozen: bool
     dtype: torch.dtype
+    shape: torch.Size  # of the weight
     depth: int
 
 
-def open_for(call: Call, backend: str, entry: panels.Entry) -> None:
-    """The next call of this kind may take the lane. The call was clean, with nothing repeated and all checks on."""
+def open_for(call: Call, backend: str, entry: panels.Entry, quick: Quick) -> None:
+    """The next call of this kind may take the lane. The call was clean by ``quick``, with nothing repeated and all checks on."""
     if call.policy.redundancy == "none" and call.a.dim() == 2 and (call.bias is None) == (call.bias_source is None):
         owner = panels.panels_of(call.source)  # type: ignore[arg-type]
         owner.lanes[call.role] = Lane(
-            entry, entry.quick, call.policy, backend, call.transposed, call.bias is not None, call.policy.weights == "frozen",
-            call.a.dtype, call.a.shape[1],
+            entry, quick, call.policy, backend, call.transposed, call.bias is not None, call.policy.weights == "frozen",
+            call.a.dtype, call.source.shape, call.a.shape[1],  # type: ignore[union-attr]
         )  # fmt: skip
 
 
@@ -63,6 +64,7 @@ def find(a: Tensor, b: Tensor, transposed: bool, bias: Tensor | None, role: str,
         or not (a.is_cpu and b.is_cpu)
         or lane.policy.text != policy
         or a.dim() != 2
+        or b.shape != lane.shape  # a weight may be cut in place, at the same address
     ):
         return None
     rows, depth = a.shape
@@ -82,4 +84,10 @@ def find(a: Tensor, b: Tensor, transposed: bool, bias: Tensor | None, role: str,
 def _remembered(bias: Tensor, entry: panels.Entry, frozen: bool) -> bool:
     kept = entry.bias
     owner = bias.__dict__.get(panels.ATTRIBUTE)
-    return kept is not None and kept.owner is owner and owner.source == id(bias) and kept.validity == panels.validity(bias, owner, frozen)
+    return (
+        kept is not None
+        and kept.owner is owner
+        and owner.source == id(bias)
+        and kept.values.shape == bias.shape
+        and kept.validity == panels.validity(bias, owner, frozen)
+    )

@@ -249,8 +249,9 @@ def _check(call: Call, y: Tensor, outcome: Outcome, backend: str) -> Tensor:
             strike.hit(panel.columns)
     bias = panels.bias_sums_for(entry, call.bias_source, call.bias, p.layout, frozen=call.policy.weights == "frozen")
     as_remembered = entry is None or panels.unchanged(entry, call.w, call.bias)
-    if entry is not None and as_remembered and _quickly_clean(call, y, entry, bias, p, outcome):
-        lane.open_for(call, backend, entry)
+    judge = _quickly_clean(call, y, entry, bias, p, outcome) if entry is not None and as_remembered else None
+    if entry is not None and judge is not None:
+        lane.open_for(call, backend, entry, judge)
         return y
     judgement = reference.examine(y, call, panel, bias, p)
     if judgement.clean and as_remembered and (entry is None or entry.uses % lane.PANEL_AUDIT or panels.intact(entry)):
@@ -260,20 +261,23 @@ def _check(call: Call, y: Tensor, outcome: Outcome, backend: str) -> Tensor:
     return arbitration.settle(case)
 
 
-def _quickly_clean(call: Call, y: Tensor, entry: panels.Entry, bias: Any, p: reference.Plan, outcome: Outcome) -> bool:
+def _quickly_clean(
+    call: Call, y: Tensor, entry: panels.Entry, bias: Any, p: reference.Plan, outcome: Outcome
+) -> quick.Quick | None:
+    """The prepared judgement by which the product is clean; None if there is none or if it is not."""
     entry.uses += 1
     if entry.uses % lane.PANEL_AUDIT == 0 and not panels.intact(entry):
-        return False
+        return None
     q = entry.quick
     if q is None:
         q = entry.quick = quick.prepare(entry.panel, bias, call.a.shape[-1], p) or False
     if q is False or call.a.dim() != 2:
-        return False
+        return None
     worst = quick.worst(y, call.a, q)
-    if worst <= 1.0:
-        outcome.worst = worst
-        return True
-    return False
+    if not worst <= 1.0:
+        return None
+    outcome.worst = worst
+    return q
 
 
 def _entry(call: Call, p: reference.Plan) -> panels.Entry:

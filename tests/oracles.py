@@ -82,6 +82,18 @@ def bits_equal(a: Tensor, b: Tensor) -> bool:
     return torch.equal(a.detach().contiguous().view(integer), b.detach().contiguous().view(integer))
 
 
+def seen_by_one_sum(weights: np.ndarray, kind: int) -> tuple[np.ndarray, np.ndarray]:
+    """Errors, at most 1, in four columns that cancel in every weighted sum, weights (4, columns), but one: (columns, errors)."""
+    rng = np.random.default_rng(kind)
+    for _ in range(100):
+        columns = rng.choice(weights.shape[1], 4, replace=False)
+        w = weights[:, columns].astype(np.float64)
+        if abs(np.linalg.det(w)) > 1e-6:
+            errors = np.linalg.solve(w, np.eye(4)[kind])
+            return columns, errors / np.abs(errors).max()
+    raise AssertionError("the four sums depend on each other")
+
+
 def relative_change(before: Tensor, after: Tensor) -> np.ndarray:
     """‖after - before‖ / ‖before‖ per row, in fp64."""
     before, after = before.detach().double().numpy(), after.detach().double().numpy()

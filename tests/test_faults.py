@@ -14,6 +14,8 @@ from torch import nn
 from torch.nn import functional as F
 
 import abft
+from abft import checksum
+from abft.backends import reference
 from abft.inject import Fault, Injected, Mixture, faults
 
 WHATS = ("nullify", "bitflip", "carry", "nan", "inf", "-inf", "near_inf", "nonfinite", "scale", "stuck_at")
@@ -172,6 +174,29 @@ def test_squares_that_overflow_fail_closed(bit):
             y = abft.linear(x, w)
         assert oracles.bits_equal(y, clean) or log[0].effect < 1e-3
         assert abft.report().recomputed == (log[0].effect >= 1e-3)
+
+
+@pytest.mark.parametrize("weight", ["parameter", "tensor"])
+@pytest.mark.parametrize("kind", checksum.FULL.kinds)
+def test_every_sum_is_judged(monkeypatch, kind, weight):
+    """Errors in four columns that cancel in all sums of a row but one."""
+    weights = np.stack([checksum.column_weights(name, COLUMNS) for name in checksum.FULL.kinds])
+    columns, errors = oracles.seen_by_one_sum(weights, checksum.FULL.kinds.index(kind))
+    x, w = torch.randn(ROWS, DEPTH), torch.randn(COLUMNS, DEPTH)
+    w = nn.Parameter(w, requires_grad=False) if weight == "parameter" else w
+    genuine, struck = reference.multiply, []
+
+    def multiply(a, b, bias):
+        y = genuine(a, b, bias)
+        if not struck:
+            struck.append(1)
+            y[7, columns] += 10 * torch.from_numpy(errors).float()
+        return y
+
+    monkeypatch.setattr(reference, "multiply", multiply)
+    assert oracles.bits_equal(abft.linear(x, w), F.linear(x, w))
+    report = abft.report()
+    assert struck and report.recomputed == report.detected == 1 and report.events[0].row == 7
 
 
 def test_all_rows_wrong_at_once():

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+import abft
 from abft import checksum
 from abft.backends import quick, reference
 from abft.backends.call import Call
@@ -56,6 +57,20 @@ def test_what_the_specification_suspects_is_not_passed(dtype, value):
     assert not quick.worst(y, call.a, q) <= 1.0
 
 
+def test_wrong_numbers_whose_squares_alone_overflow_are_not_passed():
+    """A row of large numbers that cancel in all four sums but for a small rest: only the bound is infinite."""
+    call, p, panel, sums = _case(16, 384, 384, torch.float32, bias=True)
+    q = quick.prepare(panel, sums, 384, p)
+    y = reference.execute(call)
+    weights = q.sums.double()
+    row = 2e18 * torch.randn(384, generator=torch.Generator().manual_seed(0)).double()
+    y[3] = row - torch.linalg.pinv(weights) @ (weights @ row)
+    y[3, 17] += 1e17
+    assert y[3].square().sum().isinf() and ((y[3] @ q.sums.T).square() < 1e38).all() and torch.isfinite(y).all()
+    assert not reference.examine(y, call, panel, sums, p).clean
+    assert not quick.worst(y, call.a, q) <= 1.0
+
+
 def test_agrees_with_the_specification_on_a_sweep_of_small_errors():
     call, p, panel, sums = _case(16, 384, 384, torch.float32, bias=True)
     q = quick.prepare(panel, sums, 384, p)
@@ -68,3 +83,17 @@ def test_agrees_with_the_specification_on_a_sweep_of_small_errors():
         passed.append(quick.worst(y, call.a, q) <= 1.0)
         assert passed[-1] == reference.examine(y, call, panel, sums, p).clean
     assert passed == [True, True, False, False, False]
+
+
+@pytest.mark.parametrize("dtype, group, bit", [(torch.float32, None, 18), (torch.float32, 16, 18), (torch.bfloat16, None, 6)], ids=["one group", "groups", "rounded"])
+def test_a_bound_that_overflowed_explains_nothing(dtype, group, bit):
+    """Numbers that are finite, as are all residuals; their squares and the bounds are not."""
+    layer = abft.Linear(96, 160, dtype=dtype, policy=abft.Policy(group=group))
+    x = (torch.randn(40, 96) * 2e19).to(dtype)
+    with torch.no_grad():
+        clean = layer(x)
+        assert torch.isfinite(clean).all() and (clean.float().abs().amax(1) > 1e19).all()
+        with abft.inject.faults(abft.inject.Fault("bitflip", bit=bit, index=(7, 5))) as log:
+            y = layer(x)
+    report = abft.report()
+    assert log[0].effect > 1e-4 and torch.equal(y, clean) and report.recomputed == report.detected == 1

@@ -8,7 +8,7 @@ import pytest
 import torch
 from kernel_harness import DEVICE, DTYPES, INF, NAN, NULLIFY, at, counters_of, fresh_ledger, operands, records_of, run
 
-from abft import ledger
+from abft import checksum, ledger
 from abft.faults import BitOperation, Region, Strike
 
 M, N, K = 128, 400, 96
@@ -151,6 +151,23 @@ def test_several_wrong_columns_have_no_column():
     a, w = operands(M, N, K, torch.float32)
     result = run(a, w, strikes=(Strike("accumulator", at(77, 300, cols=2), NULLIFY),))
     assert result.records[0]["col"] == -1 and result.counters["recomputed"] == 1
+
+
+@pytest.mark.parametrize("kind", checksum.FULL.kinds)
+def test_every_sum_is_judged_and_judged_again(kind):
+    """Errors in four columns that cancel in all sums of a row but one; fp32 results without bias are the accumulators."""
+    a, w = operands(M, N, K, torch.float32)
+    clean = run(a, w)
+    width = clean.plan.layout.groups.width
+    weights = np.stack([checksum.column_weights(name, width) for name in checksum.FULL.kinds])
+    columns, errors = oracles.seen_by_one_sum(weights, checksum.FULL.kinds.index(kind))
+    wrong = clean.y.cpu()[77, columns] + torch.from_numpy(errors).float()
+    patterns = wrong.view(torch.int32).tolist()
+    strikes = tuple(Strike("accumulator", at(77, int(c)), BitOperation(keep=0, flip=p)) for c, p in zip(columns, patterns, strict=True))
+    result, returned = run(a, w, strikes=strikes), run(a, w, strikes=strikes, again=strikes)
+    assert result.suspect_rows == [77] and oracles.bits_equal(result.y, clean.y)
+    assert result.counters["recomputed"] == result.detected == 1
+    assert returned.counters["uncorrected"] == returned.detected == 1
 
 
 # --- faults that stay -------------------------------------------------------------------------------

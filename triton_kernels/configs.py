@@ -28,7 +28,7 @@ class Config:
     """bm × bn data tiles, bm × bc check tiles, bk the step in K; ``precision`` as in tl.dot.
 
     resident: programs that run on a multiprocessor at once. registers: what a thread may use; left to itself, the assembler
-    weighs occupancy and would sometimes rather spill.
+    weighs occupancy and would sometimes rather spill. descriptors: operands come through the copy engine where their layout allows.
     """
 
     bm: int
@@ -40,6 +40,7 @@ class Config:
     bc: int = 64
     resident: int = 1
     registers: int = MAX_REGISTERS
+    descriptors: bool = False
 
     def launch(self) -> dict[str, Any]:
         """The keyword arguments of a launch. Fused multiply-add is said aloud: its default differs between Triton versions."""

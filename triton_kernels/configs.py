@@ -53,11 +53,11 @@ class Config:
 #: (architecture, kind of operand) → config. Architectures: 80 stands for all before Hopper, 90, 100 for Blackwell's data centre.
 CONFIGS = {
     (80, "16-bit"): Config(128, 128, 32, warps=8, stages=3),
-    (90, "16-bit"): Config(128, 128, 64, warps=8, stages=4),
-    (100, "16-bit"): Config(128, 128, 64, warps=8, stages=4),
+    (90, "16-bit"): Config(128, 128, 64, warps=8, stages=4, descriptors=True),
+    (100, "16-bit"): Config(128, 128, 64, warps=8, stages=4, descriptors=True),
     (80, "tf32"): Config(128, 64, 32, warps=8, stages=3, precision="tf32"),
-    (90, "tf32"): Config(128, 128, 32, warps=8, stages=4, precision="tf32"),
-    (100, "tf32"): Config(128, 64, 32, warps=8, stages=4, precision="tf32"),
+    (90, "tf32"): Config(128, 128, 32, warps=8, stages=4, precision="tf32", descriptors=True),
+    (100, "tf32"): Config(128, 64, 32, warps=8, stages=4, precision="tf32", descriptors=True),
     (80, "ieee"): Config(128, 64, 16, warps=8, stages=2),
     (90, "ieee"): Config(128, 64, 16, warps=8, stages=2),
     (100, "ieee"): Config(128, 64, 16, warps=8, stages=2),

@@ -50,7 +50,8 @@ SUMMARY = tl.constexpr(32)
 
 @triton.jit(do_not_specialize=["deal", "batches"])
 def checked_product(a, w, panel, a_tiles, w_tiles, panel_tiles, bias, y, weights, partials, raw, summary, deal,
-                    M, N, K, C, batches, FAULT, A_ROWS: tl.constexpr, W_ROWS: tl.constexpr, KINDS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BC: tl.constexpr,
+                    M, N, K, C, batches, FAULT, A_ROWS: tl.constexpr, W_ROWS: tl.constexpr, KINDS: tl.constexpr,
+                    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BC: tl.constexpr,
                     TALL: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """Every program: its data tiles, then its check tiles."""
     program, programs = tl.program_id(0), tl.num_programs(0)

@@ -22,7 +22,8 @@ NOTHING, SEVERAL = tl.constexpr(-1), tl.constexpr(-2)
 
 @triton.jit
 def recompute(a, w, panel, a_tiles, w_tiles, panel_tiles, bias, y, weights, again, moved, flags, summary, shape, batches, FAULT,
-              A_ROWS: tl.constexpr, W_ROWS: tl.constexpr, KINDS: tl.constexpr, CORRECT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BC: tl.constexpr,
+              A_ROWS: tl.constexpr, W_ROWS: tl.constexpr, KINDS: tl.constexpr, CORRECT: tl.constexpr,
+              BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BC: tl.constexpr,
               TALL: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """A few programs share the tiles of the product's grid; they leave at once when nothing is suspect."""
     tiles_m, tiles_n, tiles_c = tl.cdiv(shape.m, BM), tl.cdiv(shape.n, BN), tl.cdiv(shape.c, BC)

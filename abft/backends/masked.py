@@ -114,6 +114,17 @@ def execute_fused(call: Call, strikes: tuple[Strike, ...] = ()) -> Tensor:
     return _execute(replace(call, strikes=strikes), plan_for(call, fused=True), struck=True)[0]
 
 
+def execute_in_kernel(call: Call, strikes: tuple[Strike, ...] = ()) -> Tensor:
+    """The result of our own kernels, which add the bias to what was struck, in every precision."""
+    unbiased = replace(call, bias=None)
+    half = call.a.dtype in (torch.float16, torch.bfloat16)
+    wide = _wide_product(call.a, call.w) if half else torch.matmul(call.a, call.w.mT)
+    reference.strike_accumulators(wide, unbiased, strikes)
+    y = (wide if call.bias is None else wide + call.bias).to(call.a.dtype)
+    reference.strike_output(y, strikes)
+    return y
+
+
 def _wide_product(a: Tensor, w: Tensor) -> Tensor:
     """A Wᵀ of half-precision operands, accumulated and returned in fp32."""
     if a.device.type != "cuda":

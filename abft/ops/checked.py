@@ -99,7 +99,8 @@ def _struck(call: Call, backend: str) -> Call:
         floating.ACCUMULATOR[call.a.dtype] if fused else call.a.dtype, call.a.shape[0] if call.a.dim() == 3 else 1, call.source,
         None if panel is None else panel.columns,
     )  # fmt: skip
-    execute = masked.execute_fused if fused else reference.execute
+    in_kernel = masked.execute_in_kernel if backend == "triton" else masked.execute_fused
+    execute = in_kernel if fused else reference.execute
     strikes = tuple(faults.strikes(target))
     if not strikes:
         return call

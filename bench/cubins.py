@@ -37,8 +37,8 @@ from abft.faults import BitOperation, Region, Strike
 
 ARCHITECTURES = (80, 90, 100)
 KINDS = {"bf16": torch.bfloat16, "fp16": torch.float16, "tf32": torch.float32, "ieee": torch.float32}
-#: Matrix instructions in SASS, by generation, and CUDA-core arithmetic.
-MNEMONICS = ("HGMMA", "HMMA", "UTCHMMA", "UTCQMMA", "FFMA")
+#: Matrix instructions in SASS, by generation; CUDA-core arithmetic; asynchronous copies, by tile (descriptors) and by thread.
+MNEMONICS = ("HGMMA", "HMMA", "UTCHMMA", "UTCQMMA", "FFMA", "UTMALDG", "LDGSTS")
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ class Config:
     """bm × bn data tiles, bm × bc check tiles, bk the step in K; ``precision`` as in tl.dot.
 
     resident: programs that run on a multiprocessor at once. registers: what a thread may use; left to itself, the assembler
-    weighs occupancy and would sometimes rather spill.
+    weighs occupancy and would sometimes rather spill. descriptors: operands come through the copy engine where their layout allows.
     """
 
     bm: int
@@ -40,6 +40,7 @@ class Config:
     bc: int = 64
     resident: int = 1
     registers: int = MAX_REGISTERS
+    descriptors: bool = False
 
     def launch(self) -> dict[str, Any]:
         """The keyword arguments of a launch. Fused multiply-add is said aloud: its default differs between Triton versions."""
@@ -52,11 +53,11 @@ class Config:
 #: (architecture, kind of operand) → config. Architectures: 80 stands for all before Hopper, 90, 100 for Blackwell's data centre.
 CONFIGS = {
     (80, "16-bit"): Config(128, 128, 32, warps=8, stages=3),
-    (90, "16-bit"): Config(128, 128, 64, warps=8, stages=4),
-    (100, "16-bit"): Config(128, 128, 64, warps=8, stages=4),
+    (90, "16-bit"): Config(128, 128, 64, warps=8, stages=4, descriptors=True),
+    (100, "16-bit"): Config(128, 128, 64, warps=8, stages=4, descriptors=True),
     (80, "tf32"): Config(128, 64, 32, warps=8, stages=3, precision="tf32"),
-    (90, "tf32"): Config(128, 128, 32, warps=8, stages=4, precision="tf32"),
-    (100, "tf32"): Config(128, 64, 32, warps=8, stages=4, precision="tf32"),
+    (90, "tf32"): Config(128, 128, 32, warps=8, stages=4, precision="tf32", descriptors=True),
+    (100, "tf32"): Config(128, 64, 32, warps=8, stages=4, precision="tf32", descriptors=True),
     (80, "ieee"): Config(128, 64, 16, warps=8, stages=2),
     (90, "ieee"): Config(128, 64, 16, warps=8, stages=2),
     (100, "ieee"): Config(128, 64, 16, warps=8, stages=2),

@@ -34,6 +34,7 @@ from .tiles import (
     OUTPUT,
     Faults,
     accumulate,
+    descriptor,
     finish,
     matrix,
     store_sums,
@@ -48,8 +49,9 @@ SUMMARY = tl.constexpr(32)
 
 
 @triton.jit(do_not_specialize=["deal", "batches"])
-def checked_product(a, w, panel, bias, y, weights, partials, raw, summary, deal, M, N, K, C, batches, FAULT,
-                    KINDS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BC: tl.constexpr,
+def checked_product(a, w, panel, a_tiles, w_tiles, panel_tiles, bias, y, weights, partials, raw, summary, deal,
+                    M, N, K, C, batches, FAULT, A_ROWS: tl.constexpr, W_ROWS: tl.constexpr, KINDS: tl.constexpr,
+                    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BC: tl.constexpr,
                     TALL: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """Every program: its data tiles, then its check tiles."""
     program, programs = tl.program_id(0), tl.num_programs(0)
@@ -59,12 +61,13 @@ def checked_product(a, w, panel, bias, y, weights, partials, raw, summary, deal,
     # Hoisted out of their loops, the addresses of both kinds of tile would not fit the registers.
     for index in tl.range(program, batches * tiles_m * tiles_n, programs, disable_licm=True):
         tile_m, tile_n = tile_of(index % (tiles_m * tiles_n), tiles_m, tiles_n, TALL)
-        _data_tile(a, w, bias, y, weights, partials, index // (tiles_m * tiles_n), tile_m, tile_n, M, N, K, FAULT,
-                   KINDS, BM, BN, BK, PRECISION)  # fmt: skip
+        _data_tile(a, w, a_tiles, w_tiles, A_ROWS, W_ROWS, bias, y, weights, partials, index // (tiles_m * tiles_n),
+                   tile_m, tile_n, M, N, K, FAULT, KINDS, BM, BN, BK, PRECISION)  # fmt: skip
     rank = (program - deal.behind + programs) % programs
     for index in tl.range(first_check_tile(rank, programs, deal), first_check_tile(rank + 1, programs, deal), disable_licm=True):
         tile_m, tile_c = tile_of(index % (tiles_m * tiles_c), tiles_m, tiles_c, TALL)
-        check_tile(a, panel, raw, index // (tiles_m * tiles_c), tile_m, tile_c, M, C, K, BM, BC, BK, PRECISION)
+        check_tile(a, panel, a_tiles, panel_tiles, A_ROWS, raw, index // (tiles_m * tiles_c), tile_m, tile_c, M, C, K,
+                   BM, BC, BK, PRECISION)  # fmt: skip
 
 
 @triton.jit
@@ -75,10 +78,12 @@ def first_check_tile(rank, programs, deal):
 
 
 @triton.jit
-def _data_tile(a, w, bias, y, weights, partials, batch, tile_m, tile_n, M, N, K, FAULT, KINDS: tl.constexpr,
+def _data_tile(a, w, a_tiles, w_tiles, A_ROWS: tl.constexpr, W_ROWS: tl.constexpr, bias, y, weights, partials,
+               batch, tile_m, tile_n, M, N, K, FAULT, KINDS: tl.constexpr,
                BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     rows, cols = tile_m * BM + tl.arange(0, BM), tile_n * BN + tl.arange(0, BN)
-    acc = accumulate(a, w, batch, rows, cols, M, N, K, FAULT, BM, BN, BK, PRECISION)
+    acc = accumulate(a, w, a_tiles, w_tiles, A_ROWS, W_ROWS, batch, tile_m * BM, tile_n * BN, M, N, K, FAULT,
+                     BM, BN, BK, PRECISION)  # fmt: skip
     if FAULT is not None:
         acc = strike(acc, FAULT, ACCUMULATOR, batch, rows, cols, 0, 1)
     store_sums(acc, weights, partials, KINDS + 1, KINDS, batch, tile_n, tl.cdiv(N, BN), rows, cols, M, N)
@@ -89,10 +94,11 @@ def _data_tile(a, w, bias, y, weights, partials, batch, tile_m, tile_n, M, N, K,
 
 
 @triton.jit
-def check_tile(a, panel, raw, batch, tile_m, tile_c, M, C, K,
+def check_tile(a, panel, a_tiles, panel_tiles, A_ROWS: tl.constexpr, raw, batch, tile_m, tile_c, M, C, K,
                 BM: tl.constexpr, BC: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     rows, cols = tile_m * BM + tl.arange(0, BM), tile_c * BC + tl.arange(0, BC)
-    acc = accumulate(a, panel, batch, rows, cols, M, C, K, None, BM, BC, BK, PRECISION)
+    acc = accumulate(a, panel, a_tiles, panel_tiles, A_ROWS, True, batch, tile_m * BM, tile_c * BC, M, C, K, None,
+                     BM, BC, BK, PRECISION)  # fmt: skip
     store_tile(raw, acc, batch, rows, cols, M, C)
 
 
@@ -120,6 +126,17 @@ class Product:
     def kinds(self) -> int:
         """Sums of every row that are judged: e, one, hi, lo, or e alone."""
         return self.weights.shape[0]
+
+    def operands(self) -> tuple[tuple[Any, ...], dict[str, bool]]:
+        """A, W and the panel as kernel arguments: their pointers and strides, then descriptors of their tiles or None; flags."""
+        c = self.config
+        left = descriptor(self.a, c.bm, c.bk) if c.descriptors else None
+        right = descriptor(self.w, c.bn, c.bk) if left else None
+        checks = descriptor(self.panel, c.bc, c.bk) if right else None
+        found = (left, right, checks) if left and right and checks else ((None, True),) * 3
+        (a, a_rows), (w, w_rows), (panel, _) = found  # type: ignore[misc]
+        matrices = matrix(self.a), matrix(self.w), matrix(self.panel)
+        return (*matrices, a, w, panel), {"A_ROWS": a_rows, "W_ROWS": w_rows}
 
     @property
     def tiles(self) -> tuple[int, int]:
@@ -155,9 +172,10 @@ def multiply(product: Product, faults: Tensor | None = None) -> Evidence:
     y = torch.empty(*a.shape[:-1], n, dtype=a.dtype, device=a.device)
     partials, raw = product.workspace(product.kinds + 1)
     summary = torch.empty(SUMMARY.value, dtype=torch.int64, device=a.device)
+    operands, order = product.operands()
     checked_product[(programs,)](
-        matrix(a), matrix(product.w), matrix(product.panel), product.bias, y, product.weights,
-        partials, raw, summary, dealt, m, n, k, c, batch, fault_argument(faults), KINDS=product.kinds,
+        *operands, product.bias, y, product.weights,
+        partials, raw, summary, dealt, m, n, k, c, batch, fault_argument(faults), **order, KINDS=product.kinds,
         **config.launch(),
     )  # fmt: skip
     return Evidence(y, partials, raw, summary)

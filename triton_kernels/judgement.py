@@ -27,6 +27,7 @@ class Bound(NamedTuple):
     accumulate: Any  # (kinds,)
     absolute: Any  # (kinds,)
     reach: Any  # 4 · K · group width: |c| <= reach · max|a| · max|w|
+    spread: Any  # 16 · √K: every |acc| <= √K h, and Σ|x·g| over four sketches falls below h/16 once in a million rows
 
 
 class Shape(NamedTuple):

@@ -49,16 +49,17 @@ def check(product: Product, evidence: Evidence, judge: Judge, words: Tensor, sit
     first = Sums(evidence.partials, evidence.raw, judge.scales, scales_batch)
     again = Sums(partials, raw, judge.scales, scales_batch)
     shape = Shape(m, n, k, c, judge.groups, judge.tiles_per_group)
-    a, w, panel = matrix(product.a), matrix(product.w), matrix(product.panel)
+    a, w = matrix(product.a), matrix(product.w)
     order = {"KINDS": product.kinds, "PARTS": judge.parts, "BM": config.bm, "BN": config.bn, "OUT_LARGEST": torch.finfo(y.dtype).max}
     # Rarely more than an early exit: left to itself, the assembler would rather spill than take another register.
     order |= {"num_warps": 4, "enable_fp_fusion": True, "maxnreg": MAX_REGISTERS}
     verify[(max(1, batch * blocks * judge.groups),)](
         first, judge.bound, shape, status, flags, evidence.summary, words, site, batch, REPEAT=judge.repeat, **order
     )
+    operands, layout = product.operands()
     recompute[(max(1, min(sum(product.tiles), REPAIR_PROGRAMS)),)](
-        a, w, panel, product.bias, y, product.weights, again, moved, flags, evidence.summary, shape, batch,
-        fault_argument(faults), KINDS=product.kinds, CORRECT=judge.correct, **(config.launch() | {"maxnreg": MAX_REGISTERS}),
+        *operands, product.bias, y, product.weights, again, moved, flags, evidence.summary, shape, batch,
+        fault_argument(faults), **layout, KINDS=product.kinds, CORRECT=judge.correct, **(config.launch() | {"maxnreg": MAX_REGISTERS}),
     )  # fmt: skip
     settle[(max(1, batch * blocks),)](
         a, w, y, first, again, moved, status, judge.bound, shape, words, site, evidence.summary, details, labels, batch,

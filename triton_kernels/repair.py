@@ -21,8 +21,9 @@ NOTHING, SEVERAL = tl.constexpr(-1), tl.constexpr(-2)
 
 
 @triton.jit
-def recompute(a, w, panel, bias, y, weights, again, moved, flags, summary, shape, batches, FAULT,
-              KINDS: tl.constexpr, CORRECT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BC: tl.constexpr,
+def recompute(a, w, panel, a_tiles, w_tiles, panel_tiles, bias, y, weights, again, moved, flags, summary, shape, batches, FAULT,
+              A_ROWS: tl.constexpr, W_ROWS: tl.constexpr, KINDS: tl.constexpr, CORRECT: tl.constexpr,
+              BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BC: tl.constexpr,
               TALL: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """A few programs share the tiles of the product's grid; they leave at once when nothing is suspect."""
     tiles_m, tiles_n, tiles_c = tl.cdiv(shape.m, BM), tl.cdiv(shape.n, BN), tl.cdiv(shape.c, BC)
@@ -35,15 +36,16 @@ def recompute(a, w, panel, bias, y, weights, again, moved, flags, summary, shape
             tile_m, tile_n = tile_of(tile, tiles_m, tiles_n, TALL)
             group = tile_n // shape.tiles_per_group
             if _flag(flags, shape, tiles_m, batch, tile_m, group) == SUSPECT:
-                _data_tile_again(a, w, bias, y, weights, again.partials, moved, batch, tile_m, tile_n, shape, FAULT,
-                                 KINDS, CORRECT, BM, BN, BK, PRECISION)  # fmt: skip
+                _data_tile_again(a, w, a_tiles, w_tiles, A_ROWS, W_ROWS, bias, y, weights, again.partials, moved,
+                                 batch, tile_m, tile_n, shape, FAULT, KINDS, CORRECT, BM, BN, BK, PRECISION)  # fmt: skip
         else:
             tile_m, tile_c = tile_of(tile - data_tiles, tiles_m, tiles_c, TALL)
             gravest = tl.cast(0, tl.int32)
             for group in range(shape.groups):
                 gravest = tl.maximum(gravest, _flag(flags, shape, tiles_m, batch, tile_m, group))
             if gravest == SUSPECT:
-                check_tile(a, panel, again.raw, batch, tile_m, tile_c, shape.m, shape.c, shape.k, BM, BC, BK, PRECISION)
+                check_tile(a, panel, a_tiles, panel_tiles, A_ROWS, again.raw, batch, tile_m, tile_c, shape.m, shape.c, shape.k,
+                           BM, BC, BK, PRECISION)  # fmt: skip
 
 
 @triton.jit
@@ -53,11 +55,12 @@ def _flag(flags, shape, tiles_m, batch, tile_m, group):
 
 
 @triton.jit
-def _data_tile_again(a, w, bias, y, weights, partials, moved, batch, tile_m, tile_n, shape, FAULT,
-                     KINDS: tl.constexpr, CORRECT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-                     PRECISION: tl.constexpr):  # fmt: skip
+def _data_tile_again(a, w, a_tiles, w_tiles, A_ROWS: tl.constexpr, W_ROWS: tl.constexpr, bias, y, weights, partials, moved,
+                     batch, tile_m, tile_n, shape, FAULT, KINDS: tl.constexpr, CORRECT: tl.constexpr,
+                     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     rows, cols = tile_m * BM + tl.arange(0, BM), tile_n * BN + tl.arange(0, BN)
-    acc = accumulate(a, w, batch, rows, cols, shape.m, shape.n, shape.k, FAULT, BM, BN, BK, PRECISION)
+    acc = accumulate(a, w, a_tiles, w_tiles, A_ROWS, W_ROWS, batch, tile_m * BM, tile_n * BN, shape.m, shape.n, shape.k, FAULT,
+                     BM, BN, BK, PRECISION)  # fmt: skip
     if FAULT is not None:
         acc = strike(acc, FAULT, ACCUMULATOR, batch, rows, cols, 0, 1)
     tiles_n = tl.cdiv(shape.n, BN)

@@ -5,7 +5,8 @@
         explained, nothing changed                clean          only the squares in its bound had overflowed
         not explained                             UNCORRECTED
         actual and predicted both not finite      INPUT          an operand held NaN or Inf
-        finite operands that can exceed fp32      OVERFLOW       what torch delivers, too
+        finite operands that can exceed fp32,
+        and a panel that agrees                   OVERFLOW       what torch delivers, too
     calm, but delivered numbers beyond the type   OVERFLOW
 
 At level detect, RECOMPUTED and UNCORRECTED are OBSERVED.
@@ -90,6 +91,11 @@ def _second_opinion(a, w, first, again, moved, bound, shape, code, batch, group,
     puzzling = poisoned | (suspect & ~ok & ~judged)
     if tl.max(puzzling.to(tl.int32), 0) > 0:
         finite, possible = _operands(a, w, bound, shape, batch, group, rows, BN)
+        # The panel remembers what W was: where its sketches say that no sum came near the range, W's present size is the fault.
+        # (Poisoned rows alone are not computed again.)
+        _, at_first = noise(first, KINDS, PARTS, shape, batch, group, rows)
+        _, repeated = noise(again, KINDS, PARTS, shape, batch, group, rows)
+        possible &= ~(tl.where(poisoned, at_first, repeated) * bound.spread < ACC_LARGEST)
         severity = tl.where(poisoned & ~finite, S_INPUT, severity)
         severity = tl.where(puzzling & finite & possible & (poisoned | ~changed), S_OVERFLOW, severity)
     cause = tl.where(suspect & (severity == S_UNCORRECTED) & ~changed, PERSISTENT, 0)

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 # Words of one fault descriptor (int32), and the places that exist inside a kernel.
 FAULT_WORDS = tl.constexpr(12)
@@ -65,23 +66,34 @@ def offsets(batch, batch_stride, rows, row_stride, cols, col_stride):
 
 
 @triton.jit
-def accumulate(a, b, batch, rows, cols, M, N, K, FAULT,
+def accumulate(a, b, a_tiles, b_tiles, A_ROWS: tl.constexpr, B_ROWS: tl.constexpr, batch, row, col, M, N, K, FAULT,
                BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """acc[m, n] = Σ_k a[m, k] b[n, k]. What lies outside the matrices counts as zero."""
-    k = tl.arange(0, BK)
-    a_at = a.ptr + offsets(batch, a.batch, rows, a.row, k, a.col)
-    b_at = b.ptr + offsets(batch, b.batch, k, b.col, cols, b.row)
-    a_step = tl.cast(a.col, tl.int64) * BK
-    b_step = tl.cast(b.col, tl.int64) * BK
+    """acc[m, n] = Σ_k a[m, k] b[n, k] for BM rows from ``row`` and BN from ``col``. What lies outside the matrices counts as zero.
+
+    Through descriptors (a_tiles, b_tiles; *_ROWS: of the matrix itself, not of its transpose) or, if they are None, pointers.
+    """
+    rows, cols, k = row + tl.arange(0, BM), col + tl.arange(0, BN), tl.arange(0, BK)
     acc = tl.zeros((BM, BN), tl.float32)
-    for start in range(0, K, BK):
-        left = tl.load(a_at, mask=(rows[:, None] < M) & (k[None, :] < K - start), other=0.0)
-        right = tl.load(b_at, mask=(k[:, None] < K - start) & (cols[None, :] < N), other=0.0)
-        if FAULT is not None:
-            left = strike(left, FAULT, OPERAND, batch, rows, start + k, tl.min(cols, 0), BN)
-        acc = tl.dot(left, right, acc, input_precision=PRECISION)
-        a_at += a_step
-        b_at += b_step
+    if a_tiles is not None:
+        for start in range(0, K, BK):
+            left = a_tiles.load([row, start]) if A_ROWS else a_tiles.load([start, row]).T
+            right = b_tiles.load([col, start]).T if B_ROWS else b_tiles.load([start, col])
+            if FAULT is not None:
+                left = strike(left, FAULT, OPERAND, batch, rows, start + k, col, BN)
+            acc = tl.dot(left, right, acc, input_precision=PRECISION)
+    else:
+        a_at = a.ptr + offsets(batch, a.batch, rows, a.row, k, a.col)
+        b_at = b.ptr + offsets(batch, b.batch, k, b.col, cols, b.row)
+        a_step = tl.cast(a.col, tl.int64) * BK
+        b_step = tl.cast(b.col, tl.int64) * BK
+        for start in range(0, K, BK):
+            left = tl.load(a_at, mask=(rows[:, None] < M) & (k[None, :] < K - start), other=0.0)
+            right = tl.load(b_at, mask=(k[:, None] < K - start) & (cols[None, :] < N), other=0.0)
+            if FAULT is not None:
+                left = strike(left, FAULT, OPERAND, batch, rows, start + k, col, BN)
+            acc = tl.dot(left, right, acc, input_precision=PRECISION)
+            a_at += a_step
+            b_at += b_step
     return acc
 
 
@@ -138,3 +150,16 @@ def store_tile(ptr, values, batch, rows, cols, M, N):
 def matrix(tensor: Any) -> Matrix:
     """The kernel argument of a (rows, cols) or (batch, rows, cols) tensor."""
     return Matrix(tensor, tensor.stride(0) if tensor.dim() == 3 else 0, tensor.stride(-2), tensor.stride(-1))
+
+
+def descriptor(tensor: Any, rows: int, cols: int) -> tuple[Any, bool] | None:
+    """A descriptor of (rows, cols) tiles of a matrix, and whether of it or (False) of its transpose; None where it cannot be had.
+
+    The copy engine wants one dimension contiguous, the other's stride and the base in multiples of 16 bytes, no batch.
+    """
+    if tensor.dim() != 2 or tensor.numel() == 0 or tensor.data_ptr() % 16:
+        return None
+    for view, block, straight in ((tensor, [rows, cols], True), (tensor.mT, [cols, rows], False)):
+        if view.stride(1) == 1 and view.stride(0) * tensor.element_size() % 16 == 0 and view.stride(0) > 0:
+            return TensorDescriptor.from_tensor(view, block), straight
+    return None

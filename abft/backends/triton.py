@@ -6,6 +6,7 @@ Only this module imports Triton and the kernels, and only when a product asks fo
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 from dataclasses import dataclass
 from functools import lru_cache
@@ -221,7 +222,7 @@ def _bound(p: Plan, k: int) -> Any:
 
     c = p.coefficients
     reach = 4.0 * max(k, 1) * p.layout.groups.width
-    return Bound(c.accumulate, c.absolute, reach)
+    return Bound(c.accumulate, c.absolute, reach, 16.0 * math.sqrt(max(k, 1)))
 
 
 def _is_repeated(call: Call) -> bool:

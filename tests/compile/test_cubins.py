@@ -86,6 +86,16 @@ def test_data_and_check_tiles_run_on_the_same_matrix_units(table, arch, variant,
     assert product[0][name] == again[0][name] > 0
 
 
+@pytest.mark.parametrize("kind", ["bf16", "fp16", "tf32", "ieee"])
+@pytest.mark.parametrize(("arch", "variant"), CASES)
+def test_operands_come_by_tile_where_there_are_descriptors_and_else_by_thread(table, arch, variant, kind):
+    by_tile = arch != "sm_80" and kind != "ieee" and variant != "ones"  # one number is no multiple of 16 bytes
+    for r in table:
+        if (r["arch"], r["variant"], r["kind"]) == (arch, variant, kind) and r["kernel"] in PRODUCTS:
+            assert (r["UTMALDG"] > 0) is by_tile, r
+            assert (r["LDGSTS"] > 0) is (not by_tile and variant != "ones"), r
+
+
 @pytest.mark.parametrize(("arch", "variant"), CASES)
 def test_ieee_products_stay_on_the_cuda_cores(table, arch, variant):
     rows = [r for r in table if (r["arch"], r["variant"], r["kind"]) == (arch, variant, "ieee")]

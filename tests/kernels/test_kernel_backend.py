@@ -7,7 +7,7 @@ from unittest import mock
 import oracles
 import pytest
 import torch
-from kernel_harness import DEVICE
+from kernel_harness import DEVICE, DTYPES
 
 import abft
 from abft import panels, threshold
@@ -99,3 +99,41 @@ def test_an_injected_fault_is_reported_as_an_event():
     assert oracles.bits_equal(y, clean) and report.recomputed == report.detected == 1
     (event,) = report.events
     assert event.verdict is abft.Verdict.RECOMPUTED and event.backend == "triton" and event.rows == 1
+
+
+@pytest.mark.parametrize("place", ["accumulator", "operand", "output"])
+def test_the_log_says_what_a_fault_does_to_the_result(place):
+    """In every precision the bias joins after an accumulator is struck."""
+    torch.manual_seed(3)
+    for dtype in (torch.float32, torch.float16):
+        layer = abft.Linear(48, 150, dtype=dtype, device=DEVICE, policy=TRITON.replace(level="detect"))
+        x = torch.randn(9, 48, device=DEVICE).to(dtype)
+        with torch.no_grad():
+            clean = layer(x)
+            with abft.inject.faults(abft.inject.Fault("nullify", place, pattern="element"), seed=5) as log:
+                wrong = layer(x)
+        elements = log[0].elements
+        assert elements and min((wrong != clean).sum(), 64) == len(elements)  # of many, the first
+        for row, column, before, after in elements:
+            for value, seen in ((clean, before), (wrong, after)):
+                oracles.assert_within(torch.tensor([seen]), value[row, column].cpu().double().reshape(1), torch.tensor([1e-3]))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=oracles.name_of)
+@pytest.mark.parametrize("what", ["near_inf", "bit", "inf", "nan"])
+def test_a_weight_that_became_huge_in_memory_is_a_fault_and_no_overflow(what, dtype):
+    """The panel remembers what the weight was: its sketches say that nothing came near the range."""
+    torch.manual_seed(4)
+    layer = abft.Linear(48, 150, dtype=dtype, device=DEVICE, policy=TRITON.replace(weights="frozen"))
+    x = torch.randn(9, 48, device=DEVICE).to(dtype)
+    fault = abft.inject.Fault("bitflip", "weight", bit=dtype.itemsize * 8 - 2) if what == "bit" else abft.inject.Fault(what, "weight")
+    with torch.no_grad():
+        layer(x)
+        abft.report(reset=True)
+        with abft.inject.faults(fault, seed=5):
+            layer(x)
+    report = abft.report()
+    if what in ("near_inf", "bit"):
+        assert report.detected == report.uncorrected == 9 and report.overflow_rows == 0
+    else:  # an operand that is not finite now; whose fault that is, the device does not arbitrate yet
+        assert report.detected + report.input_rows == 9

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from abft import panels, protection, scope
 from abft import policy as policies
-from abft import protection, scope
 from abft.nn.checked import Checked, ScopedForward
 from abft.ops.checked import product
 
@@ -97,6 +97,7 @@ def _describe(name: str, module: nn.Module, hidden: bool) -> ModuleCoverage:
         isinstance(weight, Tensor)
         and type(weight) not in (Tensor, nn.Parameter)
         and torch.utils._python_dispatch.is_traceable_wrapper_subclass(weight)
+        and not panels.is_shard(weight)  # gathered before each product, which then sees a plain weight
     ):
         return ModuleCoverage(name, kind, False, "", "", "", f"its weight is a {type(weight).__name__}, left to its own kernels")
     if policy.level == "off" and policy.redundancy == "none":

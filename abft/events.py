@@ -50,6 +50,7 @@ class FaultEvent:
     message: str
 
     def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON; the verdict by its name."""
         return asdict(self) | {"verdict": self.verdict.name, "shape": list(self.shape)}
 
 
@@ -68,7 +69,7 @@ def _uuid(device: str) -> str:
 
 def message(site: str, role: str, record: dict[str, Any], device: str) -> str:
     """One sentence that names everything needed to find the fault again."""
-    col = "" if record["col"] < 0 else f", column {record['col']}"
+    col = ", column unknown" if record["col"] < 0 else f", column {record['col']}"
     residual, bound = ledger.bits_float(record["residual"]), ledger.bits_float(record["bound"])
     verdict = ledger.VERDICTS[record["verdict"]]
     element = record.get("element")

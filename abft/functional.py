@@ -123,6 +123,8 @@ def _linear_again(
         return None
     if site is None:
         site = sites.functional_tensor(sites.functional(name, policy.on_uncorrected))
+    elif not site.is_cpu:
+        site = sites.here(site, a.device)
     if torch.is_grad_enabled() and (input.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)):
         y = apply_directly(a, weight, bias, False, ledger.tensor(a.device), site, policy.text, fitting)
     else:
@@ -214,6 +216,8 @@ def _product(a: Tensor, b: Tensor, bias: Tensor | None, tb: bool, site: Tensor |
 def _apply(a: Tensor, b: Tensor, bias: Tensor | None, tb: bool, site: Tensor | None, policy: Policy, name: str) -> Tensor:
     if site is None:
         site = sites.at(_own_site(name, policy.text, a.device), a.device)
+    elif site.device != a.device:
+        site = sites.here(site, a.device)  # the weights came past the module: offloaded, or put into its dictionary
     book = ledger.tensor(a.device)
     if not torch.is_grad_enabled():
         return product(a, False, b, tb, bias, book, site, "fprop", policy.text)

@@ -142,6 +142,11 @@ def _fsdp_parameters() -> Iterator[Any]:
             yield from getattr(group, "fsdp_params", ())
 
 
+def is_shard(weight: Tensor) -> bool:
+    """Whether FSDP2 holds this as the shard of a weight that it gathers for every product."""
+    return any(p.sharded_param is weight for p in _fsdp_parameters())
+
+
 def _gathered_by(source: Tensor) -> weakref.ref[Any] | None:
     return next((weakref.ref(p) for p in _fsdp_parameters() if getattr(p, "_unsharded_param", None) is source), None)
 

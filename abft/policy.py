@@ -103,7 +103,7 @@ class Policy:
         self._check_roles()
         self._check_group()
         floor = self.max_floor
-        if floor is not None and (isinstance(floor, bool) or not (isinstance(floor, int | float) and floor > 0)):
+        if floor is not None and (isinstance(floor, bool) or not (isinstance(floor, int | float) and 0 < floor < float("inf"))):
             raise PolicyError(f"Policy.max_floor must be a positive number or None; got {self.max_floor!r}")
         if not callable(self.on_uncorrected) and self.on_uncorrected not in ("record", "warn", "raise"):
             raise PolicyError(f"Policy.on_uncorrected must be record, warn, raise or a callable; got {self.on_uncorrected!r}")

@@ -106,6 +106,13 @@ def at(index: int, device: torch.device) -> Tensor:
     return _index_tensors[device][index]
 
 
+def here(tensor: Tensor, device: torch.device) -> Tensor:
+    """A module's own site tensor, on another device than it lies."""
+    if torch.compiler.is_compiling():
+        return at(number_of(tensor), device)
+    return as_tensor(site_of(number_of(tensor)), device)
+
+
 def number_of(tensor: Tensor) -> int:
     """The site's number of a module's own site tensor, on any device, meta included."""
     return int(tensor.storage_offset())

@@ -399,3 +399,22 @@ def test_an_exception_from_an_injected_place_leaves_the_library_usable():
         abft.linear(ones(2, 4), ones(3, 4))
     assert torch.equal(abft.linear(ones(2, 4), ones(3, 4)), torch.full((2, 3), 4.0))
     assert abft.report().detected == 0
+
+
+@pytest.mark.parametrize("wrong", [
+    {"index": 3}, {"index": (1,)}, {"index": (1, -1)}, {"index": (0.5, 1)}, {"call": 1.5}, {"call": -1}, {"call": True}, {"bits": 0}, {"bit": 2.0},
+], ids=str)  # fmt: skip
+def test_faults_say_at_once_what_is_wrong_with_them(wrong):
+    with pytest.raises(ValueError, match="Fault"):
+        abft.inject.Fault("nullify", **wrong)
+
+
+def test_faults_take_only_what_and_where_by_position():
+    with pytest.raises(TypeError):
+        abft.inject.Fault("nullify", "accumulator", "*")
+
+
+@pytest.mark.parametrize("floor", [float("inf"), float("nan"), 0, -1.0, "1e-3", True])
+def test_a_floor_is_a_positive_number(floor):
+    with pytest.raises(ValueError, match="max_floor"):
+        abft.Policy(max_floor=floor)

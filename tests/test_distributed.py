@@ -213,6 +213,24 @@ def sharded(model: nn.Sequential, policy: Any = None, *, protect_first: bool | N
     return model if protect_first is not False else abft.protect(model, policy)
 
 
+@pytest.mark.parametrize("protect_first", [True, False], ids=["protect-then-shard", "shard-then-protect"])
+def test_fsdp2_is_covered_and_unprotected(one_rank, protect_first):
+    model = sharded(net(norm=False), protect_first=protect_first)
+    x = next(iter(batches()))[0]
+    model.eval()
+    linears = [m for m in abft.coverage(model, x).modules if "Linear" in m.type]
+    assert len(linears) == 3 and all(m.covered for m in linears)
+    expected = model(x)
+    abft.report(reset=True)
+    abft.unprotect(model)
+    assert torch.equal(model(x), expected) and abft.report().checks == 0
+    assert [type(m).__name__ for m in model if isinstance(m, nn.Linear)] == ["FSDPLinear"] * 3
+    assert not any(m.covered for m in abft.coverage(model).modules)
+    model(x).sum().backward()  # still gathered and sharded
+    abft.protect(model)
+    assert torch.equal(model(x), expected) and abft.report().checks > 0
+
+
 @pytest.mark.parametrize("implementation", ["fused", "foreach"])
 @pytest.mark.parametrize("protect_first", [True, False], ids=["protect-then-shard", "shard-then-protect"])
 def test_fsdp2_trains_as_unprotected(one_rank, protect_first, implementation):

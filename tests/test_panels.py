@@ -897,3 +897,59 @@ def test_injected_weight_faults_are_repaired_and_undone(policy):
         twins.assert_same_outputs()
     report = abft.report()
     assert report.reconstructed > 0 and report.uncorrected == 0 and report.weight_faults == 5
+
+
+# --- edits that nobody announced and that leave the range ---------------------------------------------
+
+
+def _nan_weight(layer: nn.Linear) -> None:
+    layer.weight.data[:2] = float("nan")
+
+
+def _nan_bias(layer: nn.Linear) -> None:
+    layer.bias.data.fill_(float("nan"))
+
+
+@pytest.mark.parametrize("rows", [20, 300])
+@pytest.mark.parametrize("policy", ["training", "audit"])
+@pytest.mark.parametrize("edit", [_nan_weight, _nan_bias])
+def test_an_unannounced_edit_to_nan_is_stale_and_input_and_no_fault(edit, policy, rows):
+    layer = abft.protect(nn.Linear(40, 48), policy)
+    x = torch.randn(rows, 40)
+    layer(x)
+    abft.report(reset=True)
+    edit(layer)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        layer(x)
+    report = abft.report(reset=True)
+    assert (report.stale, report.input_rows, report.detected, report.false_alarms) == (1, rows, 0, 0)
+    layer(x)
+    assert (abft.report().stale, abft.report().input_rows) == (0, rows)
+
+
+@pytest.mark.parametrize("policy", ["training", "audit"])
+@pytest.mark.parametrize("factor", [1e15, 1e19, 1e30])
+def test_an_unannounced_edit_beyond_the_range_of_squares_is_stale(factor, policy):
+    layer, x = abft.protect(nn.Linear(40, 48), policy), torch.randn(20, 40)
+    layer(x)
+    abft.report(reset=True)
+    layer.weight.data.mul_(factor)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert torch.equal(layer(x), F.linear(x, layer.weight, layer.bias))
+    report = abft.report()
+    assert (report.stale, report.input_rows, report.overflow_rows, report.detected) == (1, 0, 0, 0)
+
+
+def test_an_unannounced_edit_that_overflows_the_output_is_stale_and_overflow():
+    layer, x = abft.protect(nn.Linear(40, 48).half(), "training"), torch.randn(20, 40).half()
+    layer(x)
+    abft.report(reset=True)
+    layer.weight.data.fill_(6e4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        y = layer(x)
+    report = abft.report()
+    assert report.stale == 1 and report.detected == 0
+    assert report.overflow_rows == int((~y.isfinite()).any(1).sum()) > 0

@@ -835,3 +835,57 @@ def test_a_scope_can_be_entered_again():
         with scope:
             torch.randn(3, 4) @ torch.randn(4, 5)
         assert scope.report().checks == 3
+
+
+# --- weights that come past `_apply` -------------------------------------------------------------
+
+
+def _by_load(model, state):
+    model.load_state_dict(state, assign=True)
+
+
+def _by_attribute(model, state):
+    model[0].weight, model[0].bias = nn.Parameter(state["0.weight"]), nn.Parameter(state["0.bias"])
+
+
+def _by_registration(model, state):
+    model[0].register_parameter("weight", nn.Parameter(state["0.weight"]))
+    model[0].register_parameter("bias", nn.Parameter(state["0.bias"]))
+
+
+def _past_the_module(model, state):  # as offloading hooks do
+    model[0]._parameters["weight"], model[0]._parameters["bias"] = nn.Parameter(state["0.weight"]), nn.Parameter(state["0.bias"])
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("origin", ["protect", "by-birth", "moved"])
+@pytest.mark.parametrize("materialise", [_by_load, _by_attribute, _by_registration, _past_the_module])
+def test_weights_put_in_place_after_meta_are_used_and_checked(materialise, origin, compiled):
+    plain = nn.Sequential(nn.Linear(16, 8))
+    with torch.device("cpu" if origin == "moved" else "meta"):
+        model = nn.Sequential(abft.Linear(16, 8) if origin == "by-birth" else nn.Linear(16, 8))
+    abft.protect(model)
+    if origin == "moved":
+        model.to("meta")
+    materialise(model, {k: v.clone() for k, v in plain.state_dict().items()})
+    if compiled:
+        torch._dynamo.reset()
+        # Past the module nothing could move the site: that breaks the graph, once.
+        model = torch.compile(model, backend="aot_eager", fullgraph=materialise is not _past_the_module)
+    abft.report(reset=True)
+    x = torch.randn(5, 16)
+    for _ in range(3):
+        y = model(x)
+        assert torch.equal(y, plain(x))
+        model.zero_grad()
+        y.sum().backward()
+    report = abft.report()
+    assert report.checks == 3 * (5 + 8) and report.detected == 0 and report.bypassed == {}
+
+
+def test_a_product_with_something_on_meta_is_an_error_and_no_uninitialised_memory():
+    x, w, site = torch.randn(5, 16), torch.randn(8, 16), torch.zeros((), dtype=torch.int64)
+    book = torch.zeros(1, dtype=torch.int64)
+    for b, s in ((w, site.to("meta")), (w.to("meta"), site)):
+        with pytest.raises(abft.AbftError, match="meta"):
+            torch.ops.abft.product(x, False, b, False, None, book, s, "fprop", "{}")

@@ -181,7 +181,7 @@ def _observe(case: Case, rows: np.ndarray) -> None:
     """Level detect: say what is wrong, change nothing but a stale or broken panel."""
     before = case.judgement
     cause = _arbitrate(case, rows, repair=False)
-    rows = np.intersect1d(rows, case.suspects()) if cause == "stale" else rows
+    rows = _still_wrong(case, rows) if cause == "stale" else rows
     case.find(Verdict.OBSERVED, rows, "weight" if cause == "weight" else "unknown", at=before)
 
 
@@ -395,7 +395,8 @@ def _accept_edit(case: Case, rows: np.ndarray) -> None:
     if case.call.bias is not None:
         case.bias = checksum.bias_sums(case.call.bias, case.plan.layout)
     case.examine_again()
-    case.find(Verdict.STALE, np.setdiff1d(rows, case.suspects()), "weight", at=before)
+    left = _set_aside_harmless(case, case.suspects())  # what the present weight itself does: INPUT, OVERFLOW
+    case.find(Verdict.STALE, np.setdiff1d(rows, left), "weight", at=before)
     if case.call.site not in entry.history.warned_sites:
         entry.history.warned_sites.add(case.call.site)
         warnings.warn(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import fnmatch
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import KW_ONLY, dataclass, replace
 from typing import Any, get_args
 
 import numpy as np
@@ -40,6 +41,7 @@ class Fault:
 
     what: str
     where: Place = "accumulator"
+    _: KW_ONLY
     site: str = "*"
     role: str = "fprop"
     pattern: str = "element"
@@ -56,8 +58,12 @@ class Fault:
         ):  # fmt: skip
             if getattr(self, name) not in allowed:
                 raise PolicyError(f"Fault.{name} must be one of {', '.join(allowed)}; got {getattr(self, name)!r}")
-        if self.bits < 1 or self.call < 0 or (self.bit is not None and self.bit < 0):
+        if not (_is_count(self.bits) and self.bits and _is_count(self.call) and (self.bit is None or _is_count(self.bit))):
             raise PolicyError(f"Fault needs bits >= 1, bit >= 0 and call >= 0; got bits={self.bits}, bit={self.bit}, call={self.call}")
+        if self.index is not None and not (
+            isinstance(self.index, Sequence) and len(self.index) == 2 and all(_is_count(i) for i in self.index)
+        ):
+            raise PolicyError(f"Fault.index must be (row, column), two whole numbers, or None; got {self.index!r}")
         if self.probability is not None and not 0 <= self.probability <= 1:
             raise PolicyError(f"Fault.probability must lie in [0, 1]; got {self.probability}")
 
@@ -73,6 +79,10 @@ class Fault:
 
     def replace(self, **changes: Any) -> Fault:
         return replace(self, **changes)
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int | np.integer) and not isinstance(value, bool) and bool(value >= 0)
 
 
 def strike_of(fault: Fault, target: Target, rng: np.random.Generator) -> Strike:

@@ -36,8 +36,18 @@ class Checked:
         panels.announce(panels.sources_of(self))  # type: ignore[arg-type]
         return out
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if isinstance(value, nn.Parameter):
+            _follow(self)  # type: ignore[arg-type]
+
+    def register_parameter(self, name: str, param: Any) -> None:
+        super().register_parameter(name, param)  # type: ignore[misc]
+        _follow(self)  # type: ignore[arg-type]
+
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)  # type: ignore[misc]
+        _follow(self)  # type: ignore[arg-type]
         panels.announce(panels.sources_of(self))  # type: ignore[arg-type]
 
     def __getstate__(self) -> dict[str, Any]:
@@ -86,6 +96,13 @@ def attach(module: nn.Module, name: str, policy: Policy | None, *, moved: bool =
     module.__dict__["_abft_name"] = name
 
 
+def _follow(module: nn.Module) -> None:
+    """The site of a module lies where its weight lies, also when the weight came without ``_apply`` (assigned, loaded)."""
+    held = module.__dict__.get("_abft_site")
+    if held is not None and held.device != _device_of(module):
+        attach(module, module.__dict__["_abft_name"], module.__dict__["_abft_policy"], moved=True)
+
+
 def _device_of(module: nn.Module) -> torch.device:
     first = next(iter(module.parameters(recurse=True)), None)
     return torch.device("cpu") if first is None else first.device
@@ -115,7 +132,7 @@ def unchecked_type(module: nn.Module) -> type[nn.Module] | None:
     if not issubclass(cls, Checked):
         return None
     if not _is_parametrized(module):
-        return base
+        return base if base is not None else _wrapped_since(cls)
     if base is None:  # parametrized after it was protected
         below = cls.__bases__[0].__dict__.get("_abft_base")
         return None if below is None else _on(cls, below, {})
@@ -123,6 +140,16 @@ def unchecked_type(module: nn.Module) -> type[nn.Module] | None:
         if name not in base.__dict__:
             setattr(base, name, cls.__dict__[name])
     return base
+
+
+def _wrapped_since(cls: type[nn.Module]) -> type[nn.Module] | None:
+    """The class without abft in it, where somebody (FSDP2's fully_shard) has put a subclass around the checked one."""
+    *others, checked = cls.__bases__
+    below = checked.__dict__.get("_abft_base")
+    if below is None:
+        return None
+    kept = {k: v for k, v in cls.__dict__.items() if k not in ("__dict__", "__weakref__")}
+    return type(cls.__name__.replace(checked.__name__, below.__name__), (*others, below), kept)
 
 
 def _is_parametrized(module: nn.Module) -> bool:

@@ -311,6 +311,9 @@ _GRAVITY = (
 def _product_meta(
     a: Tensor, ta: bool, b: Tensor, tb: bool, bias: Tensor | None, ledger_: Tensor, site: Tensor, role: str, policy_text: str
 ) -> Tensor:
+    if type(a) is Tensor and a.device.type != "meta":
+        # An operand on meta sends the whole call here; real numbers must not turn into uninitialised memory.
+        raise DeviceError(f"abft::product has an operand or a site on meta beside real ones on {a.device}; materialise the model first")
     rows, columns = a.shape[-1 if ta else -2], b.shape[-1 if tb else -2]
     return a.new_empty((*a.shape[:-2], rows, columns))
 

@@ -96,8 +96,7 @@ def _is_ordinary(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     return (
         type(input) is Tensor
         and type(weight) is torch.nn.Parameter
-        and input.layout is torch.strided
-        and torch._C._has_storage(input)  # wrappers of functorch's, also dead ones, say that they are plain tensors
+        and torch._C._has_storage(input)  # not so sparse ones, and functorch's wrappers, which say that they are plain tensors
         and input.dtype is weight.dtype
         and (bias is None or (type(bias) is torch.nn.Parameter and bias.dtype is input.dtype))
         and not torch.is_autocast_enabled("cpu")

@@ -56,11 +56,15 @@ class Arithmetic:
     base: float = KAPPA_BASE  # κ₀
     output_roundoff: float = 0.0  # u_out, if the result arrives rounded
     output_spacing: float = 0.0  # … and the spacing of that type's subnormal numbers
+    wide_squares: bool = False  # whether squares of fp32 sums are taken in fp64, where they do not underflow
 
     @property
     def floor_abs(self) -> float:
-        """τ_abs: below this magnitude squares underflow, and rows are effectively unchecked."""
-        return 1e-18 if self.dtype == torch.float32 else 1e-150
+        """τ_abs: below this magnitude squares underflow, or numbers do, and rows are effectively unchecked."""
+        if self.dtype == torch.float32:
+            # Units that flush subnormal operands (AVX-512 BF16 does, always) lose up to 2⁻¹²⁶ Σ|w|: room for a sum of 2²⁶.
+            return 2.0**-100 if self.wide_squares else 1e-18
+        return 1e-150
 
     @property
     def largest(self) -> float:
@@ -76,6 +80,12 @@ AMPERE_TF32 = Arithmetic("ampere_tf32", 2.0**-23, 4, torch.float32)
 FMA_32 = Arithmetic("fma32", 2.0**-23, 16, torch.float32, KAPPA_BASE_FMA)
 FMA_64 = Arithmetic("fma64", 2.0**-52, 16, torch.float64, KAPPA_BASE_FMA)
 ARITHMETICS = {a.name: a for a in (HOPPER_16, AMPERE_16, HOPPER_TF32, AMPERE_TF32, FMA_32, FMA_64)}
+
+
+@lru_cache(maxsize=256)
+def with_wide_squares(arithmetic: Arithmetic) -> Arithmetic:
+    """The same arithmetic, judged where squares of small numbers do not underflow."""
+    return replace(arithmetic, wide_squares=True)
 
 
 def rounded(arithmetic: Arithmetic, dtype: torch.dtype) -> Arithmetic:

@@ -685,3 +685,24 @@ def test_replicas_cannot_outvote_a_wrong_weight_but_checksums_see_it(redundancy)
     with faults(Fault("bitflip", "weight", bit=29)):
         assert oracles.bits_equal(layer(x), clean)
     assert abft.report().weight_faults == 1
+
+
+@pytest.mark.parametrize("role", ["fprop", "dgrad"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("scale", [1e-15, 1e-20, 1e-24])
+def test_rows_whose_squares_underflow_are_checked(scale, dtype, role):
+    torch.manual_seed(1)
+    layer = abft.protect(nn.Linear(64, 96, bias=False).to(dtype), abft.Policy(on_uncorrected="record"))
+    x = (torch.randn(16, 64) * scale).to(dtype).requires_grad_()
+    g = (torch.randn(16, 96) * scale).to(dtype)
+
+    def run():
+        y = layer(x)
+        return torch.autograd.grad(y, x, g)[0] if role == "dgrad" else y
+
+    clean = [run() for _ in range(3)][-1]
+    assert abft.report(reset=True).detected == 0
+    with abft.inject.faults(abft.inject.Fault("nullify", pattern="row", role=role)) as log:
+        repaired = run()
+    assert log[0].effect == 1.0 and abft.report().detected == 1
+    assert torch.equal(repaired, clean)

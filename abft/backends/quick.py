@@ -55,8 +55,8 @@ def prepare(panel: Panel, bias: tuple[Tensor, Tensor] | None, k: int, p: Plan) -
     if panel.columns.dim() != 2 or groups.ragged or layout.parts != 1 or panel.scales is not None:
         return None
     tested = len(p.tested)
-    c = threshold.coefficients(p.arithmetic, k, p.tested, groups.width)
-    dtype = np.float64 if p.sum_dtype == torch.float64 else np.float32
+    c = threshold.coefficients(threshold.with_wide_squares(p.arithmetic), k, p.tested, groups.width)
+    dtype = np.float64  # squares of small fp32 numbers must not underflow
     noise2 = 0.0 if bias is None else (bias[1].sum(0, keepdim=True) if layout.shared_sketch else bias[1]).numpy()
     accumulate2: np.ndarray = np.array(c.accumulate, dtype) ** 2
     mixture: np.ndarray | None = None
@@ -101,15 +101,15 @@ def worst(y: Tensor, a: Tensor, q: Quick) -> float:
         actual = F.linear(blocks, q.sums).numpy().reshape(rows, q.groups, q.tested)
     else:
         actual = np.stack([torch.mv(blocks, w).numpy() for w in q.sums], -1).reshape(rows, q.groups, q.tested)
-    seen = torch.linalg.vector_norm(blocks, dim=1).numpy().reshape(rows, q.groups)
+    seen = torch.linalg.vector_norm(blocks, dim=1).numpy().reshape(rows, q.groups).astype(np.float64)
     with np.errstate(all="ignore"):
-        return _ratio(raw, actual, seen * seen, q)
+        return _ratio(raw.astype(np.float64), actual, seen * seen, q)
 
 
 def _worst_in_one_group(y: Tensor, a: Tensor, q: Quick, mixture: np.ndarray) -> float:
     """The same where one group spans the row, which is what small layers in fp32 have."""
-    raw = F.linear(a, q.columns, q.bias_columns).numpy()
-    residual = F.linear(y, q.sums).numpy()
+    raw = F.linear(a, q.columns, q.bias_columns).numpy().astype(np.float64)
+    residual = F.linear(y, q.sums).numpy().astype(np.float64)
     norms = torch.linalg.vector_norm(y, dim=1, keepdim=True).numpy()
     with np.errstate(all="ignore"):
         residual -= raw[:, : q.tested]

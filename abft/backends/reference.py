@@ -7,7 +7,7 @@ narrow, all four sums are judged on every row, and the floor is coarse (``thresh
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -127,10 +127,13 @@ def build_panel(matrix: Tensor, layout: Layout) -> Panel:
     return checksum.encode(matrix.detach(), layout)
 
 
-def sums(y: Tensor, a: Tensor, panel: Panel, bias: tuple[Tensor, Tensor] | None, p: Plan) -> Sums:
-    """The judged sums of every row, in plain torch: the specification of every other path."""
-    actual, squares = checksum.actual_sums(y, p.layout.groups, p.tested, p.sum_dtype)
-    raw = _predict(a.to(p.layout.dtype), panel.columns)
+def sums(
+    y: Tensor, a: Tensor, panel: Panel, bias: tuple[Tensor, Tensor] | None, p: Plan, dtype: torch.dtype | None = None
+) -> Sums:
+    """The judged sums of every row, in plain torch: the specification of every other path. ``dtype``: to sum and square in."""
+    dtype = dtype or p.sum_dtype
+    actual, squares = checksum.actual_sums(y, p.layout.groups, p.tested, dtype)
+    raw = _predict(a.to(p.layout.dtype), panel.columns).to(dtype)
     predicted, noise2 = checksum.predicted_sums(raw, panel)
     predicted = predicted[..., : len(p.tested)]
     if bias is not None:
@@ -190,4 +193,15 @@ def _on_host(s: Sums) -> Sums:
 
 def examine(y: Tensor, call: Call, panel: Panel, bias: tuple[Tensor, Tensor] | None, p: Plan) -> Judgement:
     """Judge every row of a result."""
-    return judge(y, sums(y, call.a, panel, bias, p), call.a.shape[-1], p)
+    j = judge(y, sums(y, call.a, panel, bias, p), call.a.shape[-1], p)
+    if p.sum_dtype == torch.float32 and _squares_underflow(j, call.a.shape[-1], p):
+        wide = replace(p, arithmetic=threshold.with_wide_squares(p.arithmetic))
+        return judge(y, sums(y, call.a, panel, bias, p, torch.float64), call.a.shape[-1], wide)
+    return j
+
+
+def _squares_underflow(j: Judgement, k: int, p: Plan) -> bool:
+    """Whether some row is not zero, but so small that its bound says nothing of it."""
+    absolute = np.array(threshold.coefficients(p.arithmetic, k, p.tested, p.layout.groups.width).absolute, j.tau.dtype)
+    small = j.tau < 2.0 * absolute
+    return bool(small.any()) and bool((small & ((j.sums.actual != 0) | (j.sums.predicted != 0))).any())

@@ -120,14 +120,16 @@ def _linear_again(
     fitting = lane.find(a, weight, False, bias, "fprop", policy.text)
     if fitting is None:
         return None
-    if site is None:
-        site = sites.functional_tensor(sites.functional(name, policy.on_uncorrected))
-    elif not site.is_cpu:
-        site = sites.here(site, a.device)
+    own_site = sites.functional(name, policy.on_uncorrected) if site is None else None
     if torch.is_grad_enabled() and (input.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)):
+        if own_site is not None:
+            site = sites.functional_tensor(own_site)
+        elif not site.is_cpu:  # type: ignore[union-attr]
+            site = sites.here(site, a.device)  # type: ignore[arg-type]
         y = apply_directly(a, weight, bias, False, ledger.tensor(a.device), site, policy.text, fitting)
     else:
-        y = take(fitting, a, weight, False, bias, "fprop", sites.number_of(site))
+        number = sites.number_of(site) if own_site is None else own_site.index  # type: ignore[arg-type]
+        y = take(fitting, a, weight, False, bias, "fprop", number)
     return y if a is input else y.view(*input.shape[:-1], weight.shape[0])
 
 

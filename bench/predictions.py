@@ -20,7 +20,7 @@ from abft.backends import triton as backend
 from bench.results import Results
 
 #: One H100 or H200 SXM: multiprocessors, fused multiply-adds of 16-bit numbers and of fp32 per cycle and multiprocessor
-#: (989 and 67 TFLOP/s at 132 × 1.83 GHz, NVIDIA's data sheet).
+#: (the data sheet's dense 989 and 67 TFLOP/s, at the 1.83 and 1.98 GHz that these counts make of them).
 MULTIPROCESSORS, MMA_PER_CYCLE, FMA_PER_CYCLE = 132, 2048, 128
 MODELS = {
     "Llama-3-8B": {"q, o": (4096, 4096), "k, v": (1024, 4096), "gate, up": (14336, 4096), "down": (4096, 14336)},

@@ -101,12 +101,16 @@ def _execute(call: Call, p: Plan, *, struck: bool) -> tuple[Tensor, Tensor]:
     if p.rounded or call.a.dtype == p.sum_dtype:
         y = reference.execute(call, strikes)
         return y, y
-    unbiased = replace(call, bias=None)
     wide = _wide_product(call.a, call.w)
-    reference.strike_accumulators(wide, unbiased, strikes)
+    return _finish(wide, call, strikes), wide
+
+
+def _finish(wide: Tensor, call: Call, strikes: tuple[Strike, ...]) -> Tensor:
+    """The result of accumulators: struck in place, then the bias, then one rounding."""
+    reference.strike_accumulators(wide, replace(call, bias=None), strikes)
     y = (wide if call.bias is None else wide + call.bias).to(call.a.dtype)
     reference.strike_output(y, strikes)
-    return y, wide
+    return y
 
 
 def execute_fused(call: Call, strikes: tuple[Strike, ...] = ()) -> Tensor:
@@ -116,13 +120,8 @@ def execute_fused(call: Call, strikes: tuple[Strike, ...] = ()) -> Tensor:
 
 def execute_in_kernel(call: Call, strikes: tuple[Strike, ...] = ()) -> Tensor:
     """The result of our own kernels, which add the bias to what was struck, in every precision."""
-    unbiased = replace(call, bias=None)
     half = call.a.dtype in (torch.float16, torch.bfloat16)
-    wide = _wide_product(call.a, call.w) if half else torch.matmul(call.a, call.w.mT)
-    reference.strike_accumulators(wide, unbiased, strikes)
-    y = (wide if call.bias is None else wide + call.bias).to(call.a.dtype)
-    reference.strike_output(y, strikes)
-    return y
+    return _finish(_wide_product(call.a, call.w) if half else torch.matmul(call.a, call.w.mT), call, strikes)
 
 
 def _wide_product(a: Tensor, w: Tensor) -> Tensor:

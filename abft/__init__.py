@@ -24,13 +24,14 @@ from abft.errors import (
     UncorrectedFault,
 )
 from abft.events import FaultEvent
-from abft.functional import addmm, bmm, linear, matmul
+from abft.functional import addmm, bmm, int_mm, linear, matmul
 from abft.guarding import checkpoint_context, checkpoint_ops, context, protected
 from abft.ledger import Verdict
 from abft.nn import Linear
 from abft.ops import flops as _flops  # noqa: F401  (registers the formula)
+from abft.pending import flush as verify_deferred
 from abft.policy import Policy
-from abft.protection import protect, refresh, unprotect
+from abft.protection import protect, refresh, restore, unprotect
 from abft.reporting import Report, report
 from abft.training import StepGuard
 from abft.verification import CheckResult, verify_matmul
@@ -60,12 +61,15 @@ __all__ = [
     "context",
     "coverage",
     "inject",
+    "int_mm",
     "linear",
     "matmul",
     "protect",
     "protected",
     "refresh",
     "report",
+    "restore",
     "unprotect",
+    "verify_deferred",
     "verify_matmul",
 ]

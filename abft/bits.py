@@ -1,4 +1,4 @@
-"""Floats as bit patterns: views, flips, and integer fingerprints that name a changed element."""
+"""Numbers as bit patterns: views, flips, and integer fingerprints that name a changed element."""
 
 from __future__ import annotations
 
@@ -14,8 +14,10 @@ INTEGER = {
     torch.float32: torch.int32,
     torch.float16: torch.int16,
     torch.bfloat16: torch.int16,
+    torch.int32: torch.int32,
+    torch.int8: torch.int8,
 }
-WIDTH = {torch.float64: 64, torch.float32: 32, torch.float16: 16, torch.bfloat16: 16}
+WIDTH = {torch.float64: 64, torch.float32: 32, torch.float16: 16, torch.bfloat16: 16, torch.int32: 32, torch.int8: 8}
 
 
 def as_integers(values: Tensor) -> Tensor:
@@ -70,19 +72,25 @@ class ChangedElement:
 
 
 def _halves(matrix: Tensor) -> Tensor:
-    """(N, K) floats as (N, halves * K) unsigned 16-bit values, half-major, in int32."""
-    width = WIDTH[matrix.dtype] // 16
+    """(N, K) numbers as (N, halves * K) unsigned 16-bit values, half-major, in int32."""
+    width = _halves_per_number(matrix)
     pieces = _half_words(matrix).view(matrix.shape[0], matrix.shape[1], width)
     return (pieces.to(torch.int32) & 0xFFFF).permute(2, 0, 1)
 
 
+def _halves_per_number(matrix: Tensor) -> int:
+    return max(1, WIDTH[matrix.dtype] // 16)
+
+
 def _half_words(matrix: Tensor) -> Tensor:
     """The 16-bit words of a matrix in row-major order. Flat first: a single column counts as contiguous whatever its stride."""
+    if matrix.element_size() == 1:  # a byte is one word, its upper half zero
+        return matrix.contiguous().reshape(-1).view(torch.uint8).to(torch.int16)
     return as_integers(matrix.contiguous().reshape(-1)).view(torch.int16)
 
 
 def fingerprint(matrix: Tensor) -> Fingerprint:
-    """Fingerprint of a float matrix (N, K), any strides; one pass over it. Names elements of up to 2**17 rows for certain."""
+    """Fingerprint of a matrix (N, K), any strides; one pass over it. Names elements of up to 2**17 rows for certain."""
     if matrix.device.type == "cpu":
         return _fingerprint_numpy(matrix)
     halves = _halves(matrix.detach()).to(torch.int64)
@@ -93,7 +101,7 @@ def fingerprint(matrix: Tensor) -> Fingerprint:
 def _fingerprint_numpy(matrix: Tensor) -> Fingerprint:
     # Blocks of rows keep the widened copy in cache; integer arithmetic wraps modulo 2**32 on its own.
     rows, columns = matrix.shape
-    width = WIDTH[matrix.dtype] // 16
+    width = _halves_per_number(matrix)
     plain = np.zeros(columns * width, np.uint32)
     weighted = np.zeros(columns * width, np.uint32)
     whole = on_host(_half_words(matrix.detach())).view(np.uint16).reshape(rows, -1)

@@ -209,15 +209,30 @@ class Layout:
 
 
 @dataclass(frozen=True)
+class Memory:
+    """By which bits the kernels tell, on the device, whether a panel or its weight has changed (abft.triton_kernels.fingerprint)."""
+
+    integrity: Tensor  # (C, blocks) int32: sums of the panel's own bit patterns
+    fingerprint: Tensor | None  # (groups, planes, K) int32: of the weight's; None: of no weight
+    known: Tensor | None  # (groups,) int64: the last state of each group of the weight whose changes were counted
+
+    @property
+    def nbytes(self) -> int:
+        return self.integrity.nbytes + sum(t.nbytes for t in (self.fingerprint, self.known) if t is not None)
+
+
+@dataclass(frozen=True)
 class Panel:
     """The checksum columns of one matrix: ``columns`` (C, K) in the layout's dtype, ``scales`` (C,) fp32 or None."""
 
     layout: Layout
     columns: Tensor
     scales: Tensor | None
+    memory: Memory | None = None
 
     @property
     def nbytes(self) -> int:
+        """Of the columns and their scales."""
         return self.columns.nbytes + (self.scales.nbytes if self.scales is not None else 0)
 
 
@@ -288,9 +303,7 @@ def _pack(s: Tensor, sketches: Tensor, layout: Layout) -> Panel:
         if extra is not None:
             pieces.append(torch.ones_like(sketch_scale[..., :1, :]))
         scales = torch.cat(pieces, -2).squeeze(-1)
-    columns = flat_sums.to(layout.dtype) if layout.parts == 1 else (
-        floating.split(flat_sums, layout.dtype, layout.parts).flatten(-3, -2)
-    )
+    columns = flat_sums.to(layout.dtype) if layout.parts == 1 else (floating.split(flat_sums, layout.dtype, layout.parts).flatten(-3, -2))
     pieces = [columns, flat_sketches.to(layout.dtype)] + ([extra.to(layout.dtype)] if extra is not None else [])
     return Panel(layout, torch.cat(pieces, -2).contiguous(), scales)
 

@@ -14,6 +14,8 @@ from abft import panels, protection, scope
 from abft import policy as policies
 from abft.nn.checked import Checked, ScopedForward
 from abft.ops.checked import product
+from abft.ops.flops import int_product_flops
+from abft.ops.integer import int_product
 
 
 @dataclass(frozen=True)
@@ -133,8 +135,13 @@ def _attention_backward_flops(grad: Tensor, query: Tensor, key: Tensor, value: T
     return 2 * query.shape[:-1].numel() * key.shape[-2] * (3 * query.shape[-1] + 2 * value.shape[-1])
 
 
-#: Torch has no formula for attention on a CPU; without one, unchecked attention would not lower the share.
+def _int_mm_flops(a: Tensor, b: Tensor, *args: Any, **kwargs: Any) -> int:
+    return int_product_flops(a.shape, b.shape, True)
+
+
+#: Torch has no formula for attention on a CPU, nor for int8 products; without one, unchecked ones would not lower the share.
 _UNREGISTERED: dict[Any, Any] = {
+    torch.ops.aten._int_mm: _int_mm_flops,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
 }
@@ -156,9 +163,10 @@ class _FlopShare(TorchDispatchMode):
         if formula is not None:
             flops = formula(*args, **(kwargs or {}), out_val=out)
             self.total += flops
-            if func is product:
+            if func is product or func is int_product:
                 policy = policies.decode(args[-1])
-                if (policy.level != "off" and args[-2] in policy.roles) or policy.redundancy != "none":
+                role = args[-2] if func is product else "fprop"
+                if (policy.level != "off" and role in policy.roles) or policy.redundancy != "none":
                     self.checked += flops
         return out
 

@@ -72,18 +72,27 @@ def message(site: str, role: str, record: dict[str, Any], device: str) -> str:
     col = ", column unknown" if record["col"] < 0 else f", column {record['col']}"
     residual, bound = ledger.bits_float(record["residual"]), ledger.bits_float(record["bound"])
     verdict = ledger.VERDICTS[record["verdict"]]
-    element = record.get("element")
+    element = _element(record)
     changed = "" if element is None else f" ({'weight' if len(element) == 2 else 'bias'} element {', '.join(map(str, element))})"
+    unit, again = record["unit"], record["repaired_on"]
+    where = "" if unit < 0 else f", computed on SM {unit}" + ("" if again < 0 else f" and again on SM {again}")
     return (
         f"{verdict.name} at {site} ({role}): {record['rows']} row(s), worst row {record['row']}{col}, residual {residual:.4g} "
         f"against a bound of {bound:.4g}, cause {ledger.CAUSES[record['cause']]}{changed}; "
-        f"rank {rank()}, device {device}, step {record['step']}. "
+        f"rank {rank()}, device {device}{where}, step {record['step']}. "
         f"{verdict.value[0].upper()}{verdict.value[1:]}."
     )
 
 
-def from_record(record: dict[str, Any]) -> FaultEvent:
-    """The event of one ledger record."""
+def _element(record: dict[str, Any]) -> tuple[int, ...] | None:
+    """The changed element of a weight (row, column) or bias (column,): the host's records carry it, a device's hold its numbers."""
+    if record.get("element") is not None:
+        return record["element"]
+    return (record["element_row"], record["element_col"]) if record["element_row"] >= 0 else None
+
+
+def from_record(record: dict[str, Any], context: dict[str, str] | None = None) -> FaultEvent:
+    """The event of one ledger record; context: its labels, if not those in force now."""
     site = sites.site_of(record["site"]).name
     role = ledger.ROLE_NAMES[record["role"]]
     device = record["device"]
@@ -107,6 +116,6 @@ def from_record(record: dict[str, Any]) -> FaultEvent:
         bound=ledger.bits_float(record["bound"]),
         cause=ledger.CAUSES[record["cause"]],
         verdict=ledger.VERDICTS[record["verdict"]],
-        context=dict(labels.get({})),
+        context=dict(labels.get({}) if context is None else context),
         message=message(site, role, record, device),
     )

@@ -28,7 +28,7 @@ class BitOperation:
     add: int = 0
 
     def apply(self, values: Tensor) -> Tensor:
-        """The faulty copy of ``values``; any float dtype."""
+        """The faulty copy of ``values``; any dtype of bits.INTEGER."""
         integers = bits.as_integers(values.contiguous())
         width = bits.WIDTH[values.dtype]
         keep, flip, add = (_signed(v, width) for v in (self.keep, self.flip, self.add))
@@ -92,6 +92,7 @@ class Target:
     batch: int = 1
     weight: Tensor | None = None
     panel: Tensor | None = None
+    output: torch.dtype | None = None  # of the result, where it is not the operands'
 
 
 #: Asked once per product; None outside ``abft.inject.faults``. Set by the injector only.

@@ -1,12 +1,13 @@
-"""Checked products with torch's signatures: linear, matmul, bmm, addmm.
+"""Checked products with torch's signatures: linear, matmul, bmm, addmm, int_mm.
 
-Each returns what torch would return, bit for bit where nothing was wrong. What cannot be checked (integer
+Each returns what torch would return, bit for bit where nothing was wrong. What cannot be checked (other integer
 and complex dtypes, tensor subclasses, ``out=``, functorch transforms, forward-mode AD) is computed by torch and counted
 in ``Report.bypassed``, never silently.
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -22,12 +23,14 @@ from abft.backends import lane
 from abft.errors import DeviceError, DtypeError, ShapeError
 from abft.ops.autograd import CheckedProduct, apply_directly
 from abft.ops.checked import bypass, product, take
+from abft.ops.integer import WEIGHTS, int_product
 from abft.policy import Policy, PolicyLike
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 #: What subclasses that change nothing have for ``__torch_function__``.
 _ORDINARY = (vars(Tensor)["__torch_function__"].__func__, torch._C._disabled_torch_function_impl)
 _DEVICES = ("cpu", "cuda", "meta")
+_INT8 = (torch.int8,)
 
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, *, policy: PolicyLike = None) -> Tensor:
@@ -72,6 +75,20 @@ def addmm(
     return addmm_at(None, input, mat1, mat2, beta, alpha, _own(policy))
 
 
+def int_mm(input: Tensor, mat2: Tensor, *, policy: PolicyLike = None) -> Tensor:
+    """``torch._int_mm``, checked without a bound: int8 (M, K) @ int8 (K, N) → int32 (M, N), modulo 2³², of any shape on every device.
+
+    Whole numbers are not rounded, so any difference between a row and its checksums is a fault: every change of one or two
+    elements of a row (K <= 131,071), and a weight that changed since its panel was built. Panels are remembered for an
+    ``nn.Parameter`` or ``nn.Buffer``, passed itself or as its ``.t()``. Does not see an input that was already wrong when it
+    arrived, nor changes that cancel in all sums (docs/explanation/checksums.md). Raises ShapeError, DtypeError, DeviceError.
+    """
+    reason = why_not(input, mat2, dtypes=_INT8)
+    if reason is not None:
+        return bypassed(reason, lambda: torch._int_mm(input, mat2))
+    return int_mm_at(None, input, mat2, _own(policy))
+
+
 # --- at a site: what modules and scopes call ----------------------------------------------------------
 
 
@@ -97,8 +114,8 @@ def _is_ordinary(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         type(input) is Tensor
         and type(weight) is torch.nn.Parameter
         and torch._C._has_storage(input)  # not so sparse ones, and functorch's wrappers, which say that they are plain tensors
-        and input.dtype is weight.dtype
-        and (bias is None or (type(bias) is torch.nn.Parameter and bias.dtype is input.dtype))
+        and (dtype := input.dtype) is weight.dtype
+        and (bias is None or (type(bias) is torch.nn.Parameter and bias.dtype is dtype))
         and not torch.is_autocast_enabled("cpu")
         and torch._C._len_torch_dispatch_stack() == torch._C._len_torch_function_stack() == 0
         and not torch._C._are_functorch_transforms_active()
@@ -181,6 +198,27 @@ def matmul_at(site: Tensor | None, a: Tensor, b: Tensor, own: Policy | None, nam
     return y.squeeze(-1 if b.dim() == 1 else -2) if a.dim() == 1 else y
 
 
+def int_mm_at(site: Tensor | None, a: Tensor, b: Tensor, own: Policy | None) -> Tensor:
+    """``int_mm`` at a given site."""
+    if a.dim() != 2 or b.dim() != 2 or a.shape[1] != b.shape[0]:
+        raise ShapeError(f"int_mm needs input (M, K) and mat2 (K, N); got {tuple(a.shape)} and {tuple(b.shape)}")
+    policy = scope.in_force(own)
+    site = _site_here(site, "int_mm", policy, a.device)
+    weight, transposed = _weight_of(b)
+    return int_product(a, weight, transposed, ledger.tensor(a.device), site, policy.text)
+
+
+def _weight_of(b: Tensor) -> tuple[Tensor, bool]:
+    """(the weight that b (K, N) is a view of, or b itself; whether it is (K, N) rather than (N, K))."""
+    # Under a tracer views have no base: a weight has to be passed itself there, or its panel is built anew.
+    base = None if isinstance(b, WEIGHTS) or torch.compiler.is_compiling() else b._base
+    if base is not None and isinstance(base, WEIGHTS) and base.dtype == b.dtype and base.storage_offset() == b.storage_offset():
+        for view, transposed in ((base, True), (base.mT, False)) if base.dim() == 2 else ():
+            if view.shape == b.shape and view.stride() == b.stride():
+                return base, transposed
+    return b, True
+
+
 def _as_matrix(t: Tensor) -> Tensor:
     """(..., K) as (rows, K), whatever is empty."""
     if t.dim() == 2:
@@ -215,14 +253,18 @@ def _product(a: Tensor, b: Tensor, bias: Tensor | None, tb: bool, site: Tensor |
 
 
 def _apply(a: Tensor, b: Tensor, bias: Tensor | None, tb: bool, site: Tensor | None, policy: Policy, name: str) -> Tensor:
-    if site is None:
-        site = sites.at(_own_site(name, policy.text, a.device), a.device)
-    elif site.device != a.device:
-        site = sites.here(site, a.device)  # the weights came past the module: offloaded, or put into its dictionary
+    site = _site_here(site, name, policy, a.device)
     book = ledger.tensor(a.device)
     if not torch.is_grad_enabled():
         return product(a, False, b, tb, bias, book, site, "fprop", policy.text)
     return CheckedProduct.apply(a, b, bias, tb, book, site, policy.text, None)
+
+
+def _site_here(site: Tensor | None, name: str, policy: Policy, device: torch.device) -> Tensor:
+    if site is None:
+        return sites.at(_own_site(name, policy.text, device), device)
+    # Elsewhere where the weights came past the module: offloaded, or put into its dictionary.
+    return site if site.device == device else sites.here(site, device)
 
 
 def _own_site(name: str, policy: str, device: torch.device) -> int:
@@ -248,7 +290,7 @@ def _autocast_weight(t: Tensor, dtype: torch.dtype) -> Tensor:
 # --- what cannot be checked -----------------------------------------------------------------------------
 
 
-def why_not(*operands: Tensor) -> str | None:
+def why_not(*operands: Tensor, dtypes: Collection[torch.dtype] = floating.UNIT_ROUNDOFF) -> str | None:
     """The reason these operands cannot be checked, in words that end up in ``Report.bypassed``; None if they can."""
     device = None
     for t in operands:
@@ -263,7 +305,7 @@ def why_not(*operands: Tensor) -> str | None:
                 return f"tensor subclass {type(t).__name__}"
         if t.layout != torch.strided:
             return f"layout {str(t.layout)[6:]}"
-        if t.dtype not in floating.UNIT_ROUNDOFF:
+        if t.dtype not in dtypes:
             return f"dtype {str(t.dtype)[6:]}"
         if device is None:
             device = t.device

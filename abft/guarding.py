@@ -7,18 +7,21 @@ from contextlib import contextmanager, nullcontext
 from types import TracebackType
 from typing import Any
 
-from abft import events, reporting, scope
+from abft import events, pending, reporting, scope
 from abft import policy as policies
+from abft.ledger import Point
 from abft.modes import ProductMode
 from abft.ops.checked import product
+from abft.ops.integer import int_product
 from abft.policy import Policy
 from abft.reporting import Report
 
 
 class protected:
-    """``with abft.protected(policy) as scope:`` — linear, matmul, bmm, mm and addmm inside are checked; so is their backward.
+    """``with abft.protected(policy) as scope:`` — linear, matmul, bmm, mm, addmm and _int_mm inside are checked; so is their backward.
 
     policy: a Policy, a preset's name, or None (the policy in force outside). ``scope.report()`` is what happened since entering.
+    Products under ``timing="deferred"`` are judged at exit, in one launch, and in ``scope.report()``.
     Under ``on_uncorrected="raise"`` an unrepaired fault raises inside the call on a CPU, at the latest at exit on a GPU.
     Products hidden from interception (einsum, attention kernels, convolutions) are counted in ``bypassed``.
     """
@@ -26,7 +29,7 @@ class protected:
     def __init__(self, policy: policies.PolicyLike = None) -> None:
         self._policy = None if policy is None else policies.as_policy(policy)
         self._mode: ProductMode | None = None
-        self._start: reporting.Mark | None = None
+        self._start: Point | None = None
 
     def __enter__(self) -> protected:
         self._start = reporting.mark()
@@ -40,6 +43,7 @@ class protected:
         self._mode.__exit__(kind, error, trace)
         policy = scope.in_force(None)
         scope.pop()
+        pending.flush()  # after an exception, too: what was computed is judged
         if kind is None and policy.on_uncorrected == "raise":
             reporting.drain()
 
@@ -61,7 +65,7 @@ def context(**labels: str) -> Iterator[None]:
 
 
 #: For selective activation checkpointing: save the results of these operators instead of recomputing them.
-checkpoint_ops = [product]
+checkpoint_ops = [product, int_product]
 
 
 def checkpoint_context() -> tuple[Any, Any]:

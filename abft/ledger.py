@@ -2,8 +2,8 @@
 
     [HEADER][CAPACITY sites × COUNTERS][RING records × RECORD]
 
-Device code adds to it in stream order; the host reads it when somebody asks. On a CPU every
-thread has its own (concurrent adds to one would be lost) and they are summed on report.
+Device code adds to it in stream order; the host reads it when somebody asks, and copies points of its history
+aside without waiting. On a CPU every thread has its own (concurrent adds to one would be lost); reports sum them.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import socket
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
@@ -25,7 +26,8 @@ from abft import sites
 # --- layout, shared with device code ------------------------------------------------------------
 
 HEADER = 8
-HEAD, STEP = 0, 1  # records ever written; optimizer step
+#: Records ever written; optimizer step; products of deferred checks whose evidence was overwritten before it was judged.
+HEAD, STEP, LOST = 0, 1, 2
 
 COUNTER_NAMES = (
     "checks", "products", "executions", "observed", "recomputed", "reconstructed", "uncorrected",
@@ -42,14 +44,16 @@ RING = 1024
 RECORD_NAMES = (
     "sequence", "site", "role", "verdict", "cause", "rows", "row", "col",
     "residual", "bound", "m", "n", "k", "dtype", "backend", "step",
+    "element_row", "element_col", "unit", "repaired_on",
 )  # fmt: skip
 RECORD = len(RECORD_NAMES)
-WORDS = HEADER + sites.CAPACITY * COUNTERS + RING * RECORD
+RING_AT = HEADER + sites.CAPACITY * COUNTERS
+WORDS = RING_AT + RING * RECORD
 
 ROLE_NAMES = ("fprop", "dgrad", "wgrad")
 BACKEND_NAMES = ("reference", "vendor", "triton")
 CAUSES = ("unknown", "transient", "persistent", "weight", "panel")
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int8)
 
 
 class Verdict(Enum):
@@ -112,10 +116,10 @@ class CpuLedger:
     def __init__(self) -> None:
         self.name = ""
         self.words = np.zeros(WORDS, np.int64)
-        self._counters = self.words[HEADER : HEADER + sites.CAPACITY * COUNTERS].reshape(-1, COUNTERS)
+        self._counters = self.words[HEADER:RING_AT].reshape(-1, COUNTERS)
         self._view = memoryview(self.words)  # type: ignore[arg-type]  # plain integers: ten times cheaper to add to than array elements
         self._worst: dict[int, float] = {}
-        self._ring = self.words[HEADER + sites.CAPACITY * COUNTERS :].reshape(RING, RECORD)
+        self._ring = self.words[RING_AT:].reshape(RING, RECORD)
 
     def count_clean(self, site: int, checks: int, worst: float, repeated: bool) -> None:
         """A product, computed once, of which every check passed."""
@@ -152,6 +156,8 @@ class CpuLedger:
             "bound": float_bits(finding.bound),
             "step": int(_step),
             "sequence": next_sequence(),
+            # Where a device names them: the changed element of the weight, the multiprocessor of a tile and of its repetition.
+            **dict.fromkeys(("element_row", "element_col", "unit", "repaired_on"), -1),
             **product,
         }
         for i, name in enumerate(RECORD_NAMES):
@@ -239,68 +245,191 @@ def set_step(step: int) -> None:
     """The step that records carry from now on."""
     global _step
     _step = step
-    for device, words in _device_ledgers.items():
-        if device.type == "cuda":
-            words[STEP].fill_(step)
+    for _, words in _devices():
+        words[STEP].fill_(step)
 
 
 # --- reading ------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Snapshot:
-    """Counters (sites, COUNTERS) summed over devices and threads, bypasses, and the records nobody has read before."""
+@dataclass(eq=False)
+class Point:
+    """The ledgers at one moment: counters (sites in use, COUNTERS) summed over them, records ever written to each, bypasses.
+
+    Taken without waiting it holds what threads have written; the parts of devices are added when they are read.
+    """
 
     counters: np.ndarray
+    heads: dict[str, int]
     bypassed: dict[str, int]
+
+    def add(self, name: str, counters: np.ndarray, head: int, lost: int) -> None:
+        """Another ledger's part; nothing, if it is in already."""
+        if name not in self.heads:
+            counters = counters[: len(self.counters)]  # a site made since has counted nothing at this point
+            rows = self.counters[: len(counters)]
+            worst = np.maximum(rows[:, WORST], counters[:, WORST])
+            rows += counters
+            rows[:, WORST] = worst
+            self.heads[name] = head
+            if lost:
+                self.bypassed[LOST_EVIDENCE] = self.bypassed.get(LOST_EVIDENCE, 0) + lost
+
+
+@dataclass(frozen=True, eq=False)
+class Frozen:
+    """Header and counters of a device ledger, or its header alone, at one point of its stream."""
+
+    words: Tensor
+    ready: Any  # the event after which they are there; None where there are no streams
+
+    def here(self) -> Tensor:
+        """The words, for use on the current stream."""
+        if self.ready is not None:
+            stream = torch.cuda.current_stream(self.words.device)
+            stream.wait_event(self.ready)
+            self.words.record_stream(stream)
+        return self.words
+
+    def head(self) -> Frozen:
+        return Frozen(self.words[:HEADER], self.ready)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """The ledgers now, the records nobody has read before, and what was frozen (None: devices were not read)."""
+
+    now: Point
     records: tuple[dict[str, Any], ...]
-    written: int  # records ever written, to tell how many a ring has lost
-    heads: dict[str, int]  # per ledger: records ever written
+    frozen: list[dict[str, np.ndarray]] | None
 
 
-def snapshot(read: dict[str, int] | None = None) -> Snapshot:
-    """Read all ledgers; waits for the devices. ``read``: per ledger, how many of its records are known already."""
-    read = read or {}
-    total = np.zeros((sites.CAPACITY, COUNTERS), np.int64)
-    records: list[dict[str, Any]] = []
-    heads = {}
-    for words, device, name in _all_words():
-        body = words[HEADER : HEADER + sites.CAPACITY * COUNTERS].reshape(-1, COUNTERS)
-        worst = np.maximum(total[:, WORST], body[:, WORST])
-        total += body
-        total[:, WORST] = worst
-        head = heads[name] = int(words[HEAD])
-        ring = words[HEADER + sites.CAPACITY * COUNTERS :].reshape(RING, RECORD)
-        for i in range(max(0, head - RING, read.get(name, 0)), head):
-            values = dict(zip(RECORD_NAMES, (int(v) for v in ring[i % RING]), strict=True))
-            records.append({"device": device, "ledger": name, "place": i} | values)
+_unread = False
+_last: dict[str, tuple[np.ndarray, int, int]] = {}  # per device ledger: what unpack said of it when it was last read
+
+
+def issued() -> None:
+    """Said after every product that went to a device: its ledger has news. After, or a reading in between would take it for read."""
+    global _unread
+    _unread = True
+
+
+def on_host() -> Point:
+    """What the threads of this process have written."""
     with _lock:
-        bypassed = dict(_bypassed)
-    records.sort(key=lambda r: r["sequence"])
-    return Snapshot(total, bypassed, tuple(records), sum(heads.values()), heads)
+        point = Point(np.zeros((sites.count(), COUNTERS), np.int64), {}, dict(_bypassed))
+        ledgers = list(_cpu_ledgers)
+    for ledger in ledgers:
+        point.add(ledger.name, ledger._counters[: len(point.counters)], int(ledger.words[HEAD]), int(ledger.words[LOST]))
+    return point
 
 
-def clear_worst() -> None:
-    """Start the maxima anew. A maximum, unlike a sum, has no difference between two readings."""
+def read(known: dict[str, int], frozen: Sequence[dict[str, Frozen]] = (), *, issued_only: bool = False) -> Reading:
+    """Read all ledgers, each device's and what was frozen of it in one transfer; waits for the devices.
+
+    known: per ledger, how many of its records were read before. issued_only: devices are not waited for, and stand as last
+    read, if no product was issued since, or if a CUDA graph is being captured; what a replayed one did is not seen then.
+    """
+    global _unread
+    now = on_host()
+    records: list[dict[str, Any]] = []
     with _lock:
         ledgers = list(_cpu_ledgers)
     for ledger in ledgers:
-        ledger._counters[:, WORST] = 0
-        ledger._worst.clear()
-    for device, words in _device_ledgers.items():
-        if device.type == "cuda":
-            words[HEADER : HEADER + sites.CAPACITY * COUNTERS].view(-1, COUNTERS)[:, WORST].zero_()
+        records += _records(ledger._ring, known.get(ledger.name, 0), now.heads.get(ledger.name, 0), "cpu", ledger.name)
+    waited = not issued_only or (_unread and not any(_capturing(words) for _, words in _devices()))
+    _unread = _unread and not waited  # before the transfers: what is issued from here on may miss them
+    thawed: list[dict[str, np.ndarray]] = [{} for _ in frozen]
+    for name, words in _devices():
+        if waited:
+            copies = [(i, part[name].here()) for i, part in enumerate(frozen) if name in part]
+            body, ring, *rest = _fetch([words[: HEADER + now.counters.size], words[RING_AT:], *(copy for _, copy in copies)])
+            for (i, _), values in zip(copies, rest, strict=True):
+                thawed[i][name] = values
+            _last[name] = unpack(body)
+            records += _records(ring.reshape(RING, RECORD), known.get(name, 0), _last[name][1], name, name)
+        if name in _last:
+            now.add(name, *_last[name])
+    records.sort(key=lambda r: r["sequence"])
+    return Reading(now, tuple(records), thawed if waited else None)
 
 
-def _all_words() -> list[tuple[np.ndarray, str, str]]:
-    """(words on the host, device, name of the ledger) of every ledger."""
+def unpack(words: np.ndarray) -> tuple[np.ndarray, int, int]:
+    """Header and counters: (counters (sites, COUNTERS), records ever written, deferred products lost)."""
+    return words[HEADER:].reshape(-1, COUNTERS), int(words[HEAD]), int(words[LOST])
+
+
+def _fetch(parts: list[Tensor]) -> list[np.ndarray]:
+    """Device tensors on the host, by one transfer."""
+    with torch.inference_mode(False), torch.no_grad(), unset_fake_temporarily():
+        values = to_host(torch.cat(parts))
+    return np.split(values, np.cumsum([len(part) for part in parts[:-1]]))
+
+
+def to_host(values: Tensor) -> np.ndarray:
+    """The only place where the host waits for a ledger."""
+    return values.cpu().numpy()
+
+
+def _records(ring: np.ndarray, known: int, head: int, device: str, name: str) -> list[dict[str, Any]]:
+    return [
+        {"device": device, "ledger": name, "place": i} | dict(zip(RECORD_NAMES, (int(v) for v in ring[i % RING]), strict=True))
+        for i in range(max(0, head - RING, known), head)
+    ]
+
+
+def take_worst() -> np.ndarray:
+    """The maxima per site of all threads, which start anew: a maximum, unlike a sum, has no difference between two readings."""
     with _lock:
-        out = [(ledger.words, "cpu", ledger.name) for ledger in _cpu_ledgers]
-    for device, words in _device_ledgers.items():
-        if device.type == "cuda":
-            out.append((words.cpu().numpy(), str(device), str(device)))
+        ledgers = list(_cpu_ledgers)
+    worst = np.zeros(sites.count(), np.int64)
+    for ledger in ledgers:
+        maxima = ledger._counters[:, WORST]
+        np.maximum(worst, maxima[: len(worst)], out=worst)
+        maxima[: len(worst)] = 0
+        ledger._worst.clear()
+    return worst
+
+
+def freeze() -> dict[str, Frozen]:
+    """Copies of the header and the sites in use of every device ledger, in stream order; maxima start anew. Waits for nothing."""
+    out, used = {}, sites.count()
+    for name, words in _devices():
+        if _capturing(words):
+            raise RuntimeError(
+                "a report cannot begin while a CUDA graph is captured, its counts would begin anew at every replay: "
+                "enter protected() or StepGuard.attempt() before the capture"
+            )
+        with torch.inference_mode(False), torch.no_grad(), unset_fake_temporarily():
+            copy = words[: HEADER + used * COUNTERS].clone()
+            words[HEADER:RING_AT].view(-1, COUNTERS)[:used, WORST].zero_()
+        out[name] = Frozen(copy, torch.cuda.current_stream(words.device).record_event() if words.is_cuda else None)
     return out
 
 
+def fold(older: dict[str, Frozen], newer: dict[str, Frozen]) -> dict[str, Frozen]:
+    """``newer`` with the maxima of ``older``, from whose point no report starts any more."""
+    out = dict(newer)
+    for name, copy in older.items():
+        with torch.inference_mode(False), torch.no_grad(), unset_fake_temporarily():
+            before, words = copy.here(), newer[name].here()
+            maxima = before[HEADER:].view(-1, COUNTERS)[:, WORST]
+            target = words[HEADER:].view(-1, COUNTERS)[: len(maxima), WORST]
+            target.copy_(torch.maximum(target, maxima))
+        out[name] = Frozen(words, torch.cuda.current_stream(words.device).record_event() if words.is_cuda else None)
+    return out
+
+
+def _capturing(words: Tensor) -> bool:
+    return words.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def _devices() -> list[tuple[str, Tensor]]:
+    """(name, words) of the ledgers that device code writes; a CPU has a token only."""
+    return [(str(device), words) for device, words in _device_ledgers.items() if len(words) == WORDS]
+
+
+#: The reason under which products of a replayed graph are reported that were never judged.
+LOST_EVIDENCE = "deferred check overwritten before it was judged"
 HOST = socket.gethostname()
 STARTED = time.time()

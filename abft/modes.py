@@ -64,6 +64,16 @@ def _addmm(
     return functional.addmm_at(mode.site, input, mat1, mat2, beta, alpha, mode.policy)
 
 
+def _int_mm(mode: ProductMode, input: Tensor, mat2: Tensor, *, out: Tensor | None = None) -> Tensor:
+    reason = "out=" if out is not None else functional.why_not(input, mat2, dtypes=(torch.int8,))
+    if reason is not None:
+        keywords = {} if out is None else {"out": out}
+        return functional.bypassed(reason, lambda: torch._int_mm(input, mat2, **keywords))
+    if input.dim() != 2 or mat2.dim() != 2:
+        return torch._int_mm(input, mat2)  # torch's own error
+    return functional.int_mm_at(mode.site, input, mat2, mode.policy)
+
+
 _CHECKED: dict[Any, Callable[..., Tensor]] = {
     F.linear: _linear,
     torch.matmul: _matmul,
@@ -77,6 +87,7 @@ _CHECKED: dict[Any, Callable[..., Tensor]] = {
     Tensor.mm: _mm,
     torch.addmm: _addmm,
     Tensor.addmm: _addmm,
+    torch._int_mm: _int_mm,
 }
 
 #: Products hidden from interception, by the name they are counted under.

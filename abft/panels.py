@@ -51,6 +51,7 @@ class RememberedBias:
     owner: Panels
     validity: tuple[int, ...]
     values: Tensor  # in the product's dtype
+    shape: torch.Size
     sums: tuple[Tensor, Tensor]
 
 
@@ -66,6 +67,7 @@ class Entry:
     source: Source  # what the weight itself was when the entry was made
     history: History  # not the Panels: a cycle would let panels outlive their weight
     audited: bool  # whether every use compares the weight's bits
+    build: Build
     total: int | None = None  # of the weight's bits, if so
     bias: RememberedBias | None = None
     quick: Any = None  # a backend's prepared judgement, as long as panel and bias are the same
@@ -122,8 +124,9 @@ def announce(sources: Iterable[Tensor]) -> None:
 
 
 def sources_of(model: nn.Module) -> Iterator[Tensor]:
-    """The tensors of a model that may have panels: its parameters, and those that FSDP2 gathers in their place."""
+    """The tensors of a model that may have panels: its parameters, those that FSDP2 gathers in their place, and int8 buffers."""
     yield from model.parameters()
+    yield from (b for b in model.buffers() if b.dtype == torch.int8)
     mine = {id(p) for p in model.parameters()}
     for shards in _fsdp_parameters():
         if id(shards.sharded_param) in mine and hasattr(shards, "_unsharded_param"):
@@ -156,7 +159,10 @@ def validity(source: Tensor, owner: Panels, frozen: bool) -> tuple[int, ...]:
     if frozen:
         return (owner.announced,)
     if owner._gathered is None:
-        return _epoch, source.data_ptr(), 0 if source.is_inference() else source._version
+        try:
+            return _epoch, source.data_ptr(), source._version
+        except RuntimeError:  # an inference tensor has none (asking first would cost every call)
+            return _epoch, source.data_ptr(), 0
     return (_epoch, source.data_ptr(), *owner.gathered_version(source))
 
 
@@ -204,7 +210,7 @@ def entry_for(source: Tensor, matrix: Tensor, layout: Layout, *, transposed: boo
                     del panels.entries[old]  # the weight was moved or cast since
                     panels.lanes.clear()
                 audited = _is_audited(matrix, frozen)
-                entry = Entry(build(matrix, layout), matrix.dtype, None, None, now, kind, panels.history, audited)
+                entry = Entry(build(matrix, layout), matrix.dtype, None, None, now, kind, panels.history, audited, build)
                 _remember(entry, matrix, now)
                 panels.entries[key] = entry
             elif entry.validity != now:
@@ -216,16 +222,23 @@ def entry_for(source: Tensor, matrix: Tensor, layout: Layout, *, transposed: boo
 def rebuild(entry: Entry, matrix: Tensor, now: tuple[int, ...], build: Build) -> None:
     """Fill the entry from the present weight, in the same storage."""
     fresh = build(matrix, entry.panel.layout)
-    entry.panel.columns.copy_(fresh.columns)
-    if entry.panel.scales is not None and fresh.scales is not None:
-        entry.panel.scales.copy_(fresh.scales)
+    for old, new in zip(_tensors(entry.panel), _tensors(fresh), strict=True):
+        old.copy_(new)
     entry.bias = entry.quick = None
     _remember(entry, matrix, now)
 
 
+def _tensors(panel: Panel) -> list[Tensor]:
+    memory = panel.memory
+    held = (panel.columns, panel.scales, *((memory.integrity, memory.fingerprint, memory.known) if memory is not None else ()))
+    return [t for t in held if t is not None]
+
+
 def _remember(entry: Entry, matrix: Tensor, now: tuple[int, ...]) -> None:
-    entry.fingerprint = bits.fingerprint(matrix) if matrix.dim() == 2 else None
-    entry.integrity = integrity(entry.panel)
+    # A panel with a memory of its own was built by kernels, which compare it on the device.
+    here = entry.panel.memory is None
+    entry.fingerprint = bits.fingerprint(matrix) if here and matrix.dim() == 2 else None
+    entry.integrity = integrity(entry.panel) if here else None
     entry.total = bits.total(matrix) if entry.audited else None
     entry.validity = now
 
@@ -256,12 +269,65 @@ def intact(entry: Entry) -> bool:
     return entry.integrity is None or bool((integrity(entry.panel) == entry.integrity).numpy())
 
 
+def fingerprint_bytes(entry: Entry) -> int:
+    """Bytes by which changed bits are noticed and named, beside the panel itself."""
+    here = entry.fingerprint.nbytes if entry.fingerprint is not None else 0
+    return here + (entry.panel.memory.nbytes if entry.panel.memory is not None else 0)
+
+
+#: Of a tracked weight, what a fault in memory may touch at once (decision 5): rows and columns.
+_FRAGMENT = 16, 8
+
+
+def changed_elements(source: Tensor) -> list[tuple[int, int, int]] | None:
+    """(row, column, remembered bit pattern) of every element whose bits differ from what valid panels remember; None: they
+    differ, but cannot be named. Reads the device; for use on request only."""
+    panels = source.__dict__.get(ATTRIBUTE)
+    found: list[tuple[int, int, int]] = []
+    if not isinstance(panels, Panels) or panels.source != id(source):
+        return found
+    for key, entry in list(panels.entries.items()):
+        transposed, frozen = bool(key[1]), bool(key[5])
+        if entry.dtype != source.dtype or entry.validity != validity(source, panels, frozen):
+            continue  # of a cast, or of a weight that was edited since
+        matrix = source.detach().mT if transposed else source.detach()
+        for start, block, then in _fingerprinted(entry, matrix):
+            now = bits.fingerprint(block)
+            if not bool(bits.changed_columns(now, then).any().cpu().numpy()):
+                continue
+            elements = bits.changed_elements(block, now, then)
+            if elements is None:
+                return None
+            # Changes together may look like another one; the panel of the restored matrix is then not the remembered one.
+            named = [bits.ChangedElement(start + e.row, e.column, e.bits) for e in elements]
+            fresh = entry.build(bits.restored(matrix, named), entry.panel.layout)
+            if not bool(bits.same(fresh.columns, entry.panel.columns).all().cpu().numpy()):
+                return None
+            found += [(e.column, e.row, e.bits) if transposed else (e.row, e.column, e.bits) for e in named]
+            if not frozen and len({(row // _FRAGMENT[0], column // _FRAGMENT[1]) for row, column, _ in found}) > 1:
+                return None  # wider than a fault in memory: an edit
+    changed = sorted(set(found))
+    return changed if len({(row, column) for row, column, _ in changed}) == len(changed) else None
+
+
+def _fingerprinted(entry: Entry, matrix: Tensor) -> Iterator[tuple[int, Tensor, bits.Fingerprint]]:
+    """(first row, rows, their remembered fingerprint) of the parts of W that were fingerprinted apart."""
+    if entry.fingerprint is not None:
+        yield 0, matrix, entry.fingerprint
+    memory, groups = entry.panel.memory, entry.panel.layout.groups
+    if memory is not None and memory.fingerprint is not None:
+        for g in range(groups.count):
+            start, stop = groups.span(g)
+            planes = memory.fingerprint[g]  # plain, weighted and squared of the low halves, then of the high ones
+            yield start, matrix[start:stop], bits.Fingerprint(planes[0::3], planes[1::3])
+
+
 def live_bytes() -> int:
     """Bytes that remembered panels, fingerprints and biases hold."""
     total = 0
     for panels in list(_all):
         for entry in panels.entries.values():
-            total += entry.panel.nbytes + (entry.fingerprint.nbytes if entry.fingerprint is not None else 0)
+            total += entry.panel.nbytes + fingerprint_bytes(entry)
             total += entry.bias.values.nbytes if entry.bias is not None else 0
     return total
 
@@ -288,6 +354,6 @@ def bias_sums_for(
 def remember_bias(entry: Entry, owner: Panels, now: tuple[int, ...], bias: Tensor) -> RememberedBias:
     """Take the bias as it is now for the right one."""
     with torch.inference_mode(False), torch.no_grad():
-        kept = RememberedBias(owner, now, bias.clone(), bias_sums(bias, entry.panel.layout))
+        kept = RememberedBias(owner, now, bias.clone(), bias.shape, bias_sums(bias, entry.panel.layout))
     entry.bias, entry.quick = kept, None
     return kept

@@ -32,7 +32,6 @@ _CHOICES = {
 _NOT_YET = {
     ("detector", "statistical"): "the statistical detector",
     ("detector", "both"): "the statistical detector",
-    ("timing", "deferred"): "deferred verification (the decode kernels)",
 }
 
 
@@ -73,6 +72,8 @@ class Policy:
     panel: checksum columns; lean costs half and is half-blind to equal pairs.
     group: result columns under one check; None takes the backend's table.
     roles: which of the three products of a layer are checked.
+    timing: immediate judges (and repairs) a product before anybody reads it; deferred judges many products together, later (at the
+        exit of ``protected``, in ``report`` and in ``StepGuard.attempt``), and repairs nothing: a wrong row is uncorrected.
     weights: tracked follows announced changes; frozen treats any change without ``abft.refresh`` as a memory fault.
     max_floor: largest acceptable floor relative to a row's L2 norm; auto must meet it or raises PolicyError.
     on_uncorrected: record, warn, raise, or a callable that receives the FaultEvent.
@@ -102,6 +103,11 @@ class Policy:
                 raise NotImplementedError(f"Policy.{name}={value!r} needs {_NOT_YET[name, value]}, which has not landed yet")
         self._check_roles()
         self._check_group()
+        if self.timing == "deferred" and self.redundancy != "none":
+            raise PolicyError(
+                f"Policy.timing='deferred' leaves wrong rows to the caller; redundancy={self.redundancy!r} repairs them at once, and its "
+                "repairs would be reported as faults later. Use timing='immediate' with it, or redundancy='none'"
+            )
         floor = self.max_floor
         if floor is not None and (isinstance(floor, bool) or not (isinstance(floor, int | float) and 0 < floor < float("inf"))):
             raise PolicyError(f"Policy.max_floor must be a positive number or None; got {self.max_floor!r}")

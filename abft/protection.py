@@ -8,8 +8,9 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from abft import panels
+from abft import bits, panels
 from abft import policy as policies
+from abft.errors import AbftError
 from abft.nn.checked import ATTRIBUTES, Checked, attach, checked_type, unchecked_type
 from abft.policy import Policy, PolicyLike
 
@@ -71,6 +72,33 @@ def refresh(model: nn.Module) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"refresh needs a torch.nn.Module; got {type(model).__name__}")
     panels.announce(panels.sources_of(model))
+
+
+def restore(model: nn.Module) -> int:
+    """Write the remembered bits back into weights that changed in memory; returns how many elements were restored.
+
+    Elements are named by integer fingerprints and restored bit for bit, whatever their dtype. Compares every weight that has
+    been multiplied since it was last edited on purpose; reads the device, and waits for it. Call it between steps or requests,
+    when nobody else reads or writes the weights. Raises AbftError, and writes nothing, if a weight changed in a way whose
+    elements cannot be named (two in one column of a group): reload that weight. Biases are not restored.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"restore needs a torch.nn.Module; got {type(model).__name__}")
+    names = {id(p): name for name, p in model.named_parameters()}
+    changed = [(source, panels.changed_elements(source)) for source in panels.sources_of(model)]
+    lost = [names.get(id(source), "a gathered weight") for source, elements in changed if elements is None]
+    if lost:
+        raise AbftError(
+            f"the bits of {', '.join(lost)} changed in memory, and which elements did cannot be told: nothing was restored. "
+            "Load these weights again, or call abft.refresh(model) if they were edited on purpose."
+        )
+    for source, elements in changed:
+        if not elements:
+            continue
+        integers, width = bits.as_integers(source.data), bits.WIDTH[source.dtype]
+        for row, column, pattern in elements:
+            integers[row, column] = pattern - (1 << width) if pattern >> (width - 1) else pattern
+    return sum(len(elements or ()) for _, elements in changed)
 
 
 def why_not(module: nn.Module) -> str | None:

@@ -1,21 +1,25 @@
-"""Reports: what the ledgers say, as values. Reading waits for the devices; nothing else in the package does."""
+"""Reports: what the ledgers say, as values. Reading waits for the devices; nothing else does, taking a mark neither."""
 
 from __future__ import annotations
 
+import atexit
+import sys
 import threading
 import warnings
 import weakref
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from abft import events, ledger, sites
-from abft.errors import FaultDetected, UncorrectedFault
+from abft import events, ledger, pending, sites
+from abft.errors import AbftError, FaultDetected, UncorrectedFault
 from abft.events import FaultEvent
-from abft.ledger import COUNTER, WORST, Verdict
+from abft.ledger import COUNTER, WORST, Frozen, Point, Verdict
 from abft.policy import OnUncorrected
 
 MAX_EVENTS = 10_000
+#: Changes of labels remembered between two readings; records before older ones get the labels of the oldest.
+MAX_BOUNDARIES = 256
 _UNREPAIRED = (Verdict.UNCORRECTED, Verdict.OBSERVED)
 
 
@@ -60,55 +64,88 @@ class Report:
         return _table(self)
 
 
-@dataclass(frozen=True, eq=False)
-class Mark:
-    """A point in the ledgers' history from which a report can start."""
+@dataclass(eq=False)
+class _Window:
+    """The maxima of every site between one mark and the next (None: the beginning of time)."""
 
-    counters: np.ndarray
-    bypassed: dict[str, int]
-    events: int  # made before
-    lost: int  # records that rings had overwritten before
+    mark: weakref.ref[Point] | None
+    worst: np.ndarray
+    #: Device ledgers as they stood when it ended, until they are read: its maxima, and the counters and heads of the next mark.
+    frozen: dict[str, Frozen] = field(default_factory=dict)
 
 
 @dataclass
-class _Peaks:
-    """The maxima of every site between one mark and the next (None: the beginning of time)."""
+class _Boundary:
+    """Labels in force when a mark was taken: records written before it and read after it carry them."""
 
-    mark: weakref.ref[Mark] | None
-    worst: np.ndarray
+    labels: dict[str, str]
+    heads: dict[str, int]
+    frozen: dict[str, Frozen]
 
 
 _lock = threading.RLock()
-_events: list[FaultEvent] = []  # the last MAX_EVENTS, in the order they were made
-_made = 0  # events ever made
+_events: list[tuple[str, int, FaultEvent]] = []  # (ledger, place) of the last MAX_EVENTS, in the order they were made
 _read: dict[str, int] = {}  # per ledger: records whose events were made by reading it
 _noted: set[tuple[str, int]] = set()  # records beyond those whose events were made when they were written
-_peaks: list[_Peaks] = [_Peaks(None, np.zeros(sites.CAPACITY, np.int64))]
-_zero: Mark | None = None
-_latest: ledger.Snapshot | None = None
+_windows: list[_Window] = [_Window(None, np.zeros(sites.CAPACITY, np.int64))]
+_boundaries: list[_Boundary] = []
+_zero: Point | None = None
+_latest: Point | None = None
 
 
-def drain(wait: bool = True) -> ledger.Snapshot:
-    """Read the ledgers, turn new records into events and react to them as their sites' policies say."""
+def drain(wait: bool = True, *, issued_only: bool = False) -> Point:
+    """Read the ledgers, turn new records into events and react to them as their sites' policies say.
+
+    Every mark taken since the last reading is completed by the same transfer. issued_only: see ``ledger.read``.
+    """
     global _latest
     if not wait and _latest is not None:
         return _latest
+    pending.flush()
     with _lock:
-        snapshot = ledger.snapshot(_read)
-        _read.update(snapshot.heads)
+        ended = [window for window in _windows if window.frozen]
+        reading = ledger.read(_read, [*(w.frozen for w in ended), *(b.frozen for b in _boundaries)], issued_only=issued_only)
+        if reading.frozen is not None:
+            _complete(ended, reading.frozen)
+        _read.update(reading.now.heads)
         made = []
-        for record in snapshot.records:
+        for record in reading.records:
             key = (record["ledger"], record["place"])
             if key in _noted:
                 _noted.discard(key)
                 continue
-            made.append((record, events.from_record(record)))
-        _keep([event for _, event in made])
-        _latest = snapshot
+            made.append((record, events.from_record(record, _labels_of(*key))))
+        if reading.frozen is not None:
+            _boundaries.clear()
+        _keep([(record["ledger"], record["place"], event) for record, event in made])
+        _latest = reading.now
     for record, event in made:
-        if event.device != "cpu":  # on a CPU the reaction came inside the call
-            react(sites.site_of(record["site"]).on_uncorrected, event)
-    return snapshot
+        # Of what the host itself has judged it was told inside the call (``note``).
+        react(sites.site_of(record["site"]).on_uncorrected, event)
+        if event.verdict is Verdict.STALE:
+            warn_of_edit(record["site"])
+    return reading.now
+
+
+def _complete(ended: list[_Window], frozen: list[dict[str, np.ndarray]]) -> None:
+    """Give windows their maxima, and the marks and boundaries at their ends what they lack."""
+    for window, parts in zip(ended, frozen[: len(ended)], strict=True):
+        reference = _windows[_windows.index(window) + 1].mark
+        following = None if reference is None else reference()
+        window.frozen = {}
+        for name, words in parts.items():
+            counters, head, lost = ledger.unpack(words)
+            _raise(window.worst, counters[:, WORST])
+            counters[:, WORST] = 0
+            if following is not None:
+                following.add(name, counters, head, lost)
+    for boundary, parts in zip(_boundaries, frozen[len(ended) :], strict=True):
+        boundary.heads |= {name: int(words[ledger.HEAD]) for name, words in parts.items()}
+
+
+def _labels_of(book: str, place: int) -> dict[str, str] | None:
+    """The labels of the first boundary that this record was written before; None: those of now."""
+    return next((b.labels for b in _boundaries if place < b.heads.get(book, 0)), None)
 
 
 def note(book: ledger.CpuLedger, site: int, finding: ledger.Finding, product: dict[str, int]) -> FaultEvent:
@@ -116,14 +153,13 @@ def note(book: ledger.CpuLedger, site: int, finding: ledger.Finding, product: di
     with _lock:  # a report of another thread sees both or neither
         record = book.record(site, finding, product)
         event = events.from_record(record)
-        _noted.add((record["ledger"], record["place"]))
-        _keep([event])
+        key = (record["ledger"], record["place"])
+        _noted.add(key)
+        _keep([(*key, event)])
     return event
 
 
-def _keep(fresh: list[FaultEvent]) -> None:
-    global _made
-    _made += len(fresh)
+def _keep(fresh: list[tuple[str, int, FaultEvent]]) -> None:
     _events.extend(fresh)
     if len(_events) > MAX_EVENTS:
         del _events[: len(_events) - MAX_EVENTS]
@@ -141,80 +177,148 @@ def react(how: OnUncorrected, event: FaultEvent) -> None:
         warnings.warn(f"abft: {event.message}", RuntimeWarning, stacklevel=2)
 
 
-def mark() -> Mark:
-    """Now, as a starting point for ``since``."""
+_edited: set[int] = set()
+
+
+def warn_of_edit(site: int) -> None:
+    """Once per site: its weight changed, and nobody said so."""
+    if site not in _edited:
+        _edited.add(site)
+        warnings.warn(
+            f"abft: the weight or bias at {sites.site_of(site).name} changed without an announcement abft can see "
+            "(a write through .data, numpy or a custom kernel); its panel was rebuilt. Call abft.refresh(model) after such writes.",
+            stacklevel=2,
+        )
+
+
+def mark() -> Point:
+    """Now, as a starting point for ``since``; waits for nothing, what lies on devices is known after the next ``drain``."""
+    pending.flush()  # what was computed before belongs before
     with _lock:
-        return _mark_at(drain())
+        now = ledger.on_host()
+        _open(now)
+        return now
 
 
-def _mark_at(snapshot: ledger.Snapshot) -> Mark:
-    now = Mark(snapshot.counters.copy(), snapshot.bypassed, _made, _lost(snapshot))
-    _start_peaks(now, snapshot)
-    return now
+def _open(now: Point) -> None:
+    """Begin a window at ``now``: file the maxima so far, and start them anew."""
+    last = _windows[-1]
+    _raise(last.worst, ledger.take_worst())
+    now.counters[:, WORST] = 0
+    last.frozen = ledger.freeze()
+    _merge()
+    _windows.append(_Window(weakref.ref(now), np.zeros(sites.CAPACITY, np.int64)))
+    labels = dict(events.labels.get({}))
+    if _boundaries and _boundaries[-1].labels == labels:
+        _boundaries.pop()
+    _boundaries.append(_Boundary(labels, dict(now.heads), {name: copy.head() for name, copy in last.frozen.items()}))
+    del _boundaries[:-MAX_BOUNDARIES]
 
 
-def _start_peaks(now: Mark, snapshot: ledger.Snapshot) -> None:
-    """File the maxima since the last mark, and start them anew; those before a mark nobody holds any more are merged."""
-    worst = snapshot.counters[:, WORST]
-    np.maximum(_peaks[-1].worst, worst, out=_peaks[-1].worst)
-    ledger.clear_worst()
-    worst[:] = 0
-    for i in range(len(_peaks) - 1, 0, -1):
-        reference = _peaks[i].mark
-        if reference is not None and reference() is None:
-            np.maximum(_peaks[i - 1].worst, _peaks[i].worst, out=_peaks[i - 1].worst)
-            del _peaks[i]
-    _peaks.append(_Peaks(weakref.ref(now), np.zeros(sites.CAPACITY, np.int64)))
+def _merge() -> None:
+    """Windows that began at a mark that nobody holds any more become part of those before them."""
+    for i in range(len(_windows) - 1, 0, -1):
+        before, window = _windows[i - 1], _windows[i]
+        if window.mark is not None and window.mark() is None:
+            _raise(before.worst, window.worst)
+            before.frozen = ledger.fold(before.frozen, window.frozen)
+            del _windows[i]
 
 
-def _worst_since(start: Mark | None, now: np.ndarray) -> np.ndarray:
-    worst = now.copy()
-    for peaks in reversed(_peaks):
-        np.maximum(worst, peaks.worst, out=worst)
-        if start is not None and peaks.mark is not None and peaks.mark() is start:
-            break
-    return worst
+def _raise(worst: np.ndarray, by: np.ndarray) -> None:
+    rows = worst[: len(by)]
+    np.maximum(rows, by, out=rows)
 
 
-def _lost(snapshot: ledger.Snapshot) -> int:
-    return snapshot.written - _made
+def _worst_between(start: Point | None, end: Point) -> np.ndarray:
+    """The maxima per site; ``end`` is a mark, or a reading, which holds those of its own window."""
+    worst = np.zeros(sites.CAPACITY, np.int64)
+    _raise(worst, end.counters[:, WORST])
+    marks = [None if window.mark is None else window.mark() for window in _windows]
+    last = marks.index(end) if end in marks else len(marks)
+    first = marks.index(start) if start in marks else 0
+    for window in _windows[first:last]:
+        _raise(worst, window.worst)
+    return worst[: len(end.counters)]
 
 
-def since(start: Mark | None, *, wait: bool = True) -> Report:
-    """What happened after ``start``; everything since the last reset, without one."""
-    snapshot = drain(wait)
+def since(start: Point) -> Report:
+    """What happened after ``start``."""
+    return between(start, drain())
+
+
+def between(start: Point | None, end: Point) -> Report:
+    """What happened from one point (None: the beginning) to another; marks among them have to be drained."""
     with _lock:
-        return _between(start or _zero, snapshot)
+        counters = _difference(start, end)
+        counters[:, WORST] = _worst_between(start, end)
+        before = {} if start is None else start.bypassed
+        bypassed = {reason: n - before.get(reason, 0) for reason, n in end.bypassed.items() if n > before.get(reason, 0)}
+        written = sum(end.heads.values()) - (0 if start is None else sum(start.heads.values()))
+        kept = _events_between(start, end) if written else ()
+        return _build(counters, bypassed, kept, max(0, written - len(kept)))
 
 
-def _between(start: Mark | None, snapshot: ledger.Snapshot) -> Report:
-    counters = snapshot.counters.copy()
-    counters[:, WORST] = _worst_since(start, counters[:, WORST])
-    bypassed = dict(snapshot.bypassed)
-    first = lost = 0
+def _difference(start: Point | None, end: Point) -> np.ndarray:
+    counters = end.counters.copy()
     if start is not None:
-        counters[:, :WORST] -= start.counters[:, :WORST]
-        bypassed = {k: v - start.bypassed.get(k, 0) for k, v in bypassed.items() if v > start.bypassed.get(k, 0)}
-        first, lost = start.events, start.lost
-    window = _made - first
-    kept = tuple(_events[max(0, len(_events) - window) :]) if window else ()
-    dropped = window - len(kept) + _lost(snapshot) - lost
-    return _build(counters, bypassed, kept, max(0, dropped))
+        counters[: len(start.counters)] -= start.counters
+    return counters
+
+
+def _events_between(start: Point | None, end: Point) -> tuple[FaultEvent, ...]:
+    first = {} if start is None else start.heads
+    return tuple(event for book, place, event in _events if first.get(book, 0) <= place < end.heads.get(book, 0))
+
+
+def unrepaired(start: Point, end: Point) -> tuple[int, str]:
+    """(rows found wrong and not repaired from one point to another, what the last of them says)."""
+    rows = int(_difference(start, end)[:, [COUNTER["observed"], COUNTER["uncorrected"]]].sum())
+    if not rows:
+        return 0, ""
+    with _lock:
+        messages = [event.message for event in _events_between(start, end) if event.verdict in _UNREPAIRED]
+    return rows, messages[-1] if messages else ""
 
 
 def report(*, reset: bool = False, wait: bool = True) -> Report:
     """The process-wide report since the start or the last reset.
 
-    wait=False returns what has been drained already, without waiting for a device. Raises UncorrectedFault if a
+    Deferred checks are judged first. wait=False returns what has been drained already, without waiting for a device.
+    Raises UncorrectedFault if a
     product under ``on_uncorrected="raise"`` on a GPU has left a fault that nobody has raised yet.
     """
     global _zero
-    snapshot = drain(wait)
     with _lock:
-        out = _between(_zero, snapshot)
+        end = mark() if reset and (wait or _latest is None) else None
+    now = drain(wait)
+    with _lock:
+        out = between(_zero, now if end is None else end)
         if reset:
-            _zero = _mark_at(snapshot)
+            if end is None:  # without waiting: what has been drained is reported and left behind
+                end = replace(now, counters=now.counters.copy())
+                _open(end)
+            _zero = end
     return out
+
+
+@atexit.register
+def _last_words() -> None:
+    """What nobody has asked for until the process ends is judged now, and said."""
+    left = pending.waiting()
+    if not left:
+        return
+    what = f"abft: {left} product(s) with deferred checks were computed after the last report"
+    try:
+        before = between(None, drain(wait=False)) if _latest is not None else Report()
+        found = between(None, drain())
+        wrong = found.observed + found.uncorrected - before.observed - before.uncorrected
+    except AbftError as error:  # on_uncorrected="raise"
+        print(f"{what}: {error}", file=sys.stderr)
+    except Exception as error:  # at this point devices may be gone
+        print(f"{what}, and could not be judged any more: {error}", file=sys.stderr)
+    else:
+        print(f"{what}: {wrong} wrong row(s) found at exit", file=sys.stderr)
 
 
 def _build(counters: np.ndarray, bypassed: dict[str, int], kept: tuple[FaultEvent, ...], dropped: int) -> Report:

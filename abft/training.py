@@ -14,12 +14,14 @@ from torch.optim import Optimizer
 from abft import faults, ledger, protection, reporting, scope
 from abft import policy as policies
 from abft.errors import UncorrectedFault
-from abft.ledger import Verdict
+from abft.ledger import Point, Verdict
 from abft.nn.checked import Checked
 from abft.reporting import Report
 
 OnFailed = Literal["raise", "drop"] | Callable[["StepGuard"], None]
 
+#: Wrong rows that any guard's attempts found, and replayed or gave up.
+_replayed = 0
 _USE = "use `while guard.attempt(): …` for forward and backward, and guard.step() after it"
 
 
@@ -36,6 +38,11 @@ class StepGuard:
     A replay restores the random states of torch's CPU and CUDA generators, module buffers and ``.grad``; not Python's or
     numpy's generators, and nothing else that the step has written. An exception that leaves the attempt and is
     caught outside must be followed by ``abandon``.
+
+    ``optimizer.step`` also refuses a fault in a product between the last attempt and the step, whoever issued it: the ledgers
+    do not know whose gradients it went into. It waits for a device only if Python issued a product since the attempt ended,
+    so a fault in a CUDA graph replayed there is not seen before the next report or attempt (one replayed inside an attempt
+    is). It raises on this rank alone, and again until ``attempt`` begins another step or ``abandon`` is called.
 
     Attributes: replays, dropped (counts), last (the Report of the last finished step, all its attempts together).
     """
@@ -74,7 +81,11 @@ class StepGuard:
         self._finished = self._drop = False
         self._failure = ""  # why this step must not be taken, once that is known
         self._before: _State | None = None
-        self._start = self._mark = reporting.mark()
+        self._start: Point | None = None  # of the step
+        self._mark: Point | None = None  # of the attempt
+        self._settled = reporting.drain()  # where the last attempt ended
+        self._replayed = _replayed  # wrong rows that attempts had dealt with by then
+        self._refused = False
         guard = weakref.ref(self)
         self._hook = optimizer.register_step_pre_hook(lambda *_: _refuse(guard()))
 
@@ -84,15 +95,18 @@ class StepGuard:
             self._begin()
             return True
         self._end_attempt()
-        found = reporting.since(self._mark)
+        assert self._mark is not None
+        self._settled = reporting.drain()
+        found = reporting.between(self._mark, self._settled)
         wrong = self._wrong_anywhere(found)
+        self._deal_with(found)
         if wrong and self._attempt <= self.max_replays:
             self.replays += 1
             assert self._before is not None
             self._before.restore()
             self._start_attempt()
             return True
-        self.last = found if self._attempt == 1 else reporting.since(self._start)
+        self.last = found if self._attempt == 1 else reporting.between(self._start, self._settled)
         before, self._before, self._attempt = self._before, None, 0
         if wrong:
             assert before is not None
@@ -107,14 +121,14 @@ class StepGuard:
             raise RuntimeError(f"StepGuard.step() was called inside the attempt loop; {_USE}")
         if not self._finished:
             raise RuntimeError(f"StepGuard.step() was called without a finished attempt before it; {_USE}")
+        if not self._drop:
+            _refuse(self)
         self._finished = False
         self._step += 1
         ledger.set_step(self._step)
         if self._drop:
             self._drop, self._failure = False, ""
-            if self.scaler is not None:
-                # The user's unscale_ left a mark that only update clears; the scale itself stays.
-                self.scaler.update(self.scaler.get_scale())
+            self._forget_unscaling()
             return False
         if self.scaler is None:
             self.optimizer.step()
@@ -124,15 +138,23 @@ class StepGuard:
         return True
 
     def abandon(self) -> None:
-        """Forget the present step, after an exception that left its attempt: the next ``attempt`` begins another."""
+        """Forget the present step and every fault so far: the next ``attempt`` begins another step.
+
+        After an exception that left an attempt; or when ``optimizer.step`` refused a fault that has no part in the gradients:
+        then step the optimizer (or the scaler) without the guard.
+        """
         if self._attempt:
             self._end_attempt()
         self._attempt, self._before, self._finished, self._drop, self._failure = 0, None, False, False, ""
+        self._refused = False
+        self._settled, self._replayed = reporting.drain(), _replayed
 
     # --- one step ------------------------------------------------------------------------------------
 
     def _begin(self) -> None:
-        self._finished = self._drop = False
+        if self._refused:
+            self._forget_unscaling()
+        self._finished = self._drop = self._refused = False
         self._failure = ""
         parameters = (p for group in self.optimizer.param_groups for p in group["params"])
         self._before = _State.of(self.model, list(parameters))
@@ -150,6 +172,17 @@ class StepGuard:
         scope.drop(self.policy)
         if faults.on_attempt is not None:
             faults.on_attempt(False)
+
+    def _deal_with(self, found: Report) -> None:
+        """Another guard's step must not be refused for what this one replays or drops."""
+        global _replayed
+        _replayed += found.observed + found.uncorrected
+        self._replayed = _replayed
+
+    def _forget_unscaling(self) -> None:
+        # The user's unscale_ left a mark that only update clears; the scale itself stays.
+        if self.scaler is not None and getattr(self.scaler, "_scale", None) is not None:
+            self.scaler.update(self.scaler.get_scale())
 
     def _wrong_anywhere(self, found: Report) -> bool:
         wrong = found.observed + found.uncorrected > 0
@@ -182,13 +215,20 @@ def _refuse(guard: StepGuard | None) -> None:
     if guard._failure:
         raise UncorrectedFault(f"optimizer.step() although {guard._failure}. StepGuard.step() drops the step")
     if guard._attempt:
-        found = reporting.since(guard._mark)
-        rows = found.observed + found.uncorrected
+        assert guard._mark is not None
+        rows, what = reporting.unrepaired(guard._mark, reporting.drain())
         if rows:
-            raise UncorrectedFault(
-                f"optimizer.step() with {rows} wrong row(s) pending; let StepGuard.attempt() replay the step. "
-                + _first_fault(found)
-            )
+            raise UncorrectedFault(f"optimizer.step() with {rows} wrong row(s) pending; let StepGuard.attempt() replay the step. {what}")
+        return
+    rows, what = reporting.unrepaired(guard._settled, reporting.drain(issued_only=True))
+    rows -= _replayed - guard._replayed
+    if rows > 0:
+        guard._refused = True
+        raise UncorrectedFault(
+            f"optimizer.step() with {rows} wrong row(s) pending, of products after the last attempt. If the gradients depend on them: "
+            f"zero_grad() and do the step again, those products included, inside StepGuard.attempt(). If not (an evaluation): "
+            f"StepGuard.abandon(), then step without the guard. {what}"
+        )
 
 
 def _first_fault(found: Report) -> str:

@@ -18,7 +18,8 @@ from abft.policy import PolicyLike
 class CheckResult:
     """suspect: bool (*batch, M). residual, bound: float32 (*batch, M, groups), of the e check.
 
-    floor: float32 (*batch, M): the smallest single deviation that would have been flagged, relative to the row's L2.
+    floor: float32 (*batch, M): the smallest single deviation that would have been flagged, relative to the row's L2; several
+        wrong elements can cancel, and pass above it.
     """
 
     suspect: Tensor

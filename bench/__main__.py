@@ -9,13 +9,14 @@ COMMANDS = {
     "clean": "fault-free rows of every data family through the public path: alarms, largest residual over bound",
     "emulated-clean": "the same on emulated tensor cores (needs the emulator: --emulator or ABFT_EMULATOR)",
     "campaign": "faults of every class, place, pattern and role through abft.inject: detected, repaired, located, missed",
+    "integer": "int8 products: clean rows, faults of every class, cost against torch's",
     "emulated-faults": "flips and nullifications in emulated tensor-core accumulators, weights and panels",
     "floors": "the smallest deviation found, per backend, dtype and K, beside threshold.expected_floor",
     "activations": "a real sentence encoder's activations and gradients, fault-free",
     "memory": "bytes of panels, per direction and group",
     "host": "cost of the dispatch, and of a small checked linear beside torch's",
     "summary": "the committed results as one table",
-    "cubins": "compiled kernels: registers, spills, shared memory, instructions",
+    "audit": "every kernel compiled: registers, spills, shared memory, occupancy, instructions; --compare with the committed audit",
     "predict": "what the check should cost on a GPU, counted from waves and instructions; not a measurement",
 }
 MODULES = {"predict": "predictions", "emulated-clean": "emulated_clean", "emulated-faults": "emulated_faults"}

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from abft.triton_kernels import configs
 from torch import Tensor
 
 from abft import checksum, floating, threshold
@@ -21,7 +22,6 @@ from bench import families
 from bench.emulator import Emulator
 
 TILE = 128
-GROUP = 512
 #: Of the four sums that the kernel takes, those that a cheaper epilogue could do with: what it would miss is counted beside.
 E_ONE = FULL.kinds[:2]
 TF32_MASK = -0x2000  # 13 mantissa bits that the unit does not read
@@ -30,13 +30,14 @@ PANEL_ROWS = 64  # rows of W that the panel's kernel adds as a tree
 
 @dataclass(frozen=True)
 class Unit:
-    """A matrix unit: the emulator's model, the operand type, its parts per checksum, and the bound's arithmetic."""
+    """A matrix unit: the emulator's model, the operand type, its parts per checksum, the bound's arithmetic, its group width."""
 
     name: str
     model: str
     dtype: torch.dtype
     parts: int
     arithmetic: threshold.Arithmetic
+    group: int = configs.GROUP
 
     def operand(self, values: Tensor, family: str = "") -> Tensor:
         """fp32 numbers that the operand type holds."""
@@ -50,7 +51,7 @@ UNITS = {
     for u in (
         Unit("bf16", "hopper16", torch.bfloat16, 3, threshold.HOPPER_16),
         Unit("fp16", "hopper16", torch.float16, 2, threshold.HOPPER_16),
-        Unit("tf32", "hopper_tf32", torch.float32, 2, threshold.HOPPER_TF32),
+        Unit("tf32", "hopper_tf32", torch.float32, 2, threshold.HOPPER_TF32, configs.GROUP_TF32),
         Unit("bf16-ampere", "ampere16", torch.bfloat16, 3, threshold.AMPERE_16),
     )
 }
@@ -67,7 +68,7 @@ def truncated(values: Tensor) -> Tensor:
 def build_panel(w: Tensor, unit: Unit) -> Panel:
     """The panel of W (N, K), operand values in fp32: checksum.encode's numbers, in the panel kernel's order of summation."""
     n, k = w.shape
-    groups = Groups.near_equal(n, GROUP, unit=min(TILE, n))
+    groups = Groups.near_equal(n, unit.group, unit=min(TILE, n))
     layout = Layout(groups, FULL, unit.dtype, unit.parts)
     rms = torch.tensor([checksum.weight_rms(kind, groups.width) for kind in FULL.kinds])
     sums, sketches = [], []
@@ -112,9 +113,14 @@ def _pack(s: Tensor, sketches: Tensor, layout: Layout) -> Panel:
 
 @dataclass
 class Checks:
-    """|residual| / bound per row, group and kind (Inf: unexplained and without a ratio); rows judged by the range-safe form."""
+    """|residual| / bound per row, group and kind (Inf: unexplained and without a ratio); rows judged by the range-safe form.
+
+    floor: per row the smallest wrong element that ε must show, relative to the row's L2 norm, as ``CheckResult.floor``; Inf
+    where the bound is not finite.
+    """
 
     ratio: np.ndarray
+    floor: np.ndarray
     range_safe: int = 0
 
     @property
@@ -180,11 +186,12 @@ class Product:
             tau = threshold.bounds(sums, c)
             ratio = abs(r - predicted) / tau
             ratio[(r == predicted) & (tau >= 0)] = 0.0
+            floor = tau[..., 0].max(1) / np.linalg.norm(acc.astype(np.float64), axis=1)
             infinite = ~(tau < c.largest).all((1, 2)) | ~np.isfinite(predicted).all((1, 2))
             if infinite.any():
                 safe = self._range_safe(acc[infinite], predicted[infinite], magnitudes[infinite], c)
                 ratio[infinite] = abs(r - predicted)[infinite] / safe
-            return Checks(np.nan_to_num(ratio, nan=np.inf), int(infinite.sum()))
+            return Checks(np.nan_to_num(ratio, nan=np.inf), np.where(np.isfinite(floor), floor, np.inf), int(infinite.sum()))
 
     def _range_safe(self, acc: np.ndarray, predicted: np.ndarray, magnitudes: np.ndarray, c: threshold.Coefficients) -> np.ndarray:
         """τ = U κ/2 · (√(max|acc| Σ|acc|) + |c| + √(π/2) mean|x·g|) + 2⁻¹²⁰; NaN where it is not finite."""

@@ -3,14 +3,16 @@
     python -m bench emulated-faults --unit bf16 --emulator FOLDER
 
 Struck are final accumulators, accumulators half-way along K (the rest of the product runs on the wrong value), operand
-tiles, and weights in memory after their panel was built. Effect: relative L2 change of the row of fp32 accumulators.
+tiles, and weights in memory after their panel was built. Effect: relative L2 change of the row of fp32 accumulators. What
+was missed is written out, with the row's own floor: the promise a bound makes of one wrong element, which several that
+cancel do not keep.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -78,18 +80,30 @@ class Tally:
     harmful: int = 0
     harmful_detected: int = 0
     harmful_detected_e_one: int = 0  # by two of the four sums alone
+    above_floor: int = 0  # harmful, and above what the row's own bound promises of one wrong element
+    above_floor_detected: int = 0
     detected: int = 0
     floor: float = float("inf")
     largest_missed: float = 0.0
+    misses: list[dict[str, Any]] = field(default_factory=list)  # the harmful ones: where, and what the four sums said
 
-    def add(self, effect: Values, checks: Checks) -> None:
+    def add(self, effect: Values, checks: Checks, subject: dict[str, Any]) -> None:
+        for row in np.flatnonzero((effect >= HARM) & ~checks.suspect):
+            group = checks.ratio[row].max(1).argmax()
+            found = {"row": int(row), "effect": effect[row], "floor": checks.floor[row], "ratios": list(checks.ratio[row, group])}
+            self.misses.append(subject | found)
         struck = effect > 0
+        floors = checks.floor[struck]
         suspect, by_two = checks.suspect[struck], checks.suspect_by(len(E_ONE))[struck]
         effect = effect[struck]
         harmful = effect >= HARM
         self.trials += len(effect)
         self.harmful += int(harmful.sum())
         self.harmful_detected += int((harmful & suspect).sum())
+        # A row without a finite floor was wiped out or is not finite: it has to be found.
+        above = harmful & ((effect > floors) | ~np.isfinite(floors))
+        self.above_floor += int(above.sum())
+        self.above_floor_detected += int((above & suspect).sum())
         self.harmful_detected_e_one += int((harmful & by_two).sum())
         self.detected += int(suspect.sum())
         self.floor = min(self.floor, float(effect[suspect].min(initial=np.inf)))
@@ -165,7 +179,7 @@ def operand(product: Product, x: torch.Tensor, what: str, pattern: str, k: int, 
 def weight(product: Product, x: torch.Tensor, what: str, pattern: str, k: int, rng: np.random.Generator) -> tuple[Values, Checks]:
     """One number of W changed in memory after its panel was built: one column of every row is wrong."""
     clean, prediction = product.multiply(x), product.predict(x)
-    effects, ratios = [], []
+    effects, judged = [], []
     for _ in range(WEIGHT_FAULTS):
         n, at = int(rng.integers(len(product.w))), int(rng.integers(k))
         tile = n // 16 * 16
@@ -174,8 +188,8 @@ def weight(product: Product, x: torch.Tensor, what: str, pattern: str, k: int, r
         wrong = clean.copy()
         wrong[:, tile : tile + 16] = product.emulator.gemm(x.numpy(), w.T.contiguous().numpy(), product.unit.model)
         effects.append(effect(clean, wrong))
-        ratios.append(product.judge(wrong, prediction, k).ratio)
-    return np.concatenate(effects), Checks(np.concatenate(ratios))
+        judged.append(product.judge(wrong, prediction, k))
+    return np.concatenate(effects), Checks(np.concatenate([c.ratio for c in judged]), np.concatenate([c.floor for c in judged]))
 
 
 WEIGHT_FAULTS = 12
@@ -234,30 +248,36 @@ def measure(em: emulator.Emulator, unit: Unit, place: str, what: str, pattern: s
         product = Product(em, unit, unit.operand(families.weights(family, n, k, g)), FULL.kinds)
         x = unit.operand(families.ACTIVATIONS[activation](rows, k, g), activation)
         rng = np.random.default_rng([seed, k, i, *f"{place} {what} {pattern}".encode()])
-        tally.add(*run(product, x, what, pattern, k, rng))
+        subject = {"activations": activation, "weights": family, "n": n, "group": product.groups.width}
+        tally.add(*run(product, x, what, pattern, k, rng), subject)
     return tally
 
 
 def summarise(results: Results) -> str:
     classes = [r for r in results.records if r["kind"] == "class"]
     table: dict[str, Any] = {place: _sum([r for r in classes if r["place"] == place]) for place in PLACES}
+    table["one element"] = _sum([r for r in classes if r["place"] in ("accumulator", "half-way") and r["pattern"] == "element"])
+    table["several elements"] = _sum([r for r in classes if r["place"] in ("accumulator", "half-way") and r["pattern"] != "element"])
     table |= {f"k{k}": _sum([r for r in classes if r["k"] == k]) for k in ROWS}
     table["all"] = _sum(classes)
     results.replace("summary", harmful_from=HARM, confidence=0.95, table=table)
     lines = [f"{results.path.stem}: harmful = effect ≥ {HARM:g}"]
     for name, s in table.items():
         found = f"{s['harmful_detected']:>8} found (≥ {s['harmful_detected_at_least']:.6f}), {s['harmful_detected_e_one']} by e and one"
+        if "above_floor" in s:
+            found += f", above the row's floor {s['above_floor_detected']} of {s['above_floor']}"
         sizes = f"smallest found {s['floor']:.2g}, largest missed {s['largest_missed']:.2g}"
         share = s["detected"] / max(1, s["trials"])
         lines.append(f"  {name:<12} {s['trials']:>8} faults, {s['harmful']:>8} harmful, {found}; of all {share:.3f}; {sizes}")
     return "\n".join(lines)
 
 
-NAMES = ("trials", "harmful", "harmful_detected", "harmful_detected_e_one", "detected")
+NAMES = ("trials", "harmful", "harmful_detected", "harmful_detected_e_one", "above_floor", "above_floor_detected", "detected")
 
 
 def _sum(classes: list[dict[str, Any]]) -> dict[str, Any]:
-    out: dict[str, Any] = {name: sum(r[name] for r in classes) for name in NAMES}
+    # Files of an earlier form lack what was not counted then.
+    out: dict[str, Any] = {name: sum(r[name] for r in classes) for name in NAMES if all(name in r for r in classes)}
     out["e_one_at_least"] = intervals.lower_limit(out["harmful_detected_e_one"], out["harmful"]) if out["harmful"] else 0.0
     out["harmful_detected_at_least"] = intervals.lower_limit(out["harmful_detected"], out["harmful"]) if out["harmful"] else 0.0
     out["floor"] = min((float(r["floor"]) for r in classes), default=float("inf"))

@@ -24,11 +24,19 @@ SHAPES = ((512, 512), (4096, 4096), (1536, 384), (11008, 4096))
 GROUP = 512
 
 
-def of_layout(n: int, k: int, dtype: torch.dtype) -> float:
-    """The kernel's panel: columns of the operand type."""
+#: Numbers of a panel column that share one sum of bits (abft.triton_kernels.configs.PANEL).
+BLOCK = 64
+
+
+def of_layout(n: int, k: int, dtype: torch.dtype) -> tuple[float, float]:
+    """The kernel's panel, columns of the operand type; and its integers: the panel's own sums of bits, and three sums (int32) for each
+    half of W's patterns per group and k."""
     layout = Layout(Groups.near_equal(n, GROUP, unit=128), FULL, dtype, floating.PARTS[dtype])
     scales = 4 * layout.columns if layout.scaled else 0
-    return (layout.columns * k * dtype.itemsize + scales) / (n * k * dtype.itemsize)
+    fingerprints = 6 * layout.groups.count * dtype.itemsize * k
+    integers = fingerprints + 4 * layout.columns * -(-k // BLOCK) + 8 * layout.groups.count
+    weight = n * k * dtype.itemsize
+    return (layout.columns * k * dtype.itemsize + scales) / weight, integers / weight
 
 
 def of_reference(n: int, k: int, dtype: torch.dtype, group: int | None) -> dict[str, float]:
@@ -42,7 +50,7 @@ def of_reference(n: int, k: int, dtype: torch.dtype, group: int | None) -> dict[
             if backward:
                 y.float().sum().backward()
         entries = panels.panels_of(layer.weight).entries.values()
-        sizes.append((sum(e.panel.nbytes for e in entries), sum(e.fingerprint.nbytes for e in entries if e.fingerprint is not None)))
+        sizes.append((sum(e.panel.nbytes for e in entries), sum(panels.fingerprint_bytes(e) for e in entries)))
     layer.weight.grad = None
     total = layer.weight.nbytes
     assert (keys, buffers, parameters) == (["weight"], 0, 1), "the module holds more than its weight"
@@ -80,8 +88,9 @@ def main(argv: list[str]) -> int:
         for n, k in SHAPES:
             found = of_reference(n, k, DTYPES[name], GROUP)
             default = of_reference(n, k, DTYPES[name], None)
+            panel, integers = of_layout(n, k, DTYPES[name])
             r = results.add(
-                "memory", dtype=name, n=n, k=k, group=GROUP, kernel_panel=of_layout(n, k, DTYPES[name]), **found,
+                "memory", dtype=name, n=n, k=k, group=GROUP, kernel_panel=panel, kernel_fingerprints=integers, **found,
                 default_group_forward_panels=default["forward_panels"], default_group_backward_panels=default["backward_panels"],
             )  # fmt: skip
             print({key: value for key, value in r.items() if key != "kind"})

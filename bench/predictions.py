@@ -2,32 +2,47 @@
 
     python -m bench predict
 
-Cycles of the slowest program of a checked product over those of the same one unchecked, both dealt as the kernels deal their
-tiles (abft.triton_kernels.waves). Counted: matrix instructions, and the row sums of the epilogue as if nothing overlapped them.
-Not counted: memory, launches, and the verify launch that follows. Sizes are those of Llama 3's linear layers (arXiv 2407.21783,
-table 3: d_model 4096 and 8192, 32 and 64 query heads and 8 key heads of 128, feed-forward 14336 and 28672).
+Cycles of the slowest program of a checked product over those of its unchecked twin (bench/twin.py), both dealt as the kernels
+deal their tiles (abft.triton_kernels.waves). A step in K takes its matrix instructions' time or, if that is more, its issue slots;
+what a tile takes besides, the row sums above all, is counted from the audited machine code (``tiles`` in bench/audit.py) as issue
+slots, and as if nothing overlapped it.
+Not counted: latency, of barriers, shuffles and memory; bandwidth; launches, and the verify launch that follows. The machine code
+is that of m = n = k = 4096.
+
+For few rows, which are bound by memory: bytes that a checked product moves over those of the same one unchecked, every number
+counted once for each launch that reads or writes it (X comes to the tiles after the first from the L2).
+
+Sizes are those of Llama 3's linear layers (arXiv 2407.21783, table 3: d_model 4096 and 8192, 32 and 64 query heads and 8 key heads
+of 128, feed-forward 14336 and 28672).
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 from collections.abc import Iterator
+from functools import lru_cache
 from typing import Any
 
 import torch
 
 from abft.backends import triton as backend
+from bench import audited
 from bench.results import Results
 
-#: One H100 or H200 SXM: multiprocessors, fused multiply-adds of 16-bit numbers and of fp32 per cycle and multiprocessor
-#: (the data sheet's dense 989 and 67 TFLOP/s, at the 1.83 and 1.98 GHz that these counts make of them).
-MULTIPROCESSORS, MMA_PER_CYCLE, FMA_PER_CYCLE = 132, 2048, 128
+#: One H100 or H200 SXM: multiprocessors, fused multiply-adds of 16-bit numbers per cycle and multiprocessor (what the data
+#: sheet's dense 989 TFLOP/s make at 1.83 GHz), warp instructions issued per cycle and multiprocessor (one by each of four
+#: schedulers: CUDA C++ Programming Guide, "Compute Capabilities", 9.0).
+MULTIPROCESSORS, MMA_PER_CYCLE, ISSUED_PER_CYCLE = 132, 2048, 4
 MODELS = {
     "Llama-3-8B": {"q, o": (4096, 4096), "k, v": (1024, 4096), "gate, up": (14336, 4096), "down": (4096, 14336)},
     "Llama-3-70B": {"q, o": (8192, 8192), "k, v": (1024, 8192), "gate, up": (28672, 8192), "down": (8192, 28672)},
 }
 SQUARES = {f"{s}³": (s, s, s) for s in (2048, 4096, 8192, 16384)}
 TOKENS = (2048, 8192)
+#: Cases of the audit whose machine code a form's predictions count, the commonest first.
+CASES = {"full": ("full", "short"), "lean": ("lean",)}
+DECODED = (1, 4, 16, 64)
 
 
 def shapes() -> Iterator[tuple[str, int, int, int]]:
@@ -45,25 +60,75 @@ def predict(m: int, n: int, k: int, form: str = "full") -> dict[str, Any]:
 
     p = backend.plan(n, k, torch.bfloat16, 90, False, form, None)
     c, columns = p.config, p.layout.columns
-    data, checks = -(-m // c.bm) * -(-n // c.bn), -(-m // c.bm) * -(-columns // c.bc)
+    data_tiles, check_tiles = -(-m // c.bm) * -(-n // c.bn), -(-m // c.bm) * -(-columns // c.bc)
     programs = MULTIPROCESSORS * c.resident
-    multiply = c.bm * c.bn * k / MMA_PER_CYCLE
-    sums = c.bm * c.bn * (len(p.layout.form.kinds) + 1) / FMA_PER_CYCLE
-    cost = waves.check_cost(c.bn, c.bc) * multiply / (multiply + sums)
-    rounds = -(-data // programs)
-    checked, unchecked = waves.makespan(data, checks, programs, cost) * (multiply + sums), rounds * multiply
+    tiles, twin = _tiles(c.bm, c.bn, c.bk, c.bc, form)
+    data, check = (_cycles(tile, c, width, k) for tile, width in zip(tiles, (c.bn, c.bc), strict=True))
+    unchecked = _cycles(twin, c, c.bn, k)
+    shares = waves.shares(data_tiles, check_tiles, programs, waves.check_cost(c.bn, c.bc))
+    cycles, rounds = max(d * data + t * check for d, t in shares), -(-data_tiles // programs)
     return {
-        "group": p.layout.groups.width, "columns": columns, "data_tiles": data, "check_tiles": checks, "rounds": rounds,
-        "waves": waves.makespan(data, checks, programs, cost), "cycles": checked, "unchecked_cycles": unchecked,
-        "ratio": checked / unchecked, "of_sums": sums / multiply,
+        "group": p.layout.groups.width, "columns": columns, "data_tiles": data_tiles, "check_tiles": check_tiles, "rounds": rounds,
+        "waves": cycles / data, "cycles": cycles, "unchecked_cycles": rounds * unchecked,
+        "ratio": cycles / (rounds * unchecked), "of_sums": data / unchecked - 1,
+    }  # fmt: skip
+
+
+def _cycles(tile: dict[str, Any], config: Any, columns: int, k: int) -> float:
+    """One tile, alone on its multiprocessor."""
+    from abft.triton_kernels import waves
+
+    multiply = config.bm * max(columns, waves.MMA_FLOOR) * config.bk / MMA_PER_CYCLE
+    slots = config.warps / ISSUED_PER_CYCLE
+    return -(-k // config.bk) * max(multiply, tile["step"]["issued"] * slots) + tile["besides"]["issued"] * slots
+
+
+@lru_cache(maxsize=8)
+def _tiles(bm: int, bn: int, bk: int, bc: int, form: str) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """The audited (data tile, check tile) of the checked product, and its twin's data tile.
+
+    Where no product with check tiles of ``bc`` columns was audited, that of the commonest stands for it.
+    """
+    found: dict[str, list[dict[str, Any]]] = {"checked_product": [], "unchecked_product": []}
+    for row in audited.rows(audited.newest()):
+        ours = (row["operands"], row["arch"]) == ("bf16", "sm_90") and row["kernel"] in found and row["case"] in CASES[form]
+        if ours and tuple(row["config"][size] for size in ("BM", "BN", "BK")) == (bm, bn, bk):
+            found[row["kernel"]].append(row)
+    if not all(found.values()):
+        raise LookupError(f"{audited.newest().name} has no product with tiles of {bm} × {bn} × {bk}: run `python -m bench audit`")
+    checked = next((row for row in found["checked_product"] if row["config"]["BC"] == bc), found["checked_product"][0])
+    return checked["tiles"], found["unchecked_product"][0]["tiles"][0]
+
+
+def bytes_moved(m: int, n: int, k: int, timing: str, form: str = "full") -> dict[str, Any]:
+    """Bytes of one product of few rows with its check, bf16 on sm_90; without a fault."""
+    from abft.triton_kernels import decode, deferred
+
+    p = backend.plan(n, k, torch.bfloat16, 90, False, form, None, decode.height(90, "16-bit", m))
+    kinds, columns, tiles = len(p.layout.form.kinds), p.layout.columns, -(-n // p.config.bn)
+    plain = 2 * (n * k + m * k + m * n)
+    panel = 2 * columns * k
+    weights = 4 * n * (kinds - (kinds > 1))  # the ones are not read
+    # What is judged is written by the product, and read by the judge; of the planes that only a suspect row needs, written alone.
+    judged = 4 * m * ((kinds + 1) * tiles + columns)
+    more = 4 * m * deferred.MORE.value * tiles if timing == "deferred" else m * p.layout.groups.count
+    evidence, more_planes = 2 * judged + more, deferred.MORE.value
+    return {
+        "timing": timing, "columns": columns, "bn": p.config.bn, "panel": panel, "column_weights": weights, "evidence": evidence,
+        "bytes": plain + panel + weights + evidence, "unchecked_bytes": plain,
+        "ratio": (plain + panel + weights + evidence) / plain, "of_workspace": 4 * m * ((kinds + 1 + more_planes) * tiles + columns),
     }  # fmt: skip
 
 
 def main(argv: list[str]) -> int:
     argparse.ArgumentParser(prog="python -m bench predict", description=__doc__).parse_args(argv)
-    results = Results("predictions", fresh=True, target="sm_90", dtype="bf16", multiprocessors=MULTIPROCESSORS)
+    results = Results("predictions", fresh=True, target="sm_90", dtype="bf16", multiprocessors=MULTIPROCESSORS, audit=audited.newest().stem)
     for name, m, n, k in shapes():
         for form in ("full", "lean"):
             r = results.add("prediction", name=name, form=form, m=m, n=n, k=k, **predict(m, n, k, form))
             print(f"{name:<22} {form} {m:>6} × {n:>6} × {k:>6}: waves {r['waves']:.2f} of {r['rounds']}, × {r['ratio']:.3f}")
+    for model, layers in MODELS.items():
+        for (layer, (n, k)), m, timing in itertools.product(layers.items(), DECODED, ("immediate", "deferred")):
+            r = results.add("bytes", name=f"{model} {layer}", form="full", m=m, n=n, k=k, **bytes_moved(m, n, k, timing))
+            print(f"{model} {layer:<10} {timing:<9} {m:>3} × {n:>6} × {k:>6}: {r['bytes'] / 1e6:.1f} MB, × {r['ratio']:.3f}")
     return 0

@@ -175,6 +175,8 @@ EMULATED = {
     "half-way": "accumulator half-way along K",
     "operand": "operand tile",
     "weight": "weight in memory",
+    "one element": "of the accumulators: one wrong element",
+    "several elements": "of the accumulators: several",
 }
 
 
@@ -285,11 +287,11 @@ def host(page: str) -> str:
 
 def memory(page: str) -> str:
     def row(f: File, r: Record) -> tuple[object, ...]:
-        names = "kernel_panel", "forward_panels", "backward_panels", "default_group_forward_panels"
+        names = "kernel_panel", "kernel_fingerprints", "forward_panels", "backward_panels", "default_group_forward_panels"
         shares = (f"{100 * r[name]:.2f} %" for name in (*names, "forward_fingerprints"))
         return r["dtype"], f"{r['n']} × {r['k']}", *shares, f.link(page)
 
-    header = "weights | shape | panel, kernels | panel, CPU | backward's | panel, CPU, default G | fingerprints | file"
+    header = "weights | shape | panel, kernels | its integers | panel, CPU | backward's | panel, CPU, default G | fingerprints | file"
     rows = [row(f, r) for f in files("memory*") for r in f.kind("memory")]
     return table(header, rows, "python -m bench memory")
 
@@ -305,27 +307,59 @@ def predictions(page: str) -> str:
     return table(header, rows, "python -m bench predict")
 
 
+def bytes_moved(page: str) -> str:
+    """Few rows: how much more memory traffic the check is, by rows and timing."""
+
+    def of(f: File, name: str, timing: str) -> list[str]:
+        found = {r["m"]: r["ratio"] for r in f.kind("bytes") if (r["name"], r["timing"]) == (name, timing)}
+        return [f"**{found[m]:.3f}**" for m in sorted(found)]
+
+    rows = []
+    for f in files("predictions*"):
+        shapes = {r["name"]: f"{r['n']:,} × {r['k']:,}" for r in f.kind("bytes")}
+        for name, size in shapes.items():
+            rows += [(name, size, timing, *of(f, name, timing), f.link(page)) for timing in ("immediate", "deferred")]
+    header = "product | N × K | timing | M = 1 | 4 | 16 | 64 | file"
+    return table(header, rows, "python -m bench predict")
+
+
 # --- kernels ----------------------------------------------------------------------------------------
 
 
-def cubins(page: str) -> str:
-    """The product kernel of every target and operand type: what it takes of a multiprocessor."""
+def audit(page: str) -> str:
+    """The product kernel of every target and operand type beside its unchecked twin: what they take of a multiprocessor."""
 
-    def row(f: File, r: Record) -> tuple[object, ...]:
+    def row(f: File, r: Record, twin: Record) -> tuple[object, ...]:
         c = r["config"]
-        instructions = next((f"{r[m]} {m}" for m in ("HGMMA", "UTCHMMA", "HMMA", "FFMA") if r.get(m)), "–")
+        matrix = "<br>".join(f"{n} {mnemonic}" for mnemonic, n in r["matrix"].items()) or "–"
+        loads = ", ".join(f"{n} {name}" for name, n in r.get("loads", {}).items()) or "–"
         return (
-            r["arch"], r["kind"], f"{c['BM']} × {c['BN']} × {c['BK']}", r["registers"], f"{r['shared'] // 1024} KB",
-            r["spills"], instructions, _triton(f), f.link(page),
+            r["arch"], r["operands"], f"{c['BM']} × {c['BN']} × {c['BK']}", _beside(twin, r, "registers"), f"{r['shared'] // 1024} KB",
+            r["local"], _beside(twin, r, "blocks"), matrix, loads, _triton(f), f.link(page),
         )  # fmt: skip
 
-    header = "target | operands | tile | registers | shared memory | spills | instructions | Triton | file"
-    products = [(f, r) for f in files("cubins*") for r in f.records if r.get("kernel") == "checked_product"]
-    return table(header, [row(f, r) for f, r in products if r["variant"] == "full"], "python -m bench cubins")
+    header = (
+        "target | operands | tile | registers, unchecked → checked | shared memory | spilled bytes | blocks per multiprocessor | "
+        "matrix instructions | loads | Triton | file"
+    )
+    return table(header, [row(*found) for found in _products()], "python -m bench audit")
+
+
+def _products() -> Iterator[tuple[File, Record, Record]]:
+    """(file, checked product, unchecked twin) of the commonest case."""
+    for f in files("audit*"):
+        found = {(r["arch"], r["operands"], r["kernel"]): r for r in f.kind("audit") if r["case"] == "full"}
+        for (arch, operands, kernel), r in found.items():
+            if kernel == "checked_product":
+                yield f, r, found[arch, operands, "unchecked_product"]
+
+
+def _beside(twin: Record, r: Record, what: str) -> str:
+    return f"{twin[what]} → {r[what]}" if what in r else "–"
 
 
 def _triton(f: File) -> str:
-    return next((r["stamp"]["triton"] for r in f.records if "stamp" in r), "?")
+    return str(f.kind("stamp")[-1]["configuration"]["triton"])
 
 
 # --- the README's first screen ------------------------------------------------------------------------
@@ -396,16 +430,17 @@ def _panels(page: str) -> Iterator[tuple[object, ...]]:
         found = {(r["dtype"], r["n"], r["k"]): r for r in f.kind("memory")}
         r = found.get(("bf16", 4096, 4096))
         if r:
-            text = f"**{100 * r['kernel_panel']:.1f} %** of the weights per direction (bf16, G = {r['group']})"
+            both = f"**{100 * r['kernel_panel']:.1f} %**, and {100 * r['kernel_fingerprints']:.1f} % to name changed elements,"
+            text = f"{both} of the weights per direction (bf16, G = {r['group']})"
             floor = _floor("bf16", "emulated")
             yield "memory of the kernels' panels, 4096 × 4096", text, floor, "–", f.link(page)
 
 
 def _compiled(page: str) -> Iterator[tuple[object, ...]]:
-    found = files("cubins*")
-    kernels = [r for f in found for r in f.records if "kernel" in r]
+    found = files("audit*")
+    kernels = [r for f in found for r in f.kind("audit")]
     if kernels:
-        spilling = sum(r["spills"] > 0 for r in kernels)
+        spilling = sum(r["local"] + r["spills"] > 0 for r in kernels)
         targets = ", ".join(sorted({r["arch"] for r in kernels}, key=lambda arch: int(arch[3:])))
         text = f"**{len(kernels)}** for {targets}; with spills: {spilling}"
         versions = ", ".join(map(_triton, found))
@@ -463,7 +498,8 @@ TABLES: dict[str, Callable[[str], str]] = {
     "host": host,
     "memory": memory,
     "predictions": predictions,
-    "cubins": cubins,
+    "audit": audit,
+    "bytes": bytes_moved,
 }
 
 

@@ -11,6 +11,7 @@ from datetime import timedelta
 from typing import Any
 
 import pytest
+import stand_in
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
@@ -112,7 +113,7 @@ def _two_ranks(rank: int, rendezvous: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=2, timeout=TIMEOUT)
     try:
-        for work in (replay_together, give_up_together, fsdp_replay_together):
+        for work in (replay_together, one_reading_each, give_up_together, fsdp_replay_together):
             start = time.perf_counter()
             work(rank)
             dist.barrier()
@@ -144,6 +145,25 @@ def replay_together(rank: int) -> None:
         report = abft.report()
         assert report.observed == 1, "and each rank has seen its own fault only"
         assert report.events[0].rank == rank
+
+
+def one_reading_each(rank: int) -> None:
+    """Agreeing over the group is one all_reduce per attempt, and no second look at the ledger."""
+    agreed, all_reduce = [], dist.all_reduce
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        agreed.append(args[1:])
+        return all_reduce(*args, **kwargs)
+
+    with stand_in.devices() as devices, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dist, "all_reduce", counted)
+        model = DistributedDataParallel(abft.protect(net(), DETECT))
+        with abft.inject.faults(Fault("nullify", pattern="row", call=7)) if rank == 1 else nullcontext():
+            _, taken, guard = train(model, rank, {}, steps=4)
+        assert all(taken) and guard is not None and guard.replays == 1, "both ranks replay what one of them found"
+        # One more before the first step, when the guard is made.
+        assert devices.transfers == 1 + 4 + 1
+        assert agreed == [(dist.ReduceOp.MAX,)] * 5
 
 
 def give_up_together(rank: int) -> None:

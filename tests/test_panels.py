@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
+import oracles
 import pytest
 import torch
 from torch import Tensor, nn
@@ -953,3 +954,35 @@ def test_an_unannounced_edit_that_overflows_the_output_is_stale_and_overflow():
     report = abft.report()
     assert report.stale == 1 and report.detected == 0
     assert report.overflow_rows == int((~y.isfinite()).any(1).sum()) > 0
+
+
+@pytest.mark.parametrize("policy", ["frozen", "tracked"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=oracles.name_of)
+def test_restore_writes_the_remembered_bits_back(dtype, policy):
+    layer = abft.Linear(90, 700, dtype=dtype, policy=abft.Policy(weights=policy))
+    x = torch.randn(20, 90).to(dtype).requires_grad_()
+    layer(x).sum().backward()
+    loaded = layer.weight.detach().clone()
+    assert abft.restore(layer) == 0
+    raw = abft.bits.as_integers(layer.weight.data)
+    for row, column in ((0, 0), (333, 17), (699, 89)) if policy == "frozen" else ((0, 0), (3, 7), (15, 2)):  # more would be an edit
+        raw[row, column] ^= 1 << (8 * dtype.itemsize - 2)
+    assert abft.restore(torch.nn.Sequential(layer)) == 3 and oracles.bits_equal(layer.weight.detach(), loaded)
+    with torch.no_grad():
+        layer.weight[3, 3] = 7.0  # an edit: tracked, what was remembered is of no use; frozen, it is a fault until announced
+    restored = int(policy == "frozen")
+    assert abft.restore(layer) == restored and bool(layer.weight[3, 3] == 7.0) is not bool(restored)
+
+
+def test_restore_refuses_what_it_cannot_name_and_writes_nothing():
+    layer = abft.Linear(90, 700, policy=abft.Policy(weights="frozen"))
+    layer(torch.randn(20, 90))
+    raw = abft.bits.as_integers(layer.weight.data)
+    raw[3, 7] ^= 1 << 30
+    raw[9, 7] ^= 1 << 30
+    wrong = layer.weight.detach().clone()
+    with pytest.raises(abft.AbftError, match="weight changed in memory"):
+        abft.restore(layer)
+    assert oracles.bits_equal(layer.weight.detach(), wrong)
+    with pytest.raises(TypeError, match="Module"):
+        abft.restore(layer.weight)

@@ -25,7 +25,7 @@ CHOICES = {
     "panel": ["lean", "full"], "group": [16, 128, 512], "weights": ["tracked", "frozen"], "max_floor": [1e-3, 1],
     "on_uncorrected": ["record", "warn", "raise"], "roles": [frozenset(), frozenset({"fprop"}), {"dgrad", "wgrad"}, ["fprop"], ("wgrad",)],
 }  # fmt: skip
-NOT_LANDED = [("timing", "deferred"), ("detector", "statistical"), ("detector", "both"), ("roles", {"fprop", "qk"}), ("roles", {"pv"})]
+NOT_LANDED = [("detector", "statistical"), ("detector", "both"), ("roles", {"fprop", "qk"}), ("roles", {"pv"})]
 WRONG = [
     ("level", "on"), ("level", None), ("level", True), ("backend", "cuda"), ("backend", None), ("redundancy", "qmr"), ("redundancy", 2),
     ("panel", "fat"), ("group", 0), ("group", -16), ("group", 24), ("group", 8), ("group", 128.0), ("group", True), ("group", "128"),

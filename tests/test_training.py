@@ -375,7 +375,7 @@ def test_a_compiled_model_is_replayed(dynamo):
     assert_same_run(plain, guarded)
 
 
-def test_faults_outside_the_loop_do_not_concern_the_guard():
+def test_faults_before_the_loop_and_after_the_step_do_not_concern_the_guard():
     model = protected()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     guard = StepGuard(model, optimizer)
@@ -385,10 +385,131 @@ def test_faults_outside_the_loop_do_not_concern_the_guard():
             model(x)  # an evaluation
         while guard.attempt():
             F.cross_entropy(model(x), target).backward()
+        assert guard.step()
         with abft.inject.faults(STUCK), torch.no_grad():
             model(x)
-        assert guard.step()
     assert guard.replays == 0
+
+
+# --- between the last attempt and the step ------------------------------------------------------------------------
+
+
+class Interrupted:
+    """A step whose attempt is over, gradients unscaled, the optimizer not yet stepped."""
+
+    def __init__(self, scaled: bool = False) -> None:
+        self.model = protected()
+        self.scaler = torch.amp.GradScaler("cpu", init_scale=8.0) if scaled else None
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.1)
+        self.guard = StepGuard(self.model, self.optimizer, scaler=self.scaler)
+        (self.x, self.target), *_ = batches()
+        self.run_attempts()
+        self.before = copy.deepcopy(self.model.state_dict())
+
+    def run_attempts(self) -> None:
+        while self.guard.attempt():
+            loss = F.cross_entropy(self.model(self.x), self.target)
+            (loss if self.scaler is None else self.scaler.scale(loss)).backward()
+        if self.scaler is not None:
+            self.scaler.unscale_(self.optimizer)
+
+    def step_alone(self) -> None:
+        if self.scaler is None:
+            self.optimizer.step()
+        else:
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+
+    def strike(self, policy: Any = DETECT) -> None:
+        layer = abft.protect(nn.Linear(24, 10), policy, name="penalty")
+        with abft.inject.faults(Fault("nullify", pattern="row")):
+            layer(self.x)
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("alone", [False, True], ids=["through the guard", "alone"])
+def test_a_fault_after_the_last_attempt_keeps_the_step_back(scaled, alone):
+    s = Interrupted(scaled)
+    s.strike()
+    for _ in range(2):  # it stays pending, however often one tries
+        with pytest.raises(UncorrectedFault, match=r"1 wrong row\(s\) pending.*zero_grad\(\).*abandon\(\).*OBSERVED at penalty \(fprop\)"):
+            s.step_alone() if alone else s.guard.step()
+    assert_same(s.before, s.model.state_dict())
+    s.optimizer.zero_grad()
+    s.run_attempts()
+    assert s.guard.step()
+    assert any(not torch.equal(v, s.before[k]) for k, v in s.model.state_dict().items() if k.endswith("weight"))
+    s.optimizer.zero_grad()
+    s.run_attempts()
+    assert s.guard.step(), "and the scaler knows where it stands"
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_a_fault_that_the_gradients_do_not_depend_on_can_be_abandoned(scaled):
+    twin = Interrupted(scaled)
+    twin.guard.step()
+    s = Interrupted(scaled)
+    s.strike()
+    with pytest.raises(UncorrectedFault, match="pending"):
+        s.guard.step()
+    s.guard.abandon()
+    s.step_alone()
+    weights = dict(s.model.named_parameters()), dict(twin.model.named_parameters())
+    assert_same(*({k: v.detach() for k, v in w.items()} for w in weights))
+    assert s.scaler is None or s.scaler.state_dict() == twin.scaler.state_dict()
+
+
+def test_a_repaired_or_a_clean_product_after_the_last_attempt_holds_nothing_up():
+    s = Interrupted()
+    s.strike(Policy(on_uncorrected="record"))
+    abft.protect(nn.Linear(24, 10), "paranoid", name="other")(s.x)  # another model, another policy
+    with abft.protected("audit"):
+        nn.Linear(24, 10)(s.x)
+    assert abft.report().recomputed == 1
+    assert s.guard.step()
+
+
+def test_the_report_of_a_pending_fault_does_not_make_it_go_away():
+    s = Interrupted()
+    s.strike()
+    assert abft.report(reset=True).observed == 1
+    with pytest.raises(UncorrectedFault, match="penalty"):
+        s.guard.step()
+
+
+def test_a_dropped_step_is_dropped_whatever_happened_after_it():
+    model = protected()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    guard = StepGuard(model, optimizer, max_replays=0, on_failed="drop")
+    (x, target), *_ = batches()
+    with abft.inject.faults(STUCK):
+        while guard.attempt():
+            F.cross_entropy(model(x), target).backward()
+        model(x)
+    assert guard.step() is False
+    optimizer.zero_grad()
+    while guard.attempt():
+        F.cross_entropy(model(x), target).backward()
+    assert guard.step()
+
+
+def test_a_guard_does_not_mind_what_another_guard_replayed():
+    """Two models in turn, as a GAN trains: the second one's attempts lie between the first one's attempt and step."""
+    first, second = Interrupted(), protected()
+    optimizer = torch.optim.SGD(second.parameters(), lr=0.1)
+    guard = StepGuard(second, optimizer)
+    with abft.inject.faults(Fault("nullify", pattern="row")):
+        while guard.attempt():
+            F.cross_entropy(second(first.x), first.target).backward()
+    assert guard.replays == 1
+    assert first.guard.step() and guard.step()
+    first.run_attempts()
+    with abft.inject.faults(Fault("nullify", pattern="row")):
+        while guard.attempt():
+            F.cross_entropy(second(first.x), first.target).backward()
+    first.strike()
+    with pytest.raises(UncorrectedFault, match=r"1 wrong row\(s\).*penalty"):
+        first.guard.step()
 
 
 # --- use and misuse -------------------------------------------------------------------------------------------

@@ -27,8 +27,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import smid
 
 from .configs import Config, multiprocessors
+from .summary import clear, words
 from .tiles import (
     ACCUMULATOR,
     OUTPUT,
@@ -44,23 +46,20 @@ from .tiles import (
 )
 from .waves import check_cost, deal
 
-#: Words of the summary through which the launches of one call agree (settle.py); zeroed here.
-SUMMARY = tl.constexpr(32)
 
-
-@triton.jit(do_not_specialize=["deal", "batches"])
-def checked_product(a, w, panel, a_tiles, w_tiles, panel_tiles, bias, y, weights, partials, raw, summary, deal,
-                    M, N, K, C, batches, FAULT, A_ROWS: tl.constexpr, W_ROWS: tl.constexpr, KINDS: tl.constexpr,
+@triton.jit(do_not_specialize=["deal", "batches", "summary_words"])
+def checked_product(a, w, panel, a_tiles, w_tiles, panel_tiles, bias, y, weights, partials, raw, units, summary, summary_words,
+                    deal, M, N, K, C, batches, FAULT, A_ROWS: tl.constexpr, W_ROWS: tl.constexpr, KINDS: tl.constexpr,
                     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BC: tl.constexpr,
                     TALL: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """Every program: its data tiles, then its check tiles."""
     program, programs = tl.program_id(0), tl.num_programs(0)
-    if program == 0:
-        tl.store(summary + tl.arange(0, SUMMARY), tl.zeros((SUMMARY,), tl.int64))
+    clear(summary, summary_words)
     tiles_m, tiles_n, tiles_c = tl.cdiv(M, BM), tl.cdiv(N, BN), tl.cdiv(C, BC)
     # Hoisted out of their loops, the addresses of both kinds of tile would not fit the registers.
     for index in tl.range(program, batches * tiles_m * tiles_n, programs, disable_licm=True):
         tile_m, tile_n = tile_of(index % (tiles_m * tiles_n), tiles_m, tiles_n, TALL)
+        note_unit(units, (index // (tiles_m * tiles_n) * tiles_m + tile_m) * tiles_n + tile_n)
         _data_tile(a, w, a_tiles, w_tiles, A_ROWS, W_ROWS, bias, y, weights, partials, index // (tiles_m * tiles_n),
                    tile_m, tile_n, M, N, K, FAULT, KINDS, BM, BN, BK, PRECISION)  # fmt: skip
     rank = (program - deal.behind + programs) % programs
@@ -68,6 +67,13 @@ def checked_product(a, w, panel, a_tiles, w_tiles, panel_tiles, bias, y, weights
         tile_m, tile_c = tile_of(index % (tiles_m * tiles_c), tiles_m, tiles_c, TALL)
         check_tile(a, panel, a_tiles, panel_tiles, A_ROWS, raw, index // (tiles_m * tiles_c), tile_m, tile_c, M, C, K,
                    BM, BC, BK, PRECISION)  # fmt: skip
+
+
+@triton.jit
+def note_unit(units, tile):
+    """Remember which multiprocessor computes a data tile; units: (B, row blocks, tiles_n) int32, or None where they have no numbers."""
+    if units is not None:
+        tl.store(units + tile, smid())
 
 
 @triton.jit
@@ -95,10 +101,11 @@ def _data_tile(a, w, a_tiles, w_tiles, A_ROWS: tl.constexpr, W_ROWS: tl.constexp
 
 @triton.jit
 def check_tile(a, panel, a_tiles, panel_tiles, A_ROWS: tl.constexpr, raw, batch, tile_m, tile_c, M, C, K,
-                BM: tl.constexpr, BC: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+               BM: tl.constexpr, BC: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
+               ACC: tl.constexpr = tl.float32):  # fmt: skip
     rows, cols = tile_m * BM + tl.arange(0, BM), tile_c * BC + tl.arange(0, BC)
     acc = accumulate(a, panel, a_tiles, panel_tiles, A_ROWS, True, batch, tile_m * BM, tile_c * BC, M, C, K, None,
-                     BM, BC, BK, PRECISION)  # fmt: skip
+                     BM, BC, BK, PRECISION, ACC=ACC)  # fmt: skip
     store_tile(raw, acc, batch, rows, cols, M, C)
 
 
@@ -114,7 +121,9 @@ class Product:
     bias: Tensor | None  # (N,), contiguous
     panel: Tensor  # (C, K), checksums of W's rows
     weights: Tensor  # (kinds, N) fp32, contiguous: what every column counts in every sum
+    groups: int  # of the result's columns, checked apart
     config: Config
+    numbered: bool = True  # multiprocessors have numbers
 
     @property
     def sizes(self) -> tuple[int, int, int, int, int]:
@@ -151,6 +160,12 @@ class Product:
         partials = torch.empty(batch, planes, -(-n // self.config.bn), m, dtype=torch.float32, device=self.a.device)
         return partials, torch.empty(batch, m, c, dtype=torch.float32, device=self.a.device)
 
+    def units(self) -> Tensor | None:
+        """Uninitialised room for the number of every data tile's multiprocessor; None in the interpreter and on AMD."""
+        if not self.numbered:
+            return None
+        return torch.empty(self.tiles[0], dtype=torch.int32, device=self.a.device)
+
 
 @dataclass(frozen=True)
 class Evidence:
@@ -159,7 +174,8 @@ class Evidence:
     y: Tensor  # (M, N) or (B, M, N)
     partials: Tensor  # (B, kinds + 1, tiles_n, M) fp32
     raw: Tensor  # (B, M, C) fp32
-    summary: Tensor  # (SUMMARY,) int64, zero
+    units: Tensor | None  # (B, row blocks, tiles_n) int32: the multiprocessor of each data tile; None where they have no numbers
+    summary: Tensor  # summary.words(…) int64, zero
 
 
 def multiply(product: Product, faults: Tensor | None = None) -> Evidence:
@@ -171,14 +187,15 @@ def multiply(product: Product, faults: Tensor | None = None) -> Evidence:
     dealt = deal(data_tiles, check_tiles, programs, check_cost(config.bn, config.bc))
     y = torch.empty(*a.shape[:-1], n, dtype=a.dtype, device=a.device)
     partials, raw = product.workspace(product.kinds + 1)
-    summary = torch.empty(SUMMARY.value, dtype=torch.int64, device=a.device)
+    summary = torch.empty(words(batch, product.groups), dtype=torch.int64, device=a.device)
+    units = product.units()
     operands, order = product.operands()
     checked_product[(programs,)](
         *operands, product.bias, y, product.weights,
-        partials, raw, summary, dealt, m, n, k, c, batch, fault_argument(faults), **order, KINDS=product.kinds,
+        partials, raw, units, summary, summary.numel(), dealt, m, n, k, c, batch, fault_argument(faults), **order, KINDS=product.kinds,
         **config.launch(),
     )  # fmt: skip
-    return Evidence(y, partials, raw, summary)
+    return Evidence(y, partials, raw, units, summary)
 
 
 def fault_argument(faults: Tensor | None) -> Any:

@@ -11,22 +11,23 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from .summary import COUNT, DIGEST, ELEMENT, KEYS, LOST, RESTORED, ROWS, SETTLED, WHO, case_of
+
 HEADER, HEAD, STEP = tl.constexpr(8), tl.constexpr(0), tl.constexpr(1)
 COUNTERS = tl.constexpr(16)
 CHECKS, PRODUCTS, EXECUTIONS = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 FIRST_VERDICT, REPEATED, WORST = tl.constexpr(3), tl.constexpr(12), tl.constexpr(13)
-RING, RECORD = tl.constexpr(1024), tl.constexpr(16)
+RING, RECORD = tl.constexpr(1024), tl.constexpr(20)
 
 VERDICTS = tl.constexpr(8)
 CLEAN = tl.constexpr(-1)
-OBSERVED, RECOMPUTED, UNCORRECTED = tl.constexpr(0), tl.constexpr(1), tl.constexpr(3)
-INPUT, OVERFLOW = tl.constexpr(6), tl.constexpr(7)
-TRANSIENT, PERSISTENT = tl.constexpr(1), tl.constexpr(2)
+OBSERVED, RECOMPUTED, RECONSTRUCTED, UNCORRECTED, FALSE_ALARM, STALE_WEIGHT, INPUT, OVERFLOW = (tl.constexpr(i) for i in range(8))
+WEIGHT_FAULTS = tl.constexpr(11)
+TRANSIENT, PERSISTENT, BY_WEIGHT, BY_PANEL = (tl.constexpr(i) for i in range(1, 5))
 
-# Words of the summary of one call, through which its blocks agree: arrivals, then per verdict its rows and worst row.
-ARRIVED, ROWS, KEYS = tl.constexpr(1), tl.constexpr(2), tl.constexpr(10)
-#: What is kept of a suspect row for the record, (DETAILS, B·M) int32: residual and bound (bits), column, cause.
-DETAILS = tl.constexpr(4)
+#: What is kept of a suspect row for the record, (DETAILS, B·M) int32: residual and bound (bits), column, cause, its case
+#: (batch × groups), and the place of its tile among the units.
+DETAILS = tl.constexpr(6)
 ROW_MASK = tl.constexpr(0xFFFFFFFF)
 
 
@@ -40,6 +41,13 @@ class Labels(NamedTuple):
     n: Any
     k: Any
     sites: Any
+
+
+class Units(NamedTuple):
+    """Multiprocessors that computed the data tiles (B, row blocks, tiles_n), at first and again; None where they have no numbers."""
+
+    first: Any
+    again: Any
 
 
 @triton.jit
@@ -57,6 +65,21 @@ def count_call(words, site, rows, REPEAT: tl.constexpr):
 
 
 @triton.jit
+def count_changes(words, site, summary, known, groups, restored):
+    """Add the elements of a weight that changed in memory, each state of a group once; ``known`` (groups,) remembers the last.
+
+    restored: what could be named was restored (else it is an edit, and no fault).
+    """
+    for group in range(groups):
+        case = case_of(summary, 0, group, groups)
+        who, digest = tl.load(case + WHO), tl.load(case + DIGEST)
+        faults = tl.where(who == LOST, 1, tl.where((who == RESTORED) & restored, tl.load(case + COUNT), 0))
+        if (faults > 0) & (digest != tl.load(known + group)):
+            tl.store(known + group, digest)
+            tl.atomic_add(words + HEADER + tl.load(site) * COUNTERS + WEIGHT_FAULTS, faults)
+
+
+@triton.jit
 def raise_worst(words, site, ratio):
     """The largest ratio that was explained: the bits of non-negative floats order like integers."""
     at = words + HEADER + tl.load(site) * COUNTERS + WORST
@@ -66,25 +89,27 @@ def raise_worst(words, site, ratio):
 
 
 @triton.jit
-def keep(details, row, rows_total, residual, tau, column, cause, mask):
+def keep(details, row, rows_total, residual, tau, column, cause, case, tile, mask):
     """What the record will say, should a row turn out to be the worst."""
     plane = tl.cast(rows_total, tl.int64)
     tl.store(details + row, bits(residual), mask=mask)
     tl.store(details + plane + row, bits(tau), mask=mask)
     tl.store(details + 2 * plane + row, column, mask=mask)
     tl.store(details + 3 * plane + row, cause, mask=mask)
+    tl.store(details + 4 * plane + row, case, mask=mask)
+    tl.store(details + 5 * plane + row, tile, mask=mask)
 
 
 @triton.jit
-def report(words, site, summary, details, verdict, ratio, first_row, rows_total, labels):
+def report(words, site, summary, details, units, verdict, ratio, first_row, rows_total, labels):
     """Add one block's verdicts to the call's; the last block to arrive enters the call into the ledger."""
     if tl.max((verdict != CLEAN).to(tl.int32), 0) > 0:
         for v in range(VERDICTS):
             _add_verdict(summary, v, verdict == v, ratio, first_row)
     tl.debug_barrier()  # the details of every thread, before the arrival that announces them
-    arrived = tl.atomic_add(summary + ARRIVED, tl.cast(1, tl.int64), sem="acq_rel")
+    arrived = tl.atomic_add(summary + SETTLED, tl.cast(1, tl.int64), sem="acq_rel")
     if arrived == tl.num_programs(0) - 1:
-        _enter(words, tl.load(site), summary, details, rows_total, labels)
+        _enter(words, tl.load(site), summary, details, units, rows_total, labels)
 
 
 @triton.jit
@@ -99,30 +124,44 @@ def _add_verdict(summary, v, mine, ratio, first_row):
 
 
 @triton.jit
-def _enter(words, site, summary, details, rows_total, labels):
+def _enter(words, site, summary, details, units, rows_total, labels):
     counters = words + HEADER + site * COUNTERS
     gravest, repeated = tl.cast(CLEAN, tl.int32), tl.cast(0, tl.int64)
     for v in range(VERDICTS):
         rows = tl.load(summary + ROWS + v, volatile=True)
         if rows > 0:
-            tl.atomic_add(counters + FIRST_VERDICT + v, rows)
+            tl.atomic_add(counters + FIRST_VERDICT + v, tl.where(v == STALE_WEIGHT, 1, rows))  # an edit is one, whatever its rows
             gravest = _graver(gravest, v)
             if v <= UNCORRECTED:
                 repeated = tl.cast(1, tl.int64)
     tl.atomic_add(counters + EXECUTIONS, repeated)
     if gravest != CLEAN:
-        _write_record(words, site, gravest, summary, details, rows_total, labels)
+        _write_record(words, site, gravest, summary, details, units, rows_total, labels)
 
 
 @triton.jit
 def _graver(v, other):
-    """The graver of two verdicts: faults before what is none, OVERFLOW before INPUT; among faults the numbers ascend."""
-    v_rank, other_rank = tl.where(v <= UNCORRECTED, v + 10, v), tl.where(other <= UNCORRECTED, other + 10, other)
-    return tl.where((v == CLEAN) | (other_rank > v_rank), other, v)
+    """The graver of two verdicts: INPUT, OVERFLOW, FALSE_ALARM, STALE, then faults in the order of their numbers."""
+    return tl.where((v == CLEAN) | (_rank(other) > _rank(v)), other, v)
 
 
 @triton.jit
-def _write_record(words, site, v, summary, details, rows_total, labels):
+def _rank(v):
+    return tl.where(v <= UNCORRECTED, v + 10, tl.where(v <= STALE_WEIGHT, v + 4, v))
+
+
+@triton.jit
+def _unit(units, tile):
+    """The multiprocessor of a tile, or -1."""
+    found = tl.cast(-1, tl.int64)
+    if units is not None:
+        if tile >= 0:
+            found = tl.load(units + tile).to(tl.int64)
+    return found
+
+
+@triton.jit
+def _write_record(words, site, v, summary, details, units, rows_total, labels):
     """The call's one record: its slot reserved atomically, its sequence number written last, when the rest can be read."""
     rows, key = tl.load(summary + ROWS + v, volatile=True), tl.load(summary + KEYS + v, volatile=True)
     row, plane = (key & ROW_MASK) ^ ROW_MASK, tl.cast(rows_total, tl.int64)
@@ -143,5 +182,13 @@ def _write_record(words, site, v, summary, details, rows_total, labels):
     tl.store(at + 13, tl.cast(labels.dtype, tl.int64))
     tl.store(at + 14, tl.cast(labels.backend, tl.int64))
     tl.store(at + 15, tl.load(words + STEP))
+    cause = tl.load(details + 3 * plane + row, volatile=True)
+    element = tl.load(case_of(summary, 0, tl.load(details + 4 * plane + row, volatile=True), 0) + ELEMENT)
+    element = tl.where(cause == BY_WEIGHT, element, -1)
+    tl.store(at + 16, tl.where(element < 0, -1, element >> 32))
+    tl.store(at + 17, tl.where(element < 0, -1, element & ROW_MASK))
+    tile = tl.load(details + 5 * plane + row, volatile=True)
+    tl.store(at + 18, _unit(units.first, tile))
+    tl.store(at + 19, _unit(units.again, tile))
     tl.debug_barrier()
     tl.atomic_xchg(at, slot + 1, sem="release")

@@ -1,15 +1,20 @@
 """Settle: what became of each row that was not calm, and its record.
 
-    suspect at first; after the repetition
+    suspect at first; after the repetition (who: arbitration.py)
         explained, and something changed          RECOMPUTED     a transient fault
         explained, nothing changed                clean          only the squares in its bound had overflowed
-        not explained                             UNCORRECTED
+            against a panel that was rebuilt      FALSE_ALARM    who = PANEL
+                                                  STALE          who = STALE
+            by a weight as it was                 RECONSTRUCTED  who = RESTORED
+        not explained, or beyond the budget       UNCORRECTED
         actual and predicted both not finite      INPUT          an operand held NaN or Inf
         finite operands that can exceed fp32,
         and a panel that agrees                   OVERFLOW       what torch delivers, too
+    the weight is lost                            UNCORRECTED    nothing was computed again
+    several groups of a tracked one changed       STALE          likewise
     calm, but delivered numbers beyond the type   OVERFLOW
 
-At level detect, RECOMPUTED and UNCORRECTED are OBSERVED.
+At level detect, RECOMPUTED, RECONSTRUCTED and UNCORRECTED are OBSERVED.
 """
 
 from __future__ import annotations
@@ -18,75 +23,119 @@ import triton
 import triton.language as tl
 
 from .judgement import actual, bound_of, explained, is_finite, judge, noise, predicted, range_safe_bound, ratio_of
-from .record import CLEAN, INPUT, OBSERVED, OVERFLOW, PERSISTENT, RECOMPUTED, TRANSIENT, UNCORRECTED, bits, keep, report
+from .record import (
+    BY_PANEL,
+    BY_WEIGHT,
+    CLEAN,
+    FALSE_ALARM,
+    INPUT,
+    OBSERVED,
+    OVERFLOW,
+    PERSISTENT,
+    RECOMPUTED,
+    RECONSTRUCTED,
+    STALE_WEIGHT,
+    TRANSIENT,
+    UNCORRECTED,
+    bits,
+    count_changes,
+    keep,
+    report,
+)
 from .repair import NOTHING, RANGE, SEVERAL
+from .summary import EDITED, LOST, NOBODY, PANEL, RESTORED, RESTORING, STALE, UNQUIET, WHO, case_of
 from .tiles import ACC_LARGEST, offsets, split_program
-from .verify import CALM, HUGE, POISONED, SUSPECT, UNQUIET
+from .verify import BEYOND, CALM, HUGE, POISONED, SUSPECT
 
 # How grave a finding is; the gravest group decides about its row.
-S_CLEAN, S_INPUT, S_OVERFLOW, S_RECOMPUTED, S_UNCORRECTED = (tl.constexpr(i) for i in range(5))
+S_CLEAN, S_INPUT, S_OVERFLOW, S_FALSE_ALARM, S_STALE, S_RECOMPUTED, S_RECONSTRUCTED, S_UNCORRECTED = (tl.constexpr(i) for i in range(8))
 #: Step of the scans over operands and results that explain rows beyond range.
 SCAN = tl.constexpr(32)
 
 
-@triton.jit(do_not_specialize=["shape", "labels", "batches"], do_not_specialize_on_alignment=["site"])
-def settle(a, w, y, first, again, moved, status, bound, shape, words, site, summary, details, labels, batches,
-           CORRECT: tl.constexpr, KINDS: tl.constexpr, PARTS: tl.constexpr,
+@triton.jit(do_not_specialize=["shape", "labels", "batches", "most_restored"], do_not_specialize_on_alignment=["site"])
+def settle(a, w, y, first, again, moved, units, status, flags, known, bound, shape, words, site, summary, details, labels, batches,
+           most_restored, CORRECT: tl.constexpr, KINDS: tl.constexpr, PARTS: tl.constexpr,
            BM: tl.constexpr, BN: tl.constexpr, OUT_LARGEST: tl.constexpr):  # fmt: skip
     """One block of rows per program; all leave at once when nothing was found."""
     if tl.load(summary + UNQUIET) > 0:
         batch, block = split_program(tl.cdiv(shape.m, BM))
         rows = block * BM + tl.arange(0, BM)
-        severity, worst = _settle_rows(a, w, y, first, again, moved, status, bound, shape, details, batch, rows, batches,
-                                       KINDS, PARTS, BM, BN, OUT_LARGEST)  # fmt: skip
-        fault = OBSERVED if not CORRECT else UNCORRECTED
-        verdict = tl.where(severity == S_UNCORRECTED, fault, tl.where(severity == S_INPUT, INPUT, CLEAN))
-        verdict = tl.where(severity == S_RECOMPUTED, RECOMPUTED if CORRECT else OBSERVED, verdict)
-        verdict = tl.where(severity == S_OVERFLOW, OVERFLOW, verdict)
-        report(words, site, summary, details, verdict, worst, tl.cast(batch, tl.int64) * shape.m + block * BM,
-               batches * shape.m, labels)  # fmt: skip
+        if known is not None:
+            if tl.program_id(0) == 0:
+                count_changes(words, site, summary, known, shape.groups, tl.load(summary + RESTORING) <= most_restored)
+        severity, worst = _settle_rows(a, w, y, first, again, moved, status, flags, summary, bound, shape, details, batch, block, rows,
+                                       batches, most_restored, KINDS, PARTS, BM, BN, OUT_LARGEST)  # fmt: skip
+        report(words, site, summary, details, units, _verdict(severity, CORRECT), worst,
+               tl.cast(batch, tl.int64) * shape.m + block * BM, batches * shape.m, labels)  # fmt: skip
 
 
 @triton.jit
-def _settle_rows(a, w, y, first, again, moved, status, bound, shape, details, batch, rows, batches,
+def _verdict(severity, CORRECT: tl.constexpr):
+    """What the ledger calls a severity."""
+    verdict = tl.where(severity == S_INPUT, INPUT, CLEAN)
+    verdict = tl.where(severity == S_OVERFLOW, OVERFLOW, verdict)
+    verdict = tl.where(severity == S_FALSE_ALARM, FALSE_ALARM, verdict)
+    verdict = tl.where(severity == S_STALE, STALE_WEIGHT, verdict)
+    verdict = tl.where(severity == S_RECOMPUTED, RECOMPUTED if CORRECT else OBSERVED, verdict)
+    verdict = tl.where(severity == S_RECONSTRUCTED, RECONSTRUCTED if CORRECT else OBSERVED, verdict)
+    return tl.where(severity == S_UNCORRECTED, UNCORRECTED if CORRECT else OBSERVED, verdict)
+
+
+@triton.jit
+def _settle_rows(a, w, y, first, again, moved, status, flags, summary, bound, shape, details, batch, block, rows, batches, most_restored,
                  KINDS: tl.constexpr, PARTS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
                  OUT_LARGEST: tl.constexpr):  # fmt: skip
     """(severity, largest |residual|/τ) per row; keeps what a record will say of it."""
-    tiles_n, inside = tl.cdiv(shape.n, BN), rows < shape.m
+    tiles_n, inside, blocks = tl.cdiv(shape.n, BN), rows < shape.m, tl.cdiv(shape.m, BM)
     severity, column, cause = tl.zeros((BM,), tl.int32), tl.full((BM,), -1, tl.int32), tl.zeros((BM,), tl.int32)
     worst, residual, tau = tl.zeros((BM,), tl.float32), tl.zeros((BM,), tl.float32), tl.zeros((BM,), tl.float32)
-    huge = rows < 0
+    own_case, tile, huge = tl.zeros((BM,), tl.int32), tl.full((BM,), -1, tl.int32), rows < 0
     for group in tl.range(shape.groups, disable_licm=True):
         at = (tl.cast(batch, tl.int64) * shape.groups + group) * shape.m + rows
         code = tl.load(status + at, mask=inside, other=CALM).to(tl.int32)
         huge |= code == HUGE
-        if tl.max(code, 0) >= POISONED:
+        who = tl.load(case_of(summary, batch, group, shape.groups) + WHO).to(tl.int32)
+        # Of a group whose weight was restored, rows that were calm were computed anew, too: they must be explained as well.
+        if (tl.max(code, 0) >= POISONED) | (who == RESTORED):
             _, _, d, t, _ = judge(first, bound, KINDS + 1, KINDS, PARTS, shape, tiles_n, batch, group, rows)
-            s, col, why = _second_opinion(a, w, first, again, moved, bound, shape, code, batch, group, rows, KINDS, PARTS, BN)
+            who = tl.where((who == RESTORED) & (tl.load(summary + RESTORING) > most_restored), EDITED, who)
+            flag = tl.load(flags + (tl.cast(batch, tl.int64) * blocks + block) * shape.groups + group)
+            s, col, own_tile, why = _second_opinion(a, w, first, again, moved, bound, shape, code, who, flag == BEYOND, batch, group, rows,
+                                                    KINDS, PARTS, BN)  # fmt: skip
             severity = tl.maximum(severity, s)
             more = (ratio_of(d, t) > worst) & (s != S_CLEAN)
             worst, residual, tau = tl.where(more, ratio_of(d, t), worst), tl.where(more, d, residual), tl.where(more, t, tau)
             column, cause = tl.where(more, col, column), tl.where(more, why, cause)
+            own_case = tl.where(more, batch * shape.groups + group, own_case)
+            tile = tl.where(more & (own_tile >= 0), (batch * blocks + block) * tiles_n + own_tile, tile)
     huge &= severity == S_CLEAN
     if tl.max(huge.to(tl.int32), 0) > 0:
         severity = tl.where(huge & _overflowed(y, shape, batch, rows, OUT_LARGEST), S_OVERFLOW, severity)
     row = tl.cast(batch, tl.int64) * shape.m + rows
-    keep(details, row, batches * shape.m, residual, tau, column, cause, inside & (severity != S_CLEAN))
+    keep(details, row, batches * shape.m, residual, tau, column, cause, own_case, tile, inside & (severity != S_CLEAN))
     return severity, worst
 
 
 @triton.jit
-def _second_opinion(a, w, first, again, moved, bound, shape, code, batch, group, rows,
+def _second_opinion(a, w, first, again, moved, bound, shape, code, who, beyond, batch, group, rows,
                     KINDS: tl.constexpr, PARTS: tl.constexpr, BN: tl.constexpr):  # fmt: skip
-    """(severity, column or -1, cause) of the rows of one group, after its tiles were computed again."""
-    tiles_n, suspect, poisoned = tl.cdiv(shape.n, BN), code == SUSPECT, code == POISONED
-    col, changed = _moved_column(moved, shape, tiles_n, batch, group, rows)
+    """(severity, column or -1, tile or -1, cause) of the rows of one group, after its tiles were computed again."""
+    tiles_n, poisoned, calm = tl.cdiv(shape.n, BN), code == POISONED, (code < POISONED) & (rows < shape.m)
+    suspect = (code == SUSPECT) | (calm & (who == RESTORED))
+    col, tile, changed = _moved_column(moved, shape, tiles_n, batch, group, rows)
     ok, judged = rows >= 0, rows >= 0
     for kind in tl.static_range(KINDS):
         own, own_judged = _explained_again(kind, bound, again, shape, tiles_n, batch, group, rows, KINDS, PARTS)
-        changed |= _differs(kind, first, again, shape, tiles_n, batch, group, rows, KINDS, PARTS)
+        r_differs, c_differs = _differs(kind, first, again, shape, tiles_n, batch, group, rows, KINDS, PARTS)
+        # Of a panel that was rebuilt the predictions differ, and tell nothing of the product.
+        changed |= r_differs | (c_differs & (who == NOBODY))
         ok, judged = ok & own, judged & own_judged
-    severity = tl.where(suspect, tl.where(ok, tl.where(changed, S_RECOMPUTED, S_CLEAN), S_UNCORRECTED), S_CLEAN)
+    settled = tl.where(changed, S_RECOMPUTED, S_CLEAN)
+    if who != NOBODY:
+        settled = tl.where(changed, S_RECOMPUTED, tl.where(who == PANEL, S_FALSE_ALARM, S_STALE))
+        settled = tl.where(who == RESTORED, tl.where(calm, S_CLEAN, S_RECONSTRUCTED), settled)
+    severity = tl.where(suspect, tl.where(ok, settled, S_UNCORRECTED), S_CLEAN)
     severity = tl.where(poisoned, S_UNCORRECTED, severity)
     puzzling = poisoned | (suspect & ~ok & ~judged)
     if tl.max(puzzling.to(tl.int32), 0) > 0:
@@ -97,10 +146,18 @@ def _second_opinion(a, w, first, again, moved, bound, shape, code, batch, group,
         _, repeated = noise(again, KINDS, PARTS, shape, batch, group, rows)
         possible &= ~(tl.where(poisoned, at_first, repeated) * bound.spread < ACC_LARGEST)
         severity = tl.where(poisoned & ~finite, S_INPUT, severity)
+        severity = tl.where(suspect & ~ok & (who == STALE) & ~finite, S_STALE, severity)  # an edit that brought NaN or Inf
         severity = tl.where(puzzling & finite & possible & (poisoned | ~changed), S_OVERFLOW, severity)
-    cause = tl.where(suspect & (severity == S_UNCORRECTED) & ~changed, PERSISTENT, 0)
+    again_computed = (who != LOST) & (who != EDITED) & ~beyond
+    severity = tl.where(suspect & ~again_computed, tl.where(who == EDITED, S_STALE, S_UNCORRECTED), severity)
+    cause = tl.where(suspect & (severity == S_UNCORRECTED) & ~changed & again_computed, PERSISTENT, 0)
     cause = tl.where(severity == S_RECOMPUTED, TRANSIENT, cause)
-    return severity, tl.where(suspect & (severity >= S_RECOMPUTED), col, -1), cause
+    cause = tl.where(severity == S_FALSE_ALARM, BY_PANEL, cause)
+    blamed = suspect & ((who == RESTORED) | (who == LOST)) & (severity != S_CLEAN)
+    of_weight = (severity == S_STALE) | (severity == S_RECONSTRUCTED) | blamed
+    cause = tl.where(of_weight, BY_WEIGHT, cause)
+    told = suspect & (severity >= S_RECOMPUTED) & again_computed
+    return severity, tl.where(told, col, -1), tl.where(told, tile, -1), cause
 
 
 @triton.jit
@@ -122,25 +179,26 @@ def _explained_again(KIND: tl.constexpr, bound, again, shape, tiles_n, batch, gr
 @triton.jit
 def _differs(KIND: tl.constexpr, first, again, shape, tiles_n, batch, group, rows,
              KINDS: tl.constexpr, PARTS: tl.constexpr):  # fmt: skip
-    """Whether actual or predicted sum have other bits than at first."""
+    """Whether the actual and whether the predicted sum have other bits than at first."""
     r = actual(first, KIND, KINDS + 1, False, shape, tiles_n, batch, group, rows)
     r_again = actual(again, KIND, KINDS + 1 + RANGE, False, shape, tiles_n, batch, group, rows)
     c = predicted(first, KIND, KINDS, PARTS, shape, batch, group, rows)
     c_again = predicted(again, KIND, KINDS, PARTS, shape, batch, group, rows)
-    return (bits(r) != bits(r_again)) | (bits(c) != bits(c_again))
+    return bits(r) != bits(r_again), bits(c) != bits(c_again)
 
 
 @triton.jit
 def _moved_column(moved, shape, tiles_n, batch, group, rows):
-    """(the only column that changed in a group, or -1; whether any did)"""
-    count, column = tl.zeros(rows.shape, tl.int32), tl.full(rows.shape, -1, tl.int32)
+    """(the only column that changed in a group, or -1; the last tile in which one did, or -1; whether any did)"""
+    count, column, where = tl.zeros(rows.shape, tl.int32), tl.full(rows.shape, -1, tl.int32), tl.full(rows.shape, -1, tl.int32)
     first = group * shape.tiles_per_group
     for tile in range(first, tl.minimum(first + shape.tiles_per_group, tiles_n)):
         at = moved + (tl.cast(batch, tl.int64) * tiles_n + tile) * shape.m + rows
         here = tl.load(at, mask=rows < shape.m, other=NOTHING)
         count += tl.where(here == NOTHING, 0, tl.where(here == SEVERAL, 2, 1))
         column = tl.where(here >= 0, here, column)
-    return tl.where(count == 1, column, -1), count > 0
+        where = tl.where(here != NOTHING, tile, where)
+    return tl.where(count == 1, column, -1), where, count > 0
 
 
 @triton.jit

@@ -1,8 +1,8 @@
 """Tiles: the device functions that every kernel here shares, so that the same tile computed twice has the same bits.
 
-    acc[m, n] = Σ_k a[m, k] b[n, k]        one tile, fp32, k in steps of BK
-    Σ w_j acc, Σ acc²                      the row sums of a tile, taken before anything is rounded
-    bits' = ((bits & keep) ^ flip) + add   an injected fault; absent from the compiled code when FAULT is None
+acc[m, n] = Σ_k a[m, k] b[n, k]        one tile, fp32 (of int8: int32), k in steps of BK
+Σ w_j acc, Σ acc²                      the row sums of a tile, taken before anything is rounded
+bits' = ((bits & keep) ^ flip) + add   an injected fault; absent from the compiled code when FAULT is None
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ OPERAND = tl.constexpr(1)
 OUTPUT = tl.constexpr(2)
 #: The kind of sum whose weights are all 1 (kinds: e, one, hi, lo, or e alone).
 ONE = tl.constexpr(1)
+#: Elements of one group of W that can be restored, as many as a 16×8 fragment has.
+PATCHED = tl.constexpr(128)
 #: The largest finite fp32 number.
 ACC_LARGEST = tl.constexpr(3.4028234663852886e38)
 
@@ -67,20 +69,22 @@ def offsets(batch, batch_stride, rows, row_stride, cols, col_stride):
 
 @triton.jit
 def accumulate(a, b, a_tiles, b_tiles, A_ROWS: tl.constexpr, B_ROWS: tl.constexpr, batch, row, col, M, N, K, FAULT,
-               BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+               BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr, PATCHES=None, count=0,
+               ACC: tl.constexpr = tl.float32):  # fmt: skip
     """acc[m, n] = Σ_k a[m, k] b[n, k] for BM rows from ``row`` and BN from ``col``. What lies outside the matrices counts as zero.
 
     Through descriptors (a_tiles, b_tiles; *_ROWS: of the matrix itself, not of its transpose) or, if they are None, pointers.
+    With PATCHES, ``count`` elements of b are replaced by what they were (arbitration.py); pointers only.
     """
     rows, cols, k = row + tl.arange(0, BM), col + tl.arange(0, BN), tl.arange(0, BK)
-    acc = tl.zeros((BM, BN), tl.float32)
+    acc = tl.zeros((BM, BN), ACC)
     if a_tiles is not None:
         for start in range(0, K, BK):
             left = a_tiles.load([row, start]) if A_ROWS else a_tiles.load([start, row]).T
             right = b_tiles.load([col, start]).T if B_ROWS else b_tiles.load([start, col])
             if FAULT is not None:
                 left = strike(left, FAULT, OPERAND, batch, rows, start + k, col, BN)
-            acc = tl.dot(left, right, acc, input_precision=PRECISION)
+            acc = tl.dot(left, right, acc, input_precision=PRECISION, out_dtype=ACC)
     else:
         a_at = a.ptr + offsets(batch, a.batch, rows, a.row, k, a.col)
         b_at = b.ptr + offsets(batch, b.batch, k, b.col, cols, b.row)
@@ -89,9 +93,11 @@ def accumulate(a, b, a_tiles, b_tiles, A_ROWS: tl.constexpr, B_ROWS: tl.constexp
         for start in range(0, K, BK):
             left = tl.load(a_at, mask=(rows[:, None] < M) & (k[None, :] < K - start), other=0.0)
             right = tl.load(b_at, mask=(k[:, None] < K - start) & (cols[None, :] < N), other=0.0)
+            if PATCHES is not None:
+                right = restore(right, PATCHES, count, start + k, cols)
             if FAULT is not None:
                 left = strike(left, FAULT, OPERAND, batch, rows, start + k, col, BN)
-            acc = tl.dot(left, right, acc, input_precision=PRECISION)
+            acc = tl.dot(left, right, acc, input_precision=PRECISION, out_dtype=ACC)
             a_at += a_step
             b_at += b_step
     return acc
@@ -108,7 +114,8 @@ def finish(acc, bias, cols, N, OUT: tl.constexpr):
 @triton.jit
 def strike(values, faults, PLACE: tl.constexpr, batch, rows, cols, tile_start, tile_width):
     """Apply the faults that lie at PLACE to a tile of values; an operand's are seen by the result columns of its tiles only."""
-    BITS: tl.constexpr = tl.int32 if values.dtype.primitive_bitwidth == 32 else tl.int16
+    WIDTH: tl.constexpr = values.dtype.primitive_bitwidth
+    BITS: tl.constexpr = tl.int32 if WIDTH == 32 else tl.int16 if WIDTH == 16 else tl.int8
     for i in range(faults.count):
         f = faults.ptr + i * FAULT_WORDS
         col0 = tl.load(f + 4)
@@ -120,6 +127,17 @@ def strike(values, faults, PLACE: tl.constexpr, batch, rows, cols, tile_start, t
         bits = (bits & tl.load(f + 9).to(BITS)) ^ tl.load(f + 10).to(BITS)
         wrong = (bits + tl.load(f + 11).to(BITS)).to(values.dtype, bitcast=True)
         values = tl.where(hit & in_row[:, None] & in_col[None, :], wrong, values)
+    return values
+
+
+@triton.jit
+def restore(values, patches, count, k, cols):
+    """A tile of bᵀ with remembered elements put back; PATCHED numbers each: columns of the result, then k, then bits."""
+    BITS: tl.constexpr = tl.int32 if values.dtype.primitive_bitwidth == 32 else tl.int16
+    for i in range(count):
+        col, own_k = tl.load(patches + i), tl.load(patches + PATCHED + i)
+        old = tl.load(patches + 2 * PATCHED + i).to(BITS).to(values.dtype, bitcast=True)
+        values = tl.where((k[:, None] == own_k) & (cols[None, :] == col), old, values)
     return values
 
 

@@ -11,13 +11,14 @@ import triton.language as tl
 
 from .judgement import judge, ratio_of
 from .record import count_call, raise_worst
+from .summary import SUSPECTS, UNQUIET, case_of
 from .tiles import split_program
 
 #: Status of a row in one group, int8. POISONED: actual and predicted both not finite, so repeating tells nothing.
 #: HUGE: explained, but so large that its delivered numbers may lie beyond their type.
 CALM, HUGE, POISONED, SUSPECT = (tl.constexpr(i) for i in range(4))
-#: Words of the summary (the rest are record.py's): how many blocks hold anything but calm rows.
-UNQUIET = tl.constexpr(0)
+#: A flag only: the repair's budget was spent before this block.
+BEYOND = tl.constexpr(4)
 
 
 # One build for all shapes, roles and sites: Triton would else make one for every divisibility of every number.
@@ -43,3 +44,5 @@ def verify(sums, bound, shape, status, flags, summary, words, site, batches,
         if gravest != CALM:
             tl.atomic_add(summary + UNQUIET, tl.cast(1, tl.int64))
         raise_worst(words, site, tl.max(tl.where((rows < shape.m) & ~suspect, ratio_of(residual, tau), 0.0), 0))
+        if gravest == SUSPECT:
+            tl.atomic_add(case_of(summary, batch, group, shape.groups) + SUSPECTS, tl.sum((code == SUSPECT).to(tl.int64), 0))

@@ -51,15 +51,19 @@ def first_of(rank: int, programs: int, d: Deal) -> int:
     return d.early * min(rank, others) + min(rank, d.early_more) + d.share * rank + min(rank, d.share_more)
 
 
-def loads(data_tiles: int, check_tiles: int, programs: int, cost: float) -> list[float]:
-    """How long every program works, in data tiles."""
+def shares(data_tiles: int, check_tiles: int, programs: int, cost: float) -> list[tuple[int, int]]:
+    """(data tiles, check tiles) of every program."""
     d = deal(data_tiles, check_tiles, programs, cost)
     out = []
     for p in range(programs):
         rank = (p - d.behind) % programs
-        checks = first_of(rank + 1, programs, d) - first_of(rank, programs, d)
-        out.append(-(-(data_tiles - p) // programs) + cost * checks)
+        out.append((-(-(data_tiles - p) // programs), first_of(rank + 1, programs, d) - first_of(rank, programs, d)))
     return out
+
+
+def loads(data_tiles: int, check_tiles: int, programs: int, cost: float) -> list[float]:
+    """How long every program works, in data tiles."""
+    return [data + cost * checks for data, checks in shares(data_tiles, check_tiles, programs, cost)]
 
 
 def makespan(data_tiles: int, check_tiles: int, programs: int, cost: float) -> float:

@@ -27,7 +27,7 @@ from abft import bits, checksum, panels, sites, threshold
 from abft.backends import reference
 from abft.backends.call import Call
 from abft.backends.reference import Judgement, Plan
-from abft.checksum import Panel, Sums
+from abft.checksum import Layout, Panel, Sums
 from abft.ledger import Finding, Outcome, Verdict
 
 RECOMPUTATIONS = 2
@@ -61,7 +61,27 @@ class Case:
         return np.flatnonzero(self.judgement.suspects())
 
     def examine_again(self) -> None:
-        self.judgement = reference.examine(self.y, self.call, self.panel, self.bias, self.plan)
+        self.judgement = self.examine(self.y, self.call)
+
+    # What depends on the arithmetic; integers have their own (integer.py).
+
+    def examine(self, y: Tensor, call: Call) -> Judgement:
+        return reference.examine(y, call, self.panel, self.bias, self.plan)
+
+    def build_panel(self, matrix: Tensor, layout: Layout) -> Panel:
+        return reference.build_panel(matrix, layout)
+
+    def explained(self, rows: np.ndarray) -> np.ndarray:
+        """bool per row: whether an independent product agrees with what is there."""
+        return _judge_exactly(self, rows)[0]
+
+    def independent(self, rows: np.ndarray) -> Tensor:
+        """The rows of an independent product, in the result's dtype."""
+        return _exact_rows(self, rows).to(self.y.dtype)
+
+    def locate(self, y: Tensor, row: int, group: int) -> int | None:
+        """The column of a single error in a suspect row, if one error explains all its sums there."""
+        return _locate(self, y, row, group)
 
     def find(self, verdict: Verdict, rows: np.ndarray, cause: str = "unknown", at: Judgement | None = None, changed: Changed = ()) -> None:
         """Write a finding about ``rows``, with the residual and place of the worst of them."""
@@ -78,7 +98,7 @@ def settle(case: Case) -> Tensor:
         if case.entry is not None and not panels.unchanged(case.entry, case.call.w, case.call.bias):
             _settle_hidden_change(case)
         return case.y
-    if case.call.policy.level == "detect":
+    if not _may_repair(case):
         _observe(case, left)
     else:
         _correct(case, left)
@@ -91,7 +111,7 @@ def _mend_panel(case: Case) -> None:
     if entry is None or panels.intact(entry) or _changed(case):
         return
     before, suspects = case.judgement, case.suspects()
-    panels.rebuild(entry, case.call.w, entry.validity, reference.build_panel)
+    panels.rebuild(entry, case.call.w, entry.validity, case.build_panel)
     case.examine_again()
     cleared = np.setdiff1d(suspects, case.suspects())
     if len(cleared):
@@ -177,12 +197,21 @@ def _product64(case: Case, rows: np.ndarray, of: Callable[[Tensor], Tensor]) -> 
 # --- faults ---------------------------------------------------------------------------------------
 
 
+def _may_repair(case: Case) -> bool:
+    return case.call.policy.level == "correct" and case.call.policy.timing == "immediate"
+
+
+def _only_told(case: Case) -> Verdict:
+    """What a wrong row is that nobody repairs: the policy's wish, or left to the caller, who was to read it long ago."""
+    return Verdict.OBSERVED if case.call.policy.level == "detect" else Verdict.UNCORRECTED
+
+
 def _observe(case: Case, rows: np.ndarray) -> None:
-    """Level detect: say what is wrong, change nothing but a stale or broken panel."""
+    """Level detect and deferred timing: say what is wrong, change nothing but a stale or broken panel."""
     before = case.judgement
     cause = _arbitrate(case, rows, repair=False)
     rows = _still_wrong(case, rows) if cause == "stale" else rows
-    case.find(Verdict.OBSERVED, rows, "weight" if cause == "weight" else "unknown", at=before)
+    case.find(_only_told(case), rows, "weight" if cause == "weight" else "unknown", at=before)
 
 
 def _correct(case: Case, rows: np.ndarray) -> None:
@@ -232,7 +261,7 @@ def _still_wrong(case: Case, rows: np.ndarray) -> np.ndarray:
 
 def _replace_by_independent(case: Case, rows: np.ndarray) -> None:
     """The same bits, and still suspect, though neither weight nor panel changed: fp64 decides who is wrong."""
-    explained, _ = _judge_exactly(case, rows)
+    explained = case.explained(rows)
     case.find(Verdict.FALSE_ALARM, rows[explained])
     wrong = rows[~explained]
     if len(wrong) == 0:
@@ -242,7 +271,7 @@ def _replace_by_independent(case: Case, rows: np.ndarray) -> None:
         case.find(Verdict.UNCORRECTED, wrong, "weight")
         return
     before = case.judgement
-    case.y = _with_rows(case.y, wrong, _exact_rows(case, wrong).to(case.y.dtype))
+    case.y = _with_rows(case.y, wrong, case.independent(wrong))
     case.outcome.executions += 1
     case.examine_again()
     still = _still_wrong(case, wrong)
@@ -280,9 +309,9 @@ def _arbitrate(case: Case, rows: np.ndarray, *, repair: bool) -> str:
     if change.restored is not None and (case.call.policy.weights == "frozen" or change.is_small):
         y = case.compute(change.restored)
         case.outcome.executions += 1
-        judgement = reference.examine(y, change.restored, case.panel, case.bias, case.plan)
+        judgement = case.examine(y, change.restored)
         # Many changes together may look like one; what they leave in the checksums does not.
-        if judgement.suspects()[rows].any():
+        if judgement.suspects()[rows].any() or (judgement.suspects() & ~case.judgement.suspects()).any():
             if _has_the_remembered_panel(case, change.restored.w):
                 judgement = _nothing_suspect(judgement)  # the rows outrun the arithmetic of the checks
             else:
@@ -310,13 +339,13 @@ def _settle_hidden_change(case: Case) -> None:
     if change is None:
         return
     y = None if change.restored is None else case.compute(change.restored)
-    if y is not None and reference.examine(y, case.call, case.panel, case.bias, case.plan).suspects().any():
+    if y is not None and case.examine(y, case.call).suspects().any():
         assert change.restored is not None
         y = y if _has_the_remembered_panel(case, change.restored.w) else None
     change.count(case, located=y is not None)
     rows = np.arange(case.call.rows) if y is None else np.flatnonzero(~_flat(bits.same(case.y, y).all(-1)))
-    if case.call.policy.level == "detect":
-        case.find(Verdict.OBSERVED, rows, "weight", changed=change.elements)
+    if not _may_repair(case):
+        case.find(_only_told(case), rows, "weight", changed=change.elements)
     elif y is None:
         case.find(Verdict.UNCORRECTED, rows, "weight")
     else:
@@ -326,7 +355,7 @@ def _settle_hidden_change(case: Case) -> None:
 
 
 def _has_the_remembered_panel(case: Case, w: Tensor) -> bool:
-    built = reference.build_panel(w, case.plan.layout)
+    built = case.build_panel(w, case.plan.layout)
     return _all(bits.same(built.columns, case.panel.columns))
 
 
@@ -389,7 +418,7 @@ def _accept_edit(case: Case, rows: np.ndarray) -> None:
     entry, before = case.entry, case.judgement
     assert entry is not None
     bias = entry.bias
-    panels.rebuild(entry, case.call.w, entry.validity, reference.build_panel)
+    panels.rebuild(entry, case.call.w, entry.validity, case.build_panel)
     if bias is not None and case.call.bias is not None:
         panels.remember_bias(entry, bias.owner, bias.validity, case.call.bias)
     if case.call.bias is not None:
@@ -416,7 +445,8 @@ def _nothing_suspect(j: Judgement) -> Judgement:
 
 def _finding(verdict: Verdict, rows: np.ndarray, cause: str, j: Judgement, case: Case, changed: Changed) -> Finding:
     with np.errstate(all="ignore"):
-        ratio = np.nan_to_num(abs(j.sums.actual[rows] - j.sums.predicted[rows]) / j.tau[rows], nan=np.inf)
+        residual = abs(j.sums.actual[rows] - j.sums.predicted[rows])
+        ratio = np.where(residual == 0, 0.0, np.nan_to_num(residual / j.tau[rows], nan=np.inf))  # a bound may be zero
     r, g, kind = np.unravel_index(int(np.argmax(ratio)), ratio.shape)
     row = int(rows[r])
     d = j.sums.actual[row, g, kind] - j.sums.predicted[row, g, kind]
@@ -429,7 +459,7 @@ def _finding(verdict: Verdict, rows: np.ndarray, cause: str, j: Judgement, case:
         moved = np.flatnonzero(~bits.same(_rows(j.y, rows[r : r + 1]), _rows(case.y, rows[r : r + 1])).numpy())
         col = int(moved[0]) if len(moved) == 1 else None
     elif verdict not in (Verdict.INPUT, Verdict.OVERFLOW, Verdict.STALE):
-        col = _locate(case, j.y, row, int(g))
+        col = case.locate(j.y, row, int(g))
     return Finding(verdict, len(rows), row, col, float(d), float(j.tau[row, g, kind]), cause, element)
 
 

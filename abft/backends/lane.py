@@ -30,6 +30,7 @@ class Lane:
     entry: panels.Entry
     quick: Quick
     policy: Policy
+    text: str  # of the policy
     backend: str
     transposed: bool
     biased: bool
@@ -44,7 +45,7 @@ def open_for(call: Call, backend: str, entry: panels.Entry, quick: Quick) -> Non
     if call.policy.redundancy == "none" and call.a.dim() == 2 and (call.bias is None) == (call.bias_source is None):
         owner = panels.panels_of(call.source)  # type: ignore[arg-type]
         owner.lanes[call.role] = Lane(
-            entry, quick, call.policy, backend, call.transposed, call.bias is not None, call.policy.weights == "frozen",
+            entry, quick, call.policy, call.policy.text, backend, call.transposed, call.bias is not None, call.policy.weights == "frozen",
             call.a.dtype, call.source.shape, call.a.shape[1],  # type: ignore[union-attr]
         )  # fmt: skip
 
@@ -62,13 +63,12 @@ def find(a: Tensor, b: Tensor, transposed: bool, bias: Tensor | None, role: str,
         or lane.transposed is not transposed
         or a.dtype is not lane.dtype
         or not (a.is_cpu and b.is_cpu)
-        or lane.policy.text != policy
-        or a.dim() != 2
+        or lane.text != policy
         or b.shape != lane.shape  # a weight may be cut in place, at the same address
     ):
         return None
-    rows, depth = a.shape
-    if depth != lane.depth or not rows:
+    shape = a.shape
+    if len(shape) != 2 or shape[1] != lane.depth or not shape[0]:
         return None
     entry = lane.entry
     # A panel or bias that was rebuilt has lost its prepared judgement, or has another.
@@ -88,6 +88,6 @@ def _remembered(bias: Tensor, entry: panels.Entry, frozen: bool) -> bool:
         kept is not None
         and kept.owner is owner
         and owner.source == id(bias)
-        and kept.values.shape == bias.shape
+        and kept.shape == bias.shape
         and kept.validity == panels.validity(bias, owner, frozen)
     )

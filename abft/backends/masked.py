@@ -2,7 +2,8 @@
 
 The same sums and bounds as on a CPU, but decisions are arithmetic: under level "correct" the product is *always* computed a
 second time, and rows that were suspect take the second result. That doubles the work, and is the price of a repair without a
-host decision and without a kernel of our own; the ``triton`` backend recomputes only what is wrong.
+host decision and without a kernel of our own; the ``triton`` backend recomputes only what is wrong. Under timing "deferred" nothing is
+computed again: rows are judged at once, in the same launches, and what is wrong is UNCORRECTED.
 Of a changed weight this path says UNCORRECTED (or STALE is not told from it): arbitration needs the host or the kernels.
 """
 
@@ -44,6 +45,8 @@ def product(call: Call, words: Tensor, site: Tensor, backend: str) -> Tensor:
     bad = bad & finite
     if call.policy.level == "detect":
         verdicts[Verdict.OBSERVED] = bad
+    elif call.policy.timing == "deferred":
+        verdicts[Verdict.UNCORRECTED] = bad
     else:
         again, wide_again = _execute(call, p, struck=False)
         s2 = _sums(wide_again, call, panel, bias, p)
@@ -55,7 +58,7 @@ def product(call: Call, words: Tensor, site: Tensor, backend: str) -> Tensor:
             Verdict.UNCORRECTED: bad & still & ~beyond,
         }
         y = torch.where(bad.unsqueeze(-1), again, y)
-    _write(words, site, call, backend, s, tau, verdicts)
+    write(words, site, call, backend, s, tau, verdicts)
     return y
 
 
@@ -150,10 +153,14 @@ def _bounds(s: Sums, call: Call, p: Plan) -> Tensor:
     return threshold.bounds(s, threshold.coefficients(p.arithmetic, call.a.shape[-1], p.tested, p.layout.groups.width))
 
 
+def _repairs(call: Call) -> bool:
+    return call.policy.level == "correct" and call.policy.timing == "immediate"
+
+
 # --- the ledger ---------------------------------------------------------------------------------
 
 
-def _write(words: Tensor, site: Tensor, call: Call, backend: str, s: Sums, tau: Tensor, verdicts: dict[Verdict, Tensor]) -> None:
+def write(words: Tensor, site: Tensor, call: Call, backend: str, s: Sums, tau: Tensor, verdicts: dict[Verdict, Tensor]) -> None:
     device = words.device
     place = _place(site, device)
     at = HEADER + place * COUNTERS + _arange(COUNTERS, device)
@@ -162,7 +169,7 @@ def _write(words: Tensor, site: Tensor, call: Call, backend: str, s: Sums, tau: 
     rows = _constant(call.rows, device)
     counts["repeated_checks" if repeated else "checks"] = rows
     counts["products"] = _constant(1, device)
-    counts["executions"] = _constant(2 if call.policy.level == "correct" else 1, device)
+    counts["executions"] = _constant(2 if _repairs(call) else 1, device)
     zero = _constant(0, device)
     words.index_add_(0, at, torch.stack([counts.get(name, zero) for name in COUNTER] + [zero] * (COUNTERS - len(COUNTER))))
     ratio = ((s.actual - s.predicted).abs() / tau).flatten(-2).amax(-1)
@@ -222,6 +229,7 @@ def _record(
         "m": _constant(call.rows, device), "n": _constant(call.w.shape[-2], device), "k": _constant(call.a.shape[-1], device),
         "dtype": _constant(ledger.DTYPES.index(call.a.dtype), device),
         "backend": _constant(ledger.BACKEND_NAMES.index(backend), device), "step": words[ledger.STEP],
+        **dict.fromkeys(("element_row", "element_col", "unit", "repaired_on"), _constant(-1, device)),
     }  # fmt: skip
     slot = HEADER + sites.CAPACITY * COUNTERS + (words[HEAD] % RING) * RECORD + _arange(RECORD, device)
     anything = bad.any()

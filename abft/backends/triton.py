@@ -1,6 +1,6 @@
 """The triton backend: the checked product in two stages on the device, its plan made on the host.
 
-Only this module imports Triton and the kernels, and only when a product asks for it.
+Only this module and triton_integer.py import Triton and the kernels, and only when a product asks for it.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from abft import checksum, floating, ledger, panels, sites, threshold
+from abft import checksum, digits, floating, ledger, panels, pending, sites, threshold
 from abft.backends import reference
 from abft.backends.call import Call
-from abft.checksum import FORMS, Groups, Layout, Panel
+from abft.checksum import FORMS, Groups, Layout, Memory, Panel
 from abft.faults import Strike
 from abft.threshold import Arithmetic
 
@@ -43,10 +43,12 @@ ARITHMETIC = {
 # --- what runs here -------------------------------------------------------------------------------
 
 
-def available(device: torch.device, dtype: torch.dtype) -> str | None:
-    """None if products of ``dtype`` on ``device`` run here, else the reason in words."""
-    if dtype not in KIND:
-        return f"the kernels compute fp16, bf16 and fp32, not {str(dtype)[6:]}"
+def available(device: torch.device, dtype: torch.dtype, depth: int = 0) -> str | None:
+    """None if products of ``dtype`` on ``device`` run here, else the reason in words; ``depth``: K, if it is known."""
+    if dtype not in KIND and dtype != torch.int8:
+        return f"the kernels compute fp16, bf16, fp32 and int8, not {str(dtype)[6:]}"
+    if dtype == torch.int8 and depth > digits.DEPTH:
+        return f"int8 products of K > {digits.DEPTH} may leave int32, where tensor cores saturate and torch wraps; K is {depth}"
     missing = _triton_missing()
     if missing is not None:
         return missing
@@ -107,25 +109,39 @@ class Plan:
 
 
 @lru_cache(maxsize=8192)
-def plan(n: int, k: int, dtype: torch.dtype, architecture: int | None, tf32: bool, form: str, group: int | None) -> Plan:
-    """The plan of a product; ``architecture`` as in the table of configs, None: interpreted."""
-    from abft.triton_kernels import configs
+def plan(n: int, k: int, dtype: torch.dtype, architecture: int | None, tf32: bool, form: str, group: int | None,
+         height: int | None = None) -> Plan:  # fmt: skip
+    """The plan of a product; ``architecture`` as in the table of configs, None: interpreted. ``height``: of decode tiles, if they fit.
+
+    Groups, and with them the panel, do not depend on the rows: prompts and decoding share it.
+    """
+    from abft.triton_kernels import configs, decode
 
     kind = "tf32" if tf32 else KIND[dtype]
     arithmetic = ARITHMETIC.get((architecture, kind), threshold.FMA_32)  # type: ignore[arg-type]
     bn = configs.choose(architecture, kind, group).bn
-    groups = Groups.near_equal(n, group or configs.GROUP, unit=bn)
+    groups = Groups.near_equal(n, group or configs.default_group(kind), unit=bn)
     layout = Layout(groups, FORMS[form], dtype, TF32_PARTS if tf32 else floating.PARTS[dtype])
     config = configs.choose(architecture, kind, group, layout.columns)
+    if height is not None:
+        config = decode.choose(architecture, kind, height, n, layout.columns, bn)
     coefficients = threshold.coefficients(arithmetic, k, FORMS[form].kinds, groups.width)
-    return Plan(config, arithmetic, layout, coefficients, -(-groups.width // bn))
+    return Plan(config, arithmetic, layout, coefficients, -(-groups.width // config.bn))
 
 
 def plan_for(call: Call) -> Plan:
     """The plan of a call on its own device."""
-    architecture = None if call.a.device.type == "cpu" else _architecture(call.a.device)
+    architecture = None if call.a.device.type == "cpu" else family_of(call.a.device)
     tf32 = architecture is not None and call.a.dtype == torch.float32 and _tf32_allowed()
-    return plan(call.w.shape[-2], call.a.shape[-1], call.a.dtype, architecture, tf32, call.policy.panel, call.policy.group)
+    height = _height(architecture, "tf32" if tf32 else KIND[call.a.dtype], call.a.shape[-2])
+    return plan(call.w.shape[-2], call.a.shape[-1], call.a.dtype, architecture, tf32, call.policy.panel, call.policy.group, height)
+
+
+@lru_cache(maxsize=1024)
+def _height(architecture: int | None, kind: str, rows: int) -> int | None:
+    from abft.triton_kernels import decode
+
+    return decode.height(architecture, kind, rows)
 
 
 def _tf32_allowed() -> bool:
@@ -135,7 +151,7 @@ def _tf32_allowed() -> bool:
 
 
 @lru_cache(maxsize=64)
-def _architecture(device: torch.device) -> int:
+def family_of(device: torch.device) -> int:
     from abft.triton_kernels import configs
 
     return configs.family(torch.cuda.get_device_capability(device))
@@ -155,21 +171,37 @@ def column_weights(groups: Groups, kinds: tuple[checksum.Kind, ...], device: tor
 # --- panel ----------------------------------------------------------------------------------------
 
 
-def build_panel(matrix: Tensor, layout: Layout) -> Panel:
-    """The panel of W (N, K) or (B, N, K), built by a kernel."""
-    from abft.triton_kernels import configs
+def build_panel(matrix: Tensor, layout: Layout, *, remember: bool = False) -> Panel:
+    """The panel of W (N, K) or (B, N, K), built by a kernel. remember: W (N, K) is a weight, whose bits are compared later."""
     from abft.triton_kernels import panel as kernels
 
-    form = layout.form
-    config = configs.PANEL_INTERPRETED if interpreting() else configs.PANEL
+    form, width = layout.form, layout.groups.width
     weights = column_weights(layout.groups, form.kinds, matrix.device)
     coefficients = checksum.sketch_coefficients(matrix.shape[-1], matrix.device)
-    rms = tuple(checksum.weight_rms(kind, layout.groups.width) for kind in form.kinds)
-    with _quiet():
-        columns, scales = kernels.build(
-            matrix.detach(), weights, coefficients, rms, layout.groups.width, layout.parts, layout.scaled, form.ingress, config
-        )
-    return Panel(layout, columns, scales)
+    with quiet():
+        built = kernels.build(
+            matrix.detach(), weights, coefficients, _rms(layout), width, layout.parts, layout.scaled, form.ingress, _panel_config(),
+            remember=remember,
+        )  # fmt: skip
+    known = torch.zeros(layout.groups.count, dtype=torch.int64, device=matrix.device) if remember else None
+    return Panel(layout, built.columns, built.scales, Memory(built.integrity, built.fingerprint, known))
+
+
+def _build_weight_panel(matrix: Tensor, layout: Layout) -> Panel:
+    return build_panel(matrix, layout, remember=matrix.dim() == 2)
+
+
+def _panel_config() -> Any:
+    from abft.triton_kernels import configs
+
+    return configs.PANEL_INTERPRETED if interpreting() else configs.PANEL
+
+
+@lru_cache(maxsize=1024)
+def _rms(layout: Layout) -> Any:
+    from abft.triton_kernels.panel import rms_of
+
+    return rms_of(tuple(checksum.weight_rms(kind, layout.groups.width) for kind in layout.form.kinds))
 
 
 # --- the product ----------------------------------------------------------------------------------
@@ -192,19 +224,69 @@ def product(call: Call, words: Tensor, site: Tensor) -> Tensor:
     groups, kinds = p.layout.groups, p.layout.form.kinds
     weights = column_weights(groups, kinds, call.a.device)
     bias = None if call.bias is None else call.bias.contiguous()
-    operands = gemm.Product(call.a, call.w, bias, panel.columns, weights, p.config)
+    operands = gemm.Product(call.a, call.w, bias, panel.columns, weights, groups.count, p.config, numbered=_numbered(call.a.device))
     judge = launch.Judge(
-        _bound(p, call.a.shape[-1]), panel.scales, p.layout.parts, groups.count, p.tiles_per_group,
-        correct=call.policy.level == "correct", repeat=_is_repeated(call),
+        _bound(p, call.a.shape[-1]), _memory(call, panel), p.layout.parts, groups.width, p.tiles_per_group,
+        correct=call.policy.level == "correct", repeat=is_repeated(call),
     )  # fmt: skip
     labels = record.Labels(
         ledger.ROLE_NAMES.index(call.role), ledger.DTYPES.index(call.a.dtype), ledger.BACKEND_NAMES.index("triton"),
         call.rows, call.w.shape[-2], call.a.shape[-1], sites.CAPACITY,
     )  # fmt: skip
-    with _quiet(), _host_ledger(words):
-        evidence = gemm.multiply(operands, descriptors(call.strikes, call.a.device))
+    faults = descriptors(call.strikes, call.a.device)
+    if call.policy.timing == "deferred":
+        with quiet(), host_ledger(words):  # where the workspace is full, it is judged
+            return _leave(operands, judge, p, labels, words, site, faults)
+    with quiet(), host_ledger(words):
+        evidence = gemm.multiply(operands, faults)
         launch.check(operands, evidence, judge, words, site, labels)
     return evidence.y
+
+
+# --- deferred checks ------------------------------------------------------------------------------
+
+
+def _leave(operands: Any, judge: Any, p: Plan, labels: Any, words: Tensor, site: Tensor, faults: Tensor | None) -> Tensor:
+    """The product, whose evidence waits in a workspace until ``pending.flush``."""
+    from abft.triton_kernels import workspace
+
+    pending.register(_HOLDER)
+    template = _slot_template(p, labels.role, labels.dtype, labels.n, labels.k, judge.correct, judge.repeat, operands.a.device)
+    return workspace.leave(operands, judge.memory.scales, template, words, site, judge.parts, sites.CAPACITY, faults)
+
+
+@lru_cache(maxsize=4096)
+def _slot_template(p: Plan, role: int, dtype: int, n: int, k: int, correct: bool, repeat: bool, device: torch.device) -> Tensor:
+    """What a slot says of every product of this kind (triton_kernels/deferred.py)."""
+    from abft.triton_kernels import deferred
+
+    words = np.zeros(deferred.SLOT.value, np.int64)
+    record = {"role": role, "col": -1, "n": n, "k": k, "dtype": dtype, "backend": ledger.BACKEND_NAMES.index("triton")}
+    for name, value in record.items():
+        words[ledger.RECORD_NAMES.index(name)] = value
+    words[deferred.REPEAT.value], words[deferred.CORRECT.value] = repeat, correct
+    words[deferred.CHECKS_WORD.value], words[deferred.GROUPS.value] = p.layout.columns, p.layout.groups.count
+    words[deferred.TILES_PER_GROUP.value], words[deferred.TILES.value] = p.tiles_per_group, -(-n // p.config.bn)
+    words[deferred.LARGEST.value] = ledger.float_bits(torch.finfo(ledger.DTYPES[dtype]).max)
+    for word, values in ((deferred.ACCUMULATE, p.coefficients.accumulate), (deferred.ABSOLUTE, p.coefficients.absolute)):
+        words[word.value : word.value + len(values)] = [ledger.float_bits(value) for value in values]
+    return torch.from_numpy(words).to(device)
+
+
+def _flush() -> None:
+    from abft.triton_kernels import workspace
+
+    with quiet():
+        workspace.flush(host_ledger)
+
+
+def _waiting() -> int:
+    from abft.triton_kernels import workspace
+
+    return workspace.waiting()
+
+
+_HOLDER = pending.Holder(_flush, _waiting)
 
 
 def panel_of(call: Call, p: Plan) -> Panel:
@@ -212,9 +294,24 @@ def panel_of(call: Call, p: Plan) -> Panel:
     if call.source is None:
         return build_panel(call.w, p.layout)
     frozen = call.policy.weights == "frozen"
-    return panels.entry_for(
-        call.source, call.w, p.layout, transposed=call.transposed, frozen=frozen, build=build_panel
-    ).panel
+    return panels.entry_for(call.source, call.w, p.layout, transposed=call.transposed, frozen=frozen, build=_build_weight_panel).panel
+
+
+def _memory(call: Call, panel: Panel) -> Any:
+    from abft.triton_kernels.launch import Memory as Remembered
+
+    memory = panel.memory
+    assert memory is not None  # of every panel that a kernel built
+    sketch = checksum.sketch_coefficients(call.w.shape[-1], call.a.device)
+    return Remembered(
+        panel.scales, memory.integrity, memory.fingerprint, memory.known, sketch, _rms(panel.layout), _panel_config(),
+        frozen=call.policy.weights == "frozen", transposed=call.transposed,
+    )  # fmt: skip
+
+
+def _numbered(device: torch.device) -> bool:
+    """Whether multiprocessors have numbers that device code can read."""
+    return device.type == "cuda" and torch.version.hip is None
 
 
 def _bound(p: Plan, k: int) -> Any:
@@ -225,7 +322,7 @@ def _bound(p: Plan, k: int) -> Any:
     return Bound(c.accumulate, c.absolute, reach, 16.0 * math.sqrt(max(k, 1)))
 
 
-def _is_repeated(call: Call) -> bool:
+def is_repeated(call: Call) -> bool:
     """A forward product inside a backward pass: recomputation under activation checkpointing."""
     return call.role == "fprop" and torch._C._current_graph_task_id() != -1
 
@@ -253,13 +350,13 @@ def descriptors(strikes: tuple[Strike, ...], device: torch.device) -> Tensor | N
 # --- under the interpreter ------------------------------------------------------------------------
 
 
-def _quiet() -> contextlib.AbstractContextManager[Any]:
+def quiet() -> contextlib.AbstractContextManager[Any]:
     # numpy, which the interpreter computes with, warns of every overflow that a fault is there to cause.
     return np.errstate(all="ignore") if interpreting() else contextlib.nullcontext()
 
 
 @contextlib.contextmanager
-def _host_ledger(words: Tensor) -> Any:
+def host_ledger(words: Tensor) -> Any:
     """On a host ledger, records carry the process's step and sequence numbers, like those of other backends."""
     if words.device.type != "cpu":
         yield
@@ -271,5 +368,3 @@ def _host_ledger(words: Tensor) -> Any:
     ring = host[ledger.HEADER + sites.CAPACITY * ledger.COUNTERS :].reshape(ledger.RING, ledger.RECORD)
     for slot in range(before, int(host[ledger.HEAD])):
         ring[slot % ledger.RING][ledger.RECORD_NAMES.index("sequence")] = ledger.next_sequence()
-
-

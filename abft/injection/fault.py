@@ -16,6 +16,7 @@ from abft.faults import BitOperation, Place, Region, Strike, Target
 from abft.policy import ROLES
 
 KINDS = ("nullify", "bitflip", "carry", "nan", "inf", "-inf", "near_inf", "nonfinite", "scale", "stuck_at")
+INTEGER_KINDS = ("nullify", "bitflip", "carry", "stuck_at")
 PATTERNS = ("element", "row", "warp", "warp2", "warp4", "warp8", "warp16", "fragment", "tile")
 WEIGHTINGS = ("uniform", "lsb")
 #: An MMA accumulator fragment, and the result tile that a warp or one SM owns.
@@ -29,7 +30,7 @@ class Fault:
     """A fault = what × where × pattern, at which products.
 
     what: nullify · bitflip · carry (±2^k on the pattern) · nan · inf · -inf · near_inf · nonfinite (one of the four) ·
-    scale (by a power of two) · stuck_at (one bit, at 0 or 1).
+    scale (by a power of two) · stuck_at (one bit, at 0 or 1). An int8 product knows nullify, bitflip, carry and stuck_at only.
     where: accumulator · operand (a tile of A in shared memory) · output (after the product was rounded; the fused kernel
     has taken its sums by then) · panel (the remembered checksums) · weight (its bits in memory, undone at exit).
     site: shell pattern of site names; role: fprop, dgrad, wgrad or "*".
@@ -95,7 +96,8 @@ def strike_of(fault: Fault, target: Target, rng: np.random.Generator) -> Strike:
         shape, dtype, batch = (target.panel.shape[-2], target.panel.shape[-1]), target.panel.dtype, 0
     else:
         columns = target.depth if fault.where == "operand" else target.columns
-        shape, dtype = (target.rows, columns), target.dtype if fault.where != "accumulator" else target.accumulator
+        dtypes = {"operand": target.dtype, "accumulator": target.accumulator, "output": target.output or target.dtype}
+        shape, dtype = (target.rows, columns), dtypes[fault.where]
         batch = int(rng.integers(target.batch))
     region = _region(fault, shape, batch, rng)
     operation = _operation(fault, dtype, rng)
@@ -125,6 +127,8 @@ def _region(fault: Fault, shape: tuple[int, int], batch: int, rng: np.random.Gen
 
 
 def _operation(fault: Fault, dtype: torch.dtype, rng: np.random.Generator) -> BitOperation:
+    if not dtype.is_floating_point:
+        return _integer_operation(fault, dtype, rng)
     width, mantissa = bits.WIDTH[dtype], MANTISSA[dtype]
     exponent_ones = ((1 << (width - 1 - mantissa)) - 1) << mantissa
     what = fault.what if fault.what != "nonfinite" else str(rng.choice(["nan", "inf", "-inf", "near_inf"]))
@@ -137,19 +141,35 @@ def _operation(fault: Fault, dtype: torch.dtype, rng: np.random.Generator) -> Bi
     }
     if what in fixed:
         return BitOperation(0, fixed[what], 0)
-    if what == "bitflip":
+    if what == "scale":
+        return BitOperation(-1, 0, int(rng.choice([-1, 1])) * (int(rng.integers(1, 5)) << mantissa))
+    return _on_bits(fault, width, rng)
+
+
+def _integer_operation(fault: Fault, dtype: torch.dtype, rng: np.random.Generator) -> BitOperation:
+    if fault.what == "nullify":
+        return BitOperation(0, 0, 0)
+    if fault.what not in INTEGER_KINDS:
+        raise PolicyError(
+            f"Fault.what={fault.what!r} needs a float to strike, and the {fault.where} of this product is {str(dtype)[6:]}; "
+            f"whole numbers know {', '.join(INTEGER_KINDS)}"
+        )
+    return _on_bits(fault, bits.WIDTH[dtype], rng)
+
+
+def _on_bits(fault: Fault, width: int, rng: np.random.Generator) -> BitOperation:
+    """What is the same on every pattern of bits: bitflip, stuck_at, carry."""
+    if fault.what == "bitflip":
         mask = 0
         for bit in _draw_bits(fault, width, rng):
             mask |= 1 << bit
         return BitOperation(-1, mask, 0)
-    if what == "stuck_at":
+    if fault.what == "stuck_at":
         bit = _draw_bits(fault.replace(bits=1), width, rng)[0]
         return BitOperation(~(1 << bit), int(rng.integers(2)) << bit, 0)
     sign = int(rng.choice([-1, 1]))
-    if what == "carry":
-        k = fault.bit if fault.bit is not None else int(rng.integers(width - 2))
-        return BitOperation(-1, 0, sign << k if sign > 0 else -(1 << k))
-    return BitOperation(-1, 0, sign * (int(rng.integers(1, 5)) << mantissa))  # scale
+    k = fault.bit if fault.bit is not None else int(rng.integers(width - 2))
+    return BitOperation(-1, 0, sign << k if sign > 0 else -(1 << k))
 
 
 def _draw_bits(fault: Fault, width: int, rng: np.random.Generator) -> list[int]:

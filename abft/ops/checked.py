@@ -32,6 +32,10 @@ LIBRARY = torch.library.Library("abft", "DEF")
 LIBRARY.define("product(Tensor a, bool ta, Tensor b, bool tb, Tensor? bias, Tensor ledger, Tensor site, str role, str policy) -> Tensor")
 LIBRARY.define("bypass(Tensor(a!) ledger, str reason) -> ()")
 
+Execute = Callable[[Call, tuple[Strike, ...]], Tensor]
+Check = Callable[[Call, Tensor, Outcome, str], Tensor]
+RunOnDevice = Callable[[Call, Tensor, Tensor, str], Tensor]
+
 #: Called with (call, site, clean, struck) when faults strike a product; set by the injector, for its log.
 on_strike: Callable[[Call, Target, Tensor, Tensor, tuple[Strike, ...]], None] | None = None
 
@@ -63,12 +67,15 @@ def _product(
     backend = choose_backend(call)
     if faults.active is not None:
         call = _struck(call, backend)
-    if backend == "triton" or a.device.type != "cpu":
-        words = torch.from_numpy(ledger.cpu().words) if a.device.type == "cpu" else ledger_
+    words = _device_words(a, ledger_, backend)
+    if words is not None:
         # A record on a device does not carry its policy: whoever reads it finds the reaction at the site.
         sites.site_of(call.site).on_uncorrected = chosen.on_uncorrected
-        return _product_on_device(call, words, site, backend)
-    return _product_on_host(call, backend)
+        try:
+            return product_on_device(call, words, site, backend)
+        finally:
+            ledger.issued()
+    return product_on_host(call, backend)
 
 
 def take(fitting: lane.Lane, a: Tensor, b: Tensor, tb: bool, bias: Tensor | None, role: str, site: int) -> Tensor:
@@ -85,7 +92,7 @@ def take(fitting: lane.Lane, a: Tensor, b: Tensor, tb: bool, bias: Tensor | None
             entry.uses += 1
             ledger.cpu().count_clean(site, a.shape[0], worst, role == "fprop" and torch._C._current_graph_task_id() != -1)
             return y
-    return _product_on_host(Call(a, w, offset, b, tb, role, fitting.policy, site, bias_source=bias), fitting.backend, y)
+    return product_on_host(Call(a, w, offset, b, tb, role, fitting.policy, site, bias_source=bias), fitting.backend, y)
 
 
 def _struck(call: Call, backend: str) -> Call:
@@ -154,11 +161,13 @@ def _triton_unavailable(call: Call) -> str | None:
         from abft.backends import triton
     except ImportError as error:
         return f"Triton cannot be imported ({error})"
-    return triton.available(call.a.device, call.a.dtype)
+    return triton.available(call.a.device, call.a.dtype, call.a.shape[-1])
 
 
 def _expected_floor(call: Call, backend: str) -> float:
     p: Any
+    if call.a.dtype == torch.int8:
+        return 0.0  # whole numbers: no bound, no floor
     if backend == "triton":
         from abft.backends import triton
 
@@ -173,13 +182,26 @@ def _expected_floor(call: Call, backend: str) -> float:
 # --- on a device the host does not wait for -----------------------------------------------------------
 
 
-def _product_on_device(call: Call, words: Tensor, site: Tensor, backend: str) -> Tensor:
-    def run(c: Call, book: Tensor) -> Tensor:
-        if backend == "triton":
-            from abft.backends import triton
+def _device_words(a: Tensor, ledger_: Tensor, backend: str) -> Tensor | None:
+    """The ledger that device code writes for this product; None: the host computes it and reads its results."""
+    if a.device.type != "cpu":
+        return ledger_
+    return torch.from_numpy(ledger.cpu().words) if backend == "triton" else None
 
-            return triton.product(c, book, site)
-        return masked.product(c, book, site, backend)
+
+def _run_on_device(call: Call, words: Tensor, site: Tensor, backend: str) -> Tensor:
+    if backend == "triton":
+        from abft.backends import triton
+
+        return triton.product(call, words, site)
+    return masked.product(call, words, site, backend)
+
+
+def product_on_device(call: Call, words: Tensor, site: Tensor, backend: str, once: RunOnDevice = _run_on_device) -> Tensor:
+    """``once``: one checked product; other arithmetic has its own (ops/integer.py)."""
+
+    def run(c: Call, book: Tensor) -> Tensor:
+        return once(c, book, site, backend)
 
     unchecked = call.policy.level == "off" or call.role not in call.policy.roles
     if call.policy.redundancy == "none":
@@ -197,13 +219,15 @@ def _product_on_device(call: Call, words: Tensor, site: Tensor, backend: str) ->
 # --- on a host whose memory may be read -------------------------------------------------------------
 
 
-def _product_on_host(call: Call, backend: str, y: Tensor | None = None) -> Tensor:
-    """``y``: the product, where it was computed already."""
+def product_on_host(
+    call: Call, backend: str, y: Tensor | None = None, *, execute: Execute = reference.execute, check: Check | None = None
+) -> Tensor:
+    """``y``: the product, where it was computed already. ``execute`` and ``check``: other arithmetic's own (ops/integer.py)."""
     outcome = Outcome(checks=call.rows)
-    y = _execute(call, outcome) if y is None else y
+    y = _execute(call, outcome, execute) if y is None else y
     checked = call.policy.level != "off" and call.role in call.policy.roles
     if checked:
-        y = _check(call, y, outcome, backend)
+        y = (check or _check)(call, y, outcome, backend)
     elif call.policy.redundancy == "none":
         ledger.bypass("level off" if call.policy.level == "off" else f"role {call.role} not in policy")
         return y
@@ -215,15 +239,15 @@ def _product_on_host(call: Call, backend: str, y: Tensor | None = None) -> Tenso
     return y
 
 
-def _execute(call: Call, outcome: Outcome) -> Tensor:
+def _execute(call: Call, outcome: Outcome, execute: Execute) -> Tensor:
     """The product, as often as the redundancy asks; a transient fault hits the first execution only."""
     if call.policy.redundancy == "none":
-        return reference.execute(call, call.strikes)
+        return execute(call, call.strikes)
 
     def run(replica: int) -> Tensor:
         if replica:
             outcome.executions += 1
-        return reference.execute(call, call.strikes if replica == 0 else ())
+        return execute(call, call.strikes if replica == 0 else ())
 
     x, y = run(0), run(1)
     differ = ~redundancy.agreeing_rows(x, y)

@@ -28,8 +28,14 @@ def product_flops(a_shape: Any, ta: bool, b_shape: Any, tb: bool, *args: Any, ou
     return 2 * batch * rows * columns * depth
 
 
+def int_product_flops(a_shape: Any, b_shape: Any, tb: bool, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    """2 M N K: operations on whole numbers, but the same work."""
+    return product_flops(a_shape, False, b_shape, tb)
+
+
 def _register(counter: ModuleType) -> None:
     counter.register_flop_formula(torch.ops.abft.product)(product_flops)
+    counter.register_flop_formula(torch.ops.abft.int_product)(int_product_flops)
 
 
 class _AtImport(importlib.abc.MetaPathFinder):

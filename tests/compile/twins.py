@@ -83,13 +83,16 @@ def main() -> None:
             blocks = strip(ROOT / "triton_kernels", Path(folder))
             load(Path(folder))
             assert abft.triton_kernels.__file__.startswith(folder) if hasattr(abft, "triton_kernels") else True
-        from bench import cubins
+        from bench import compiled
 
+        few = {"m": 64, "n": 8192}
+        calls = {"": {}, " few": few, " deferred": few | {"timing": "deferred"}}
         ptx = {}
-        for kind in ("fp16", "ieee"):
-            for launch in cubins.launches_of(kind, 90, strike=what == "struck"):
-                if launch.name in ("checked_product", "recompute"):
-                    ptx[f"{kind} {launch.name}"] = cubins.compile_launch(launch, 90).asm["ptx"]
+        for kind in ("fp16", "ieee", "int8"):
+            for name, shape in calls.items() if kind != "int8" else [("", {})]:
+                for launch in compiled.launches_of(kind, 90, strike=what == "struck", **shape):
+                    if launch.name.startswith(("checked_", "deferred_", "recompute")):
+                        ptx[f"{kind}{name} {launch.name}"] = compiled.compile_launch(launch, 90).asm["ptx"]
         out.write_text(json.dumps({"blocks": blocks, "ptx": ptx}))
 
 

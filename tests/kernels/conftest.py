@@ -24,8 +24,12 @@ def _interpreted() -> None:
         importlib.reload(tl.standard)
         importlib.reload(tl)
     assert type(tl.sum).__name__ == "InterpretedFunction"
+    import abft.triton_kernels.integer_check
     import abft.triton_kernels.launch
     import abft.triton_kernels.panel
+    import abft.triton_kernels.workspace
+
+    import bench.twin  # noqa: F401
 
     kernel = abft.triton_kernels.panel.sum_rows
     assert type(kernel).__name__ == "InterpretedFunction", "the kernels were imported for compiling; set TRITON_INTERPRET=1"

@@ -61,13 +61,13 @@ def fresh_ledger() -> Tensor:
 
 
 def run(a: Tensor, w: Tensor, bias: Tensor | None = None, *, strikes: tuple[Strike, ...] = (), again: tuple[Strike, ...] = (),
-        words: Tensor | None = None, site: int = SITE, source: Tensor | None = None, role: str = "fprop",
+        words: Tensor | None = None, site: int = SITE, source: Tensor | None = None, role: str = "fprop", transposed: bool = False,
         **policy: Any) -> Run:  # fmt: skip
     """``strikes`` hit the product, ``again`` its repetition."""
     words = fresh_ledger() if words is None else words
     policy = {"panel": "full", "level": "correct"} | policy
     a, w, bias = a.to(DEVICE), w.to(DEVICE), None if bias is None else bias.to(DEVICE)
-    call = Call(a, w, bias, source, False, role, Policy(**policy), site, tuple(strikes))
+    call = Call(a, w, bias, source, transposed, role, Policy(**policy), site, tuple(strikes))
     seen: dict[str, Any] = {}
 
     def multiply(product: gemm.Product, faults: Tensor | None) -> gemm.Evidence:
@@ -84,7 +84,7 @@ def run(a: Tensor, w: Tensor, bias: Tensor | None = None, *, strikes: tuple[Stri
         y = backend.product(call, words, torch.tensor(site, device=DEVICE))
     plan = backend.plan_for(call)
     return Run(y, counters_of(words, site), records_of(words), seen["evidence"], seen["status"],
-               Panel(plan.layout, seen["panel"], seen["judge"].scales), plan)  # fmt: skip
+               Panel(plan.layout, seen["panel"], seen["judge"].memory.scales), plan)  # fmt: skip
 
 
 def counters_of(words: Tensor, site: int) -> dict[str, int]:

@@ -1,8 +1,9 @@
 """Numbers that device code repeats because it may not import them."""
 
-from abft.triton_kernels import gemm, judgement, panel, record, tiles
+from abft.triton_kernels import arbitration, judgement, panel, record, summary, tiles
 
 from abft import checksum, faults, floating, ledger
+from abft.backends import arbitration as on_the_host
 from abft.backends import triton as backend
 
 
@@ -17,14 +18,23 @@ def test_device_code_and_ledger_agree():
         assert record.FIRST_VERDICT.value + v == ledger.COUNTER[ledger.COUNTER_OF[verdict]]
         if hasattr(record, verdict.name):
             assert getattr(record, verdict.name).value == v
-    assert (record.TRANSIENT.value, record.PERSISTENT.value) == (ledger.CAUSES.index("transient"), ledger.CAUSES.index("persistent"))
-    order = "sequence site role verdict cause rows row col residual bound m n k dtype backend step"
+    assert record.STALE_WEIGHT.value == ledger.VERDICTS.index(ledger.Verdict.STALE)
+    assert record.WEIGHT_FAULTS.value == ledger.COUNTER["weight_faults"]
+    causes = (record.TRANSIENT, record.PERSISTENT, record.BY_WEIGHT, record.BY_PANEL)
+    assert tuple(c.value for c in causes) == tuple(map(ledger.CAUSES.index, ("transient", "persistent", "weight", "panel")))
+    order = "sequence site role verdict cause rows row col residual bound m n k dtype backend step element_row element_col unit repaired_on"
     assert list(ledger.RECORD_NAMES) == order.split()
 
 
 def test_the_summary_has_room():
-    assert record.KEYS.value >= record.ROWS.value + record.VERDICTS.value
-    assert gemm.SUMMARY.value >= record.KEYS.value + record.VERDICTS.value
+    assert summary.KEYS.value >= summary.ROWS.value + record.VERDICTS.value
+    assert summary.CLAIMED.value >= summary.KEYS.value + record.VERDICTS.value
+    assert summary.SUMMARY.value > summary.TAKEN.value and summary.CASE.value > summary.DIGEST.value
+
+
+def test_a_memory_fault_is_as_large_here_as_on_the_host():
+    assert (arbitration.FRAGMENT_ROWS.value, arbitration.FRAGMENT_COLUMNS.value) == (on_the_host.FRAGMENT_ROWS, on_the_host.FRAGMENT_COLUMNS)
+    assert tiles.PATCHED.value >= on_the_host.FRAGMENT_ROWS * on_the_host.FRAGMENT_COLUMNS
 
 
 def test_panels_and_places_agree():

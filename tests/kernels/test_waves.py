@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import json
 
 import pytest
 from abft.triton_kernels import waves
@@ -10,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bench import predictions
+from bench.results import FOLDER, dump, read
 
 
 def shares(data_tiles, check_tiles, programs, cost):
@@ -43,14 +45,49 @@ def test_4096_cubed_and_8192_cubed_on_132_multiprocessors():
     assert waves.makespan(14336, 896, 132, 0.5) == 109 + 0.5 * 6
 
 
-@pytest.mark.parametrize("size", [4096, 8192])
+MISSED = pytest.mark.xfail(reason="the row sums' instructions alone are predicted to take more: docs/explanation/cost.md")
+
+
+@pytest.mark.parametrize("size", [pytest.param(4096, marks=MISSED), 8192])
 def test_the_full_panel_is_predicted_to_cost_at_most_three_percent(size):
     predicted = predictions.predict(size, size, size)
     assert predicted["columns"] == size // 512 * 16
     assert 1.0 < predicted["ratio"] <= 1.03
 
 
+def test_a_prediction_counts_steps_and_what_a_tile_takes_besides(monkeypatch):
+    def tile(step, besides):
+        return {"step": {"issued": step}, "besides": {"issued": besides}}
+
+    # 4096³: 8 rounds, in the last of which the check tiles fit. 64 steps of 128 · 128 · 64 / 2048 = 512 cycles; 8 warps, 4 schedulers.
+    monkeypatch.setattr(predictions, "_tiles", lambda *sizes: ([tile(90, 1000), tile(90, 400)], tile(90, 500)))
+    r = predictions.predict(4096, 4096, 4096)
+    assert (r["rounds"], r["cycles"], r["unchecked_cycles"]) == (8, 8 * (64 * 512 + 2000), 8 * (64 * 512 + 1000))
+    # A step of more instructions than its matrix instructions take time: 300 · 8 / 4 cycles.
+    monkeypatch.setattr(predictions, "_tiles", lambda *sizes: ([tile(300, 1000), tile(90, 400)], tile(90, 500)))
+    assert predictions.predict(4096, 4096, 4096)["cycles"] == 8 * (64 * 600 + 2000)
+    # One round of 128 tiles and four programs that have none: four check tiles of 32 columns each, 180 cycles a step.
+    monkeypatch.setattr(predictions, "_tiles", lambda *sizes: ([tile(90, 1000), tile(90, 400)], tile(90, 500)))
+    assert predictions.predict(2048, 1024, 4096)["cycles"] == 4 * (64 * 180 + 800)
+
+
+def test_the_committed_predictions_follow_from_the_committed_audit():
+    """After a new audit: python -m bench predict"""
+    records = [r for r in read(FOLDER / "predictions.jsonl") if r["kind"] == "prediction"]
+    assert len(records) == 2 * len(list(predictions.shapes()))
+    for r in records:
+        found = predictions.predict(r["m"], r["n"], r["k"], r["form"])
+        assert json.loads(dump(found)) == {key: r[key] for key in found}, r["name"]
+
+
 sizes = st.integers(0, 900), st.integers(0, 400), st.integers(1, 140), st.sampled_from([0.125, 0.25, 0.5, 1.0])
+
+
+@given(*sizes)
+def test_shares_count_what_is_dealt(data_tiles, check_tiles, programs, cost):
+    counted = waves.shares(data_tiles, check_tiles, programs, cost)
+    assert [checks for _, checks in counted] == [len(dealt) for dealt in shares(data_tiles, check_tiles, programs, cost)]
+    assert [data for data, _ in counted] == [len(range(p, data_tiles, programs)) for p in range(programs)]
 
 
 @given(*sizes)

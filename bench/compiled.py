@@ -1,0 +1,151 @@
+"""Compile kernels for GPUs that need not be there.
+
+The launchers run with CPU tensors while the launches themselves are recorded; what would have been launched, with Triton's own
+specialisation of its arguments, is what is compiled. Triton's wheel carries ptxas and cuobjdump. Triton must not interpret.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import JITFunction, create_function_from_signature
+
+from abft import ledger, policy
+from abft.backends import triton as backend
+from abft.backends import triton_integer
+from abft.backends.call import Call
+from abft.checksum import Panel
+from abft.faults import BitOperation, Region, Strike
+from bench import twin
+
+#: Operand types of products, as the audit names them.
+OPERANDS = {"bf16": torch.bfloat16, "fp16": torch.float16, "tf32": torch.float32, "ieee": torch.float32, "int8": torch.int8}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch as the launcher asked for it."""
+
+    kernel: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        return self.kernel.fn.__name__
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """What the launch was compiled with, but for types and alignments."""
+        return {k: v for k, v in self.kwargs.items() if k.isupper() or k in ("num_warps", "num_stages")}
+
+
+@contextlib.contextmanager
+def recorded() -> Iterator[list[Launch]]:
+    """Launches are listed, not run."""
+    launches: list[Launch] = []
+
+    def run(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        launches.append(Launch(self, args, kwargs))
+
+    with mock.patch.object(JITFunction, "run", run):
+        yield launches
+
+
+def launches_of(operands: str, architecture: int, *, m: int = 4096, n: int = 4096, k: int = 4096, form: str = "full",
+                group: int | None = None, transposed: bool = False, bias: bool = True, strike: bool = False,
+                batch: int | None = None, timing: str = "immediate",
+                numbered: bool = True) -> list[Launch]:  # fmt: skip
+    """The launches of one checked product with a weight, and before the product its unchecked twin (of int8 and of deferred checks
+    there is none); of a deferred check also its judgement.
+
+    numbered: multiprocessors have numbers that device code can read.
+    """
+    from abft.triton_kernels import decode, gemm, workspace
+
+    lead = () if batch is None else (batch,)
+    dtype = OPERANDS[operands]
+    a, w = torch.empty(*lead, m, k, dtype=dtype), torch.empty(*lead, n, k, dtype=dtype)
+    if transposed:
+        a, w = torch.empty(*lead, k, m, dtype=dtype).mT, torch.empty(*lead, k, n, dtype=dtype).mT
+    strikes = (Strike("accumulator", Region(0, 1, 0, 1), BitOperation(flip=1)),) if strike else ()
+    if operands == "int8":
+        return _integer_launches(Call(a, w, None, None, False, "fprop", policy.Policy(panel=form, group=group), 0, strikes), architecture)
+    source = torch.nn.Parameter(w, requires_grad=False) if batch is None else None
+    call = Call(a, w, torch.empty(n, dtype=dtype) if bias else None, source, False, "fprop",
+                policy.Policy(panel=form, group=group, timing=timing), 0, strikes)  # type: ignore[arg-type]  # fmt: skip
+    height = decode.height(architecture, operands if operands in ("tf32", "ieee") else "16-bit", m)
+    plan = backend.plan(n, k, dtype, architecture, operands == "tf32", form, group, height)
+    words, site = torch.zeros(ledger.WORDS, dtype=torch.int64), torch.zeros((), dtype=torch.int64)
+    checked = gemm.multiply
+
+    def both(product: gemm.Product, *faults: Any) -> gemm.Evidence:
+        twin.multiply(product)
+        return checked(product, *faults)
+
+    on_the_device = mock.patch.multiple(backend, plan_for=lambda call: plan, _numbered=lambda device: numbered)
+    alone = mock.patch.object(workspace, "_open", {})
+    with recorded() as launches, on_the_device, alone, mock.patch.object(gemm, "multiply", both):
+        backend.product(call, words, site)
+        backend._flush()
+    return launches
+
+
+def _integer_launches(call: Call, architecture: int) -> list[Launch]:
+    """Those of a checked int8 product; its panel is built by torch."""
+    plan = triton_integer.plan(call.w.shape[0], architecture, call.policy.panel, call.policy.group)
+    words, site = torch.zeros(ledger.WORDS, dtype=torch.int64), torch.zeros((), dtype=torch.int64)
+    panel = Panel(plan.layout, torch.empty(plan.layout.columns, call.w.shape[1], dtype=torch.int8), None)
+    of_this_plan = mock.patch.multiple(triton_integer, plan_for=lambda call: plan, panel_of=lambda call, plan: panel)
+    with recorded() as launches, of_this_plan:
+        triton_integer.product(call, words, site)
+    return launches
+
+
+def compile_launch(launch: Launch, architecture: int) -> Any:
+    """The compiled kernel of a recorded launch, specialised as Triton would at that launch."""
+    return _compile(launch, GPUTarget("cuda", architecture, 32))
+
+
+def compile_for_amd(launch: Launch, name: str) -> Any:
+    """The same for one of AMD's GPUs; a launch without descriptors. What only NVIDIA's assembler knows is left out."""
+    kwargs = {k: v for k, v in launch.kwargs.items() if k != "maxnreg"} | {"num_stages": 2}
+    return _compile(replace(launch, kwargs=kwargs), GPUTarget("hip", name, 64))
+
+
+def _compile(launch: Launch, target: GPUTarget) -> Any:
+    compiler = make_backend(target)
+    binder = create_function_from_signature(launch.kernel.signature, launch.kernel.params, compiler)
+    bound, specialization, options = binder(*launch.args, **launch.kwargs)
+    options, signature, constexprs, attrs = launch.kernel._pack_args(compiler, launch.kwargs, bound, specialization, options)
+    return triton.compile(ASTSource(launch.kernel, signature, constexprs, attrs), target=target, options=options.__dict__)
+
+
+def sass(compiled: Any) -> str:
+    """The machine code of a compiled kernel, as text."""
+    return _cuobjdump(compiled, "-sass")
+
+
+def usage(compiled: Any) -> dict[str, int]:
+    """Registers of a thread (REG), bytes of its frame (STACK) and of its other local memory (LOCAL)."""
+    return {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", _cuobjdump(compiled, "-res-usage"))}
+
+
+def _cuobjdump(compiled: Any, flag: str) -> str:
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        return subprocess.run([tool, flag, file.name], check=True, capture_output=True, text=True).stdout

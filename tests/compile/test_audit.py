@@ -1,0 +1,220 @@
+"""What the kernels become on GPUs that are not here: registers, spills, occupancy, matrix instructions; as audited; no trace of injection."""
+
+from __future__ import annotations
+
+import ast
+import fcntl
+import json
+import os
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+from abft.triton_kernels import configs
+
+from bench import audited, sass
+
+pytest.importorskip("triton")
+ROOT = Path(__file__).resolve().parents[2]
+PRODUCTS = ("checked_product", "recompute")
+INT_KERNELS = {"checked_int_product", "verify_exactly", "recompute_exactly", "settle_exactly"}
+INT_PRODUCTS = ("checked_int_product", "recompute_exactly")
+#: Repetitions that could not be kept from it: both operands transposed, and elements to be put back.
+SPILLING = {("recompute", "transposed", "tf32", "sm_90")}
+#: The matrix instruction of every generation and kind, and that of the two shapes of tile.
+MATRIX = {
+    "sm_80": {"bf16": "HMMA.16816.F32.BF16", "fp16": "HMMA.16816.F32", "tf32": "HMMA.1688.F32.TF32"},
+    "sm_90": {"bf16": "HGMMA.64x{}x16.F32.BF16", "fp16": "HGMMA.64x{}x16.F32", "tf32": "HGMMA.64x{}x8.F32.TF32"},
+    "sm_100": {"bf16": "UTCHMMA", "fp16": "UTCHMMA", "tf32": "UTCHMMA"},
+}
+
+
+# --- compiling: in processes of their own, for in this one Triton may be set to interpret ---------------
+
+
+def start(*command: str) -> subprocess.Popen[str]:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [environment.get("PYTHONPATH")])])
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen([sys.executable, *command], cwd=ROOT, env=environment, **pipes)
+
+
+def finish(process: subprocess.Popen[str]) -> str:
+    output = process.communicate()[0]
+    assert process.returncode == 0, output[-4000:]
+    return output
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Everything the tests below look at: one architecture in full, of the others the commonest case. Once for all workers."""
+    folder = tmp_path_factory.getbasetemp()
+    folder = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "compiled"
+    folder.mkdir(exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / "done").exists():
+            audit = ("-m", "bench", "audit", "--out")
+            finish(start(*audit, str(folder / "hopper"), "--arch", "90"))
+            finish(start(*audit, str(folder / "others"), "--arch", "80", "--arch", "100", "--arch", "gfx942", "--case", "full"))
+            twins = str(Path(__file__).with_name("twins.py"))
+            for what in ("as-is", "stripped", "struck"):
+                finish(start(twins, what, str(folder / what)))
+            (folder / "done").touch()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def table(compiled: Path) -> list[dict]:
+    return [row for part in ("hopper", "others") for row in audited.rows(next((compiled / part).glob("*.jsonl")))]
+
+
+CASES = [("sm_90", v) for v in ("full", "lean", "transposed", "short", "narrow", "fine", "ones")] + [("sm_80", "full"), ("sm_100", "full")]
+OPERANDS = ("bf16", "fp16", "tf32", "ieee")
+
+
+def select(table, arch, case, operands=None, kernels=None):
+    return [
+        r for r in table
+        if (r["arch"], r["case"]) == (arch, case) and r["operands"] == (operands or r["operands"]) and r["kernel"] in (kernels or [r["kernel"]])
+    ]  # fmt: skip
+
+
+# --- what the kernels became ------------------------------------------------------------------------
+
+
+def test_every_kernel_that_is_launched_is_audited(table):
+    """Kernels are what the sources launch: name[grid](…)."""
+    trees = [ast.parse(path.read_text()) for path in [*(ROOT / "triton_kernels").glob("*.py"), ROOT / "bench" / "twin.py"]]
+    calls = [node.func for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    launched = {f.value.id for f in calls if isinstance(f, ast.Subscript) and isinstance(f.value, ast.Name)}
+    assert {"checked_product", "unchecked_product", "settle"} <= launched
+    for arch in ("sm_80", "sm_90", "sm_100"):
+        assert {r["kernel"] for r in table if r["arch"] == arch} == launched, "a new kernel needs a case in bench/audit.py"
+
+
+@pytest.mark.parametrize("operands", OPERANDS)
+@pytest.mark.parametrize(("arch", "case"), CASES)
+def test_no_kernel_spills(table, arch, case, operands):
+    rows = select(table, arch, case, operands)
+    assert rows
+    for r in rows:
+        if (r["kernel"], case, operands, arch) in SPILLING:
+            assert r["local"] <= 32, r  # bytes: four addresses, outside of the K loops
+        else:
+            assert r["spills"] == r["local"] == 0, r
+        assert r["registers"] <= 255 and r["blocks"] >= 1, r
+
+
+@pytest.mark.parametrize("operands", ["bf16", "fp16", "tf32"])
+@pytest.mark.parametrize(("arch", "case"), CASES)
+def test_data_and_check_tiles_run_on_the_same_matrix_units(table, arch, case, operands):
+    product, again = (select(table, arch, case, operands, [kernel])[0] for kernel in PRODUCTS)
+    config = product["config"]
+    widths = [MATRIX[arch][operands].format(width) for width in (config["BN"], config["BC"])]
+    assert set(product["matrix"]) == set(again["matrix"]) == set(widths)
+    # Again, and again with a weight as it was remembered: a third loop.
+    assert sum(again["matrix"].values()) > sum(product["matrix"].values()) > 0
+    if case != "ones":  # which has no K loop
+        assert [list(tile["matrix"]) for tile in product["tiles"]] == [[width] for width in widths]
+
+
+@pytest.mark.parametrize("operands", OPERANDS)
+@pytest.mark.parametrize(("arch", "case"), CASES)
+def test_all_kernels_of_a_product_multiply_with_one_kind_of_instruction(table, arch, case, operands):
+    """Else a repetition has other bits than the first time. N may differ (gemm.md), K per instruction and type may not."""
+    found = {r["kernel"]: {sass.arithmetic_of(m) for m in r["matrix"]} for r in select(table, arch, case, operands) if r["matrix"]}
+    if operands == "ieee":
+        assert found == {}  # on the CUDA cores
+    else:
+        assert {*PRODUCTS, "unchecked_product"} <= set(found)
+        assert len(set.union(*found.values())) == 1, found
+
+
+@pytest.mark.parametrize("operands", OPERANDS)
+@pytest.mark.parametrize(("arch", "case"), CASES)
+def test_operands_come_by_tile_where_there_are_descriptors_and_else_by_thread(table, arch, case, operands):
+    possible = arch != "sm_80" and operands != "ieee" and case != "ones"  # one number is no multiple of 16 bytes
+    for r in select(table, arch, case, operands, PRODUCTS):
+        by_tile = possible and r["kernel"] == "checked_product"  # a repetition reads what its own launch may have written
+        assert ("UTMALDG" in r["loads"]) is by_tile, r
+        if case != "ones":  # what one number takes is up to the compiler
+            assert ("LDGSTS" in r["loads"]) is not by_tile, r
+
+
+@pytest.mark.parametrize("operands", OPERANDS)
+@pytest.mark.parametrize(("arch", "case"), CASES)
+def test_checking_takes_no_occupancy_and_no_load_from_the_product(table, arch, case, operands):
+    """Beside the unchecked twin: as many blocks as a launch puts on a multiprocessor, and the same pipelined loads of a data tile."""
+    (checked,), (twin,) = (select(table, arch, case, operands, [kernel]) for kernel in ("checked_product", "unchecked_product"))
+    resident = max(config.resident for config in configs.CONFIGS.values())
+    assert min(checked["blocks"], resident) == min(twin["blocks"], resident) == resident
+    if case != "ones":  # of one number in K there is no K loop
+        for where in ("step", "besides"):
+            loads = [{name: r["tiles"][0][where].get(name, 0) for name in sass.LOADS} for r in (checked, twin)]
+            assert loads[0] == loads[1], where
+        assert sum(twin["tiles"][0]["step"].get(name, 0) for name in sass.LOADS) > 0
+        assert checked["tiles"][0]["matrix"] == twin["tiles"][0]["matrix"]
+
+
+@pytest.mark.parametrize(("arch", "case"), [one for one in CASES if one[1] != "ones"])
+def test_row_sums_stay_outside_of_main_loops_on_matrix_units(table, arch, case):
+    for r in select(table, arch, case, kernels=[*PRODUCTS, "unchecked_product"]):
+        if r["operands"] != "ieee":
+            assert r["main"] == {}, r
+    checked, twin = (select(table, arch, case, "bf16", [kernel])[0] for kernel in ("checked_product", "unchecked_product"))
+    assert sum(checked["rest"].values()) > sum(twin["rest"].values())
+
+
+@pytest.mark.parametrize(("arch", "case"), CASES)
+def test_int8_kernels_do_not_spill_and_multiply_on_integer_units(table, arch, case):
+    rows = select(table, arch, case, "int8")
+    assert {r["kernel"] for r in rows} == INT_KERNELS
+    for r in rows:
+        assert r["spills"] == r["local"] == 0 and r["registers"] <= 255 and r["blocks"] >= 1, r
+        if r["kernel"] not in INT_PRODUCTS:
+            assert r["matrix"] == {}
+            continue
+        widths = (r["config"]["BN"], r["config"]["BC"])
+        # Before Hopper, and on Blackwell, Triton 3.6 asks for the saturating form: hence available()'s limit on K.
+        expected = {f"IGMMA.64x{width}x32.S8.S8" for width in widths} if arch == "sm_90" else {"IMMA.16832.S8.S8.SAT"}
+        assert set(r["matrix"]) == expected
+
+
+def test_the_kernels_build_for_gfx942(table):
+    rows = [r for r in table if r["arch"] == "gfx942"]
+    assert {r["kernel"] for r in rows} >= {"checked_product", "recompute", "verify", "settle", "sum_rows"}
+    for r in rows:
+        assert r["spills"] == r["local"] == 0 and r["registers"] <= 512, r
+        assert bool(r["matrix"]) is (r["kernel"] in (*PRODUCTS, "unchecked_product")), r
+
+
+def test_injection_leaves_no_trace_when_it_is_off(compiled):
+    as_is, stripped, struck = (json.loads((compiled / what).read_text()) for what in ("as-is", "stripped", "struck"))
+    assert stripped["blocks"] >= 6 and len(as_is["ptx"]) == 12
+    assert as_is["ptx"] == stripped["ptx"]
+    products = [name for name in as_is["ptx"] if "_product" in name]
+    assert all(struck["ptx"][name] != as_is["ptx"][name] for name in products)  # the comparison can tell
+
+
+# --- as audited -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def committed() -> list[dict]:
+    found = audited.rows(audited.path(version("triton")))
+    if not found:
+        pytest.skip(f"TRITON {version('triton')} WAS NEVER AUDITED: run `python -m bench audit` and commit the result")
+    return found
+
+
+def test_the_kernels_are_as_audited(table, committed):
+    changed = audited.differences(table, committed)
+    assert not changed, "\n" + "\n".join(changed)
+
+
+def test_the_command_compares(committed):
+    output = finish(start("-m", "bench", "audit", "--compare", "--arch", "90", "--case", "ones", "--operands", "ieee"))
+    assert "kernels as audited" in output

@@ -49,7 +49,7 @@ def finish(process: subprocess.Popen[str]) -> str:
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Everything the tests below look at: one architecture in full, of the others the commonest case. Once for all workers."""
+    """Everything the tests below look at: one architecture in full, of the others what launches every kernel. Once for all workers."""
     folder = tmp_path_factory.getbasetemp()
     folder = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "compiled"
     folder.mkdir(exist_ok=True)
@@ -58,7 +58,8 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
         if not (folder / "done").exists():
             audit = ("-m", "bench", "audit", "--out")
             finish(start(*audit, str(folder / "hopper"), "--arch", "90"))
-            finish(start(*audit, str(folder / "others"), "--arch", "80", "--arch", "100", "--arch", "gfx942", "--case", "full"))
+            others = ("--arch", "80", "--arch", "100", "--arch", "gfx942")
+            finish(start(*audit, str(folder / "others"), *others, "--case", "full", "--case", "deferred"))
             twins = str(Path(__file__).with_name("twins.py"))
             for what in ("as-is", "stripped", "struck"):
                 finish(start(twins, what, str(folder / what)))
@@ -141,7 +142,8 @@ def test_operands_come_by_tile_where_there_are_descriptors_and_else_by_thread(ta
         by_tile = possible and r["kernel"] == "checked_product"  # a repetition reads what its own launch may have written
         assert ("UTMALDG" in r["loads"]) is by_tile, r
         if case != "ones":  # what one number takes is up to the compiler
-            assert ("LDGSTS" in r["loads"]) is not by_tile, r
+            # Of one stage, which repetitions on the CUDA cores have for want of registers, nothing is loaded ahead.
+            assert ("LDGSTS" in r["loads"]) is (not by_tile and r["config"]["num_stages"] > 1), r
 
 
 @pytest.mark.parametrize("operands", OPERANDS)

@@ -17,20 +17,13 @@ from torch import Tensor, nn
 
 import abft
 from abft.inject import Fault
-from bench import intervals
+from bench import campaign, intervals
 from bench.host import interleaved
 from bench.results import Results
 
 M, K, N = 64, 128, 1200
 ROWS_AT_A_TIME = 20_000
-WHATS: dict[str, dict[str, Any]] = {
-    "nullify": {"what": "nullify"},
-    "flip1": {"what": "bitflip", "bits": 1},
-    "flip2-lsb": {"what": "bitflip", "bits": 2, "weighting": "lsb"},
-    "flip4-lsb": {"what": "bitflip", "bits": 4, "weighting": "lsb"},
-    "carry": {"what": "carry"},
-    "stuck-at": {"what": "stuck_at"},
-}
+WHATS = {name: campaign.WHATS[name] for name in ("nullify", "flip1", "flip2-lsb", "flip4-lsb", "carry", "stuck-at")}
 PLACES = {
     "accumulator": ("element", "row", "warp", "fragment", "tile"),
     "output": ("element", "row", "warp", "fragment", "tile"),

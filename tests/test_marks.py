@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import stand_in
 import torch
+import windows
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -100,22 +101,7 @@ def test_events_belong_to_marks_by_their_place(device):
 
 
 def test_worst_belongs_to_its_window_on_a_device_too(device):
-    easy, hard = torch.zeros(4, 24), torch.randn(400, 24)
-    module = layer(Policy())
-    module(hard)
-    first = abft.report(reset=True).worst
-    assert first > 0 == abft.report().worst
-    module(easy)
-    assert abft.report().worst == 0
-    with abft.protected() as outer:
-        module(hard)
-        with abft.protected() as inner:
-            module(easy)
-            assert inner.report().worst == 0
-            assert outer.report().worst == first
-        module(hard)
-        assert inner.report().worst == first
-    assert abft.report().worst == first
+    windows.check_worst(layer(Policy()), torch.zeros(4, 24), torch.randn(400, 24))
 
 
 @pytest.mark.parametrize("read_between", [False, True])

@@ -11,6 +11,7 @@ import warnings
 
 import pytest
 import torch
+import windows
 from torch import nn
 
 import abft
@@ -101,22 +102,7 @@ def test_worst_lies_between_zero_and_one_on_clean_rows():
 
 def test_worst_belongs_to_its_window():
     """A maximum has no difference: each window must keep its own, however they overlap."""
-    easy, hard = torch.zeros(4, 96), torch.randn(400, 96)
-    layer = abft.protect(nn.Linear(96, 64, bias=False))
-    layer(hard)
-    first = abft.report(reset=True).worst
-    assert first > 0 == abft.report().worst
-    layer(easy)
-    assert abft.report().worst == 0
-    with abft.protected() as outer:
-        layer(hard)
-        with abft.protected() as inner:
-            layer(easy)
-            assert inner.report().worst == 0
-            assert outer.report().worst == first
-        layer(hard)
-        assert inner.report().worst == first  # its window is open
-    assert abft.report().worst == first
+    windows.check_worst(abft.protect(nn.Linear(96, 64, bias=False)), torch.zeros(4, 96), torch.randn(400, 96))
 
 
 def test_worst_leaves_suspect_rows_out():

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -214,13 +215,11 @@ def product(call: Call, words: Tensor, site: Tensor) -> Tensor:
     """
     if call.policy.level == "off" or call.role not in call.policy.roles:
         return reference.execute(call, call.strikes)
-    from abft.triton_kernels import gemm, launch, record
+    from abft.triton_kernels import gemm, launch
 
     p = plan_for(call)
     panel = panel_of(call, p)
-    for strike in call.strikes:
-        if strike.place == "panel":
-            strike.hit(panel.columns)
+    strike_panel(call, panel)
     groups, kinds = p.layout.groups, p.layout.form.kinds
     weights = column_weights(groups, kinds, call.a.device)
     bias = None if call.bias is None else call.bias.contiguous()
@@ -229,11 +228,7 @@ def product(call: Call, words: Tensor, site: Tensor) -> Tensor:
         _bound(p, call.a.shape[-1]), _memory(call, panel), p.layout.parts, groups.width, p.tiles_per_group,
         correct=call.policy.level == "correct", repeat=is_repeated(call),
     )  # fmt: skip
-    labels = record.Labels(
-        ledger.ROLE_NAMES.index(call.role), ledger.DTYPES.index(call.a.dtype), ledger.BACKEND_NAMES.index("triton"),
-        call.rows, call.w.shape[-2], call.a.shape[-1], sites.CAPACITY,
-    )  # fmt: skip
-    faults = descriptors(call.strikes, call.a.device)
+    labels, faults = labels_of(call), descriptors(call.strikes, call.a.device)
     if call.policy.timing == "deferred":
         with quiet(), host_ledger(words):  # where the workspace is full, it is judged
             return _leave(operands, judge, p, labels, words, site, faults)
@@ -291,10 +286,29 @@ _HOLDER = pending.Holder(_flush, _waiting)
 
 def panel_of(call: Call, p: Plan) -> Panel:
     """The panel of a call's W, remembered if W is a weight."""
-    if call.source is None:
-        return build_panel(call.w, p.layout)
+    return build_panel(call.w, p.layout) if call.source is None else remembered_panel(call, p.layout, _build_weight_panel)
+
+
+def remembered_panel(call: Call, layout: Layout, build: Callable[[Tensor, Layout], Panel]) -> Panel:
+    """The panel of a weight, built once for each of its versions."""
+    assert call.source is not None
     frozen = call.policy.weights == "frozen"
-    return panels.entry_for(call.source, call.w, p.layout, transposed=call.transposed, frozen=frozen, build=_build_weight_panel).panel
+    return panels.entry_for(call.source, call.w, layout, transposed=call.transposed, frozen=frozen, build=build).panel
+
+
+def strike_panel(call: Call, panel: Panel) -> None:
+    """Let the call's faults that lie in a panel happen."""
+    for strike in call.strikes:
+        if strike.place == "panel":
+            strike.hit(panel.columns)
+
+
+def labels_of(call: Call) -> Any:
+    """What the records of a call will say of it."""
+    from abft.triton_kernels.record import Labels
+
+    role, dtype, backend = ledger.ROLE_NAMES.index(call.role), ledger.DTYPES.index(call.a.dtype), ledger.BACKEND_NAMES.index("triton")
+    return Labels(role, dtype, backend, call.rows, call.w.shape[-2], call.a.shape[-1], sites.CAPACITY)
 
 
 def _memory(call: Call, panel: Panel) -> Any:

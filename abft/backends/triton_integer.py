@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from abft import checksum, digits, ledger, panels, sites
+from abft import checksum, digits
 from abft.backends import integer, triton
 from abft.backends.call import Call
 from abft.checksum import Groups, Layout, Panel
@@ -45,12 +45,8 @@ def plan_for(call: Call) -> Plan:
 
 def panel_of(call: Call, p: Plan) -> Panel:
     """The panel of a call's W, remembered if W is a weight."""
-    if call.source is None:
-        return integer.build_panel(call.w, p.layout)
-    frozen = call.policy.weights == "frozen"
-    return panels.entry_for(
-        call.source, call.w, p.layout, transposed=call.transposed, frozen=frozen, build=integer.build_panel
-    ).panel  # fmt: skip
+    build = integer.build_panel
+    return build(call.w, p.layout) if call.source is None else triton.remembered_panel(call, p.layout, build)
 
 
 @lru_cache(maxsize=1024)
@@ -66,25 +62,19 @@ def product(call: Call, words: Tensor, site: Tensor) -> Tensor:
     """
     if call.policy.level == "off" or call.role not in call.policy.roles:
         return integer.execute(call, call.strikes)
-    from abft.triton_kernels import gemm, integer_check, record
+    from abft.triton_kernels import gemm, integer_check
     from abft.triton_kernels import integer as kernels
 
     p = plan_for(call)
     panel = panel_of(call, p)
-    for strike in call.strikes:
-        if strike.place == "panel":
-            strike.hit(panel.columns)
+    triton.strike_panel(call, panel)
     weights = column_weights(p.layout.groups, p.layout.form.kinds, call.a.device)
     operands = gemm.Product(call.a, call.w, None, panel.columns, weights, p.layout.groups.count, p.config, numbered=False)
     judge = integer_check.ExactJudge(
         p.layout.groups.count, p.tiles_per_group, call.policy.level == "correct", triton.is_repeated(call)
     )
-    labels = record.Labels(
-        ledger.ROLE_NAMES.index(call.role), ledger.DTYPES.index(call.a.dtype), ledger.BACKEND_NAMES.index("triton"),
-        call.rows, call.w.shape[0], call.a.shape[1], sites.CAPACITY,
-    )  # fmt: skip
     with triton.quiet(), triton.host_ledger(words):
         evidence = kernels.multiply(operands, triton.descriptors(call.strikes, call.a.device))
-        integer_check.check(operands, evidence, judge, words, site, labels)
+        integer_check.check(operands, evidence, judge, words, site, triton.labels_of(call))
     return evidence.y
 

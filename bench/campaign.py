@@ -2,6 +2,7 @@
 
     python -m bench campaign --dtype fp32 --trials 300
     python -m bench campaign --backend interpreted --dtype fp16 --trials 20  the Triton kernels, in Triton's interpreter
+    python -m bench campaign --backend interpreted --timing deferred         … judged later, and not repaired; or --panel lean
 
 A trial is one fault in one product of a protected ``nn.Linear``: of its forward, input gradient or weight gradient. Its
 effect is the relative L2 change of the worst row before any repair. Counted per class, never as one average:
@@ -22,6 +23,7 @@ import math
 import warnings
 from collections.abc import Iterator, Set
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -32,8 +34,8 @@ from torch.nn import functional as F
 import abft
 from abft import floating
 from abft.inject import Fault
-from bench import families, intervals
-from bench.clean import DTYPES, backend_of
+from bench import families, forms, intervals
+from bench.clean import DTYPES
 from bench.results import Results
 
 HARM, HARM_ROUNDED = 1e-3, 1e-2
@@ -77,10 +79,10 @@ KEPT = 8  # misses of a class that are written out, to be run again
 class Subject:
     """One layer with its operands and fault-free results."""
 
-    def __init__(self, number: int, dtype: torch.dtype, weights: str, backend: str) -> None:
+    def __init__(self, number: int, dtype: torch.dtype, policy: abft.Policy) -> None:
         activation, weight, m, n, k = SUBJECTS[number]
         g = families.generator(number, 7)
-        self.number, self.fused = number, backend == "triton"
+        self.number, self.fused = number, policy.backend == "triton"
         self.layer = nn.Linear(k, n, dtype=dtype)
         with torch.no_grad():
             self.layer.weight.copy_(families.weights(weight, n, k, g, dtype))
@@ -90,7 +92,7 @@ class Subject:
         largest = float(F.linear(x.float(), self.layer.weight.detach().float()).abs().max()) if dtype == torch.float16 else 0.0
         self.x = x if largest < 4096 else x * 2.0 ** -math.ceil(math.log2(largest / 4096))
         self.gradient = families.activations("gauss", m, n, g, dtype)
-        abft.protect(self.layer, abft.Policy(backend=backend, weights=weights, on_uncorrected="record"), name=f"{number}/{weights}/{dtype}")  # type: ignore[arg-type]
+        abft.protect(self.layer, policy, name=f"{number}/{policy.weights}/{dtype}")
         # One graph per gradient, kept, so that a trial is one product.
         self.layer.weight.requires_grad_(False)
         x_leaf = self.x.clone().requires_grad_()
@@ -239,20 +241,27 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench campaign", description=__doc__)
     parser.add_argument("--backend", default="reference", choices=["reference", "interpreted"])
     parser.add_argument("--dtype", default="fp32", choices=DTYPES)
+    forms.add_options(parser)
     parser.add_argument("--trials", type=int, default=300, help="per class")
     parser.add_argument("--place", choices=PLACES, help="only this place")
+    parser.add_argument("--what", choices=WHATS, help="only this class")
+    parser.add_argument("--out", type=Path, help="folder of the result; needed for a part of the classes")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--fresh", action="store_true")
     options = parser.parse_args(argv)
+    if (options.place or options.what) and options.out is None:
+        parser.error("a part of the classes would stand for all of them: name another folder with --out")
     torch.set_num_threads(1)
-    results = Results(f"faults-{options.backend}-{options.dtype}", fresh=options.fresh, trials=options.trials, seed=options.seed)
-    backend, dtype = backend_of(options.backend), DTYPES[options.dtype]
+    results = Results(f"faults-{forms.name(options)}", fresh=options.fresh, folder=options.out, trials=options.trials, seed=options.seed)
+    backend, dtype = forms.policy(options).backend, DTYPES[options.dtype]
     rounded = backend == "reference" and floating.ACCUMULATOR[dtype] != dtype
     harm = HARM_ROUNDED if rounded else HARM
     # The kernels check before they cast: what happens to the output afterwards is blind by construction.
     blind = {"output"} if backend == "triton" else set()
-    subjects = {w: [Subject(i, dtype, w, backend) for i in range(len(SUBJECTS))] for w in ("tracked", "frozen")}
-    todo = [cell for cell in cells() if options.place in (None, cell[0]) and cell[0] not in blind]
+    asked = [cell for cell in cells() if options.place in (None, cell[0]) and options.what in (None, cell[1])]
+    todo = [cell for cell in asked if cell[0] not in blind]
+    policies = {weights: forms.policy(options, weights=weights) for weights in sorted({PLACES[place][2] for place, _, _ in todo})}
+    subjects = {weights: [Subject(i, dtype, policy) for i in range(len(SUBJECTS))] for weights, policy in policies.items()}
     for i, (place, what, pattern) in enumerate(todo):
         key = f"{place} {what} {pattern} trials{options.trials} seed{options.seed}"
         if results.find(key) is None:

@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
-import warnings
 from dataclasses import dataclass, field
 from itertools import count
 
@@ -21,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 import abft
-from bench import families, intervals
+from bench import families, forms, intervals
 from bench.results import Results
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
@@ -117,13 +115,14 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench clean", description=__doc__)
     parser.add_argument("--backend", default="reference", choices=["reference", "vendor", "auto", "interpreted"])
     parser.add_argument("--dtype", default="fp32", choices=DTYPES)
+    forms.add_options(parser)
     parser.add_argument("--rows", type=float, default=1e7)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--fresh", action="store_true", help="forget earlier results")
     options = parser.parse_args(argv)
     torch.set_num_threads(1)
-    results = Results(f"clean-{options.backend}-{options.dtype}", fresh=options.fresh, rows=options.rows, seed=options.seed)
-    policy = abft.Policy(backend=backend_of(options.backend), on_uncorrected="record")
+    results = Results(f"clean-{forms.name(options)}", fresh=options.fresh, rows=options.rows, seed=options.seed)
+    policy = forms.policy(options)
     depths = DEPTHS_INTERPRETED if options.backend == "interpreted" else DEPTHS
     cells = [(a, k) for k in depths for a in families.ACTIVATIONS]
     for i, (activation, k) in enumerate(cells):
@@ -136,15 +135,6 @@ def main(argv: list[str]) -> int:
         results.progress(i + 1, len(cells), key)
     print(summarise(results))
     return 0
-
-
-def backend_of(choice: str) -> str:
-    """The policy's name of a backend; for ``interpreted``, Triton is told so. Before anything imports Triton."""
-    if choice != "interpreted":
-        return choice
-    os.environ["TRITON_INTERPRET"] = "1"
-    warnings.filterwarnings("ignore", category=DeprecationWarning, module="triton")
-    return "triton"
 
 
 def _weight_of(activation: str) -> float:

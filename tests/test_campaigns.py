@@ -124,9 +124,13 @@ def test_a_bound_that_is_too_tight_fails_the_clean_campaign(kappa_times) -> None
 # --- fault campaign --------------------------------------------------------------------------------------
 
 
+def watched(weights: str) -> abft.Policy:
+    return abft.Policy(backend="reference", weights=weights, on_uncorrected="record")  # type: ignore[arg-type]
+
+
 @pytest.fixture(scope="module")
 def subjects() -> dict[str, dict[str, list[campaign.Subject]]]:
-    return {d: {w: [campaign.Subject(i, clean.DTYPES[d], w, "reference") for i in (0, 1, 3)] for w in ("tracked", "frozen")} for d in ("fp32", "bf16")}
+    return {d: {w: [campaign.Subject(i, clean.DTYPES[d], watched(w)) for i in (0, 1, 3)] for w in ("tracked", "frozen")} for d in ("fp32", "bf16")}
 
 
 CELLS = (
@@ -158,9 +162,21 @@ def test_single_wrong_elements_are_named(subjects) -> None:
 
 def test_a_bound_that_is_too_loose_fails_the_fault_campaign(kappa_times) -> None:
     kappa_times(100.0)
-    fresh = {w: [campaign.Subject(i, torch.float32, w, "reference") for i in (1, 3)] for w in ("tracked", "frozen")}
+    fresh = {w: [campaign.Subject(i, torch.float32, watched(w)) for i in (1, 3)] for w in ("tracked", "frozen")}
     t = campaign.run_cell("accumulator", "flip1", "element", trials=150, seed=5, subjects=fresh, harm=1e-3)
     assert t.harmful_detected < t.harmful
+
+
+@pytest.mark.parametrize(("uncommon", "repaired"), [(["--panel", "lean"], True), (["--timing", "deferred"], False)], ids=["lean", "deferred"])
+def test_kernels_are_struck_under_other_forms(tmp_path, uncommon, repaired) -> None:
+    """In a process of its own: here Triton may not be told to interpret."""
+    pytest.importorskip("triton")
+    common = ["--backend", "interpreted", "--dtype", "fp16", "--place", "accumulator", "--what", "nullify", "--trials", "3"]
+    command = [sys.executable, "-m", "bench", "campaign", *common, *uncommon, "--out", str(tmp_path)]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=600)
+    found = json.loads((tmp_path / f"faults-{uncommon[1]}-interpreted-fp16.jsonl").read_text().splitlines()[-1])["places"]["accumulator"]
+    assert found["harmful"] == found["harmful_detected"] > 0
+    assert found["repaired"] == (found["detected"] if repaired else 0)
 
 
 # --- emulated tensor cores -------------------------------------------------------------------------------

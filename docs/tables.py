@@ -136,6 +136,7 @@ PLACES = {
     "accumulator": "accumulator",
     "output": "output, after rounding",
     "operand": "operand tile",
+    "checksum": "the check's accumulators",
     "panel": "panel",
     "weight": "weight in memory, one element",
     "weight-multi": "weight in memory, several elements",

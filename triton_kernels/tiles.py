@@ -18,6 +18,7 @@ FAULT_WORDS = tl.constexpr(12)
 ACCUMULATOR = tl.constexpr(0)
 OPERAND = tl.constexpr(1)
 OUTPUT = tl.constexpr(2)
+CHECKSUM = tl.constexpr(3)
 #: The kind of sum whose weights are all 1 (kinds: e, one, hi, lo, or e alone).
 ONE = tl.constexpr(1)
 #: Elements of one group of W that can be restored, as many as a 16×8 fragment has.

@@ -27,7 +27,7 @@ from abft.threshold import Arithmetic
 if TYPE_CHECKING:
     from abft.triton_kernels.configs import Config
 
-KERNEL_PLACES = ("accumulator", "operand", "output")  # in the order of the kernels' own numbers
+KERNEL_PLACES = ("accumulator", "operand", "output", "checksum")  # in the order of the kernels' own numbers
 KIND = {torch.float16: "16-bit", torch.bfloat16: "16-bit", torch.float32: "ieee"}
 #: Parts of a panel's checksums per kind of arithmetic: what carries fp32 accuracy through the operand's type.
 TF32_PARTS = 2

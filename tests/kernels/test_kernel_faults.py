@@ -208,6 +208,20 @@ def test_detect_changes_nothing_and_says_so(dtype):
     assert not oracles.bits_equal(result.y, run(a, w).y)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=oracles.name_of)
+@pytest.mark.parametrize("what", ["nullify", "nan", "inf", "bit30"])
+def test_a_check_that_goes_wrong_itself_is_repeated(what, dtype):
+    """A whole check tile, and one number of it: the result was right and stays, and the failure is told."""
+    a, w = operands(M, N, K, dtype)
+    clean = run(a, w)
+    for region in (Region(0, M, 0, 64), at(9, 0), at(40, 2, rows=16, cols=8)):
+        result = run(a, w, strikes=(Strike("checksum", region, CLASSES[what]),))
+        assert result.suspect_rows == list(range(region.row0, region.row1))
+        assert oracles.bits_equal(result.y, clean.y)
+        assert result.counters["recomputed"] == result.detected == region.row1 - region.row0
+        assert {record["cause"] for record in result.records} == {ledger.CAUSES.index("transient")}
+
+
 def test_a_fault_in_the_panel_is_found_and_leaves_the_result_right():
     a, w = operands(M, N, K, torch.float32)
     strike = Strike("panel", Region(1, 2, 10, 11), BitOperation(flip=1 << 29))  # the second column: ones of group 0

@@ -14,6 +14,7 @@ COMMANDS = {
     "floors": "the smallest deviation found, per backend, dtype and K, beside threshold.expected_floor",
     "activations": "a real sentence encoder's activations and gradients, fault-free",
     "memory": "bytes of panels, per direction and group",
+    "work": "what a repair computes again, of what the product computed: tiles counted in the interpreted kernels",
     "host": "cost of the dispatch, and of a small checked linear beside torch's",
     "summary": "the committed results as one table",
     "audit": "every kernel compiled: registers, spills, shared memory, occupancy, instructions; --compare with the committed audit",

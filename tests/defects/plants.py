@@ -465,6 +465,22 @@ PLANTS = (
         ("tests/kernels/test_arbitration.py::test_fingerprints_are_integer_sums_of_every_group",),
     ),
     Plant(
+        "high-digit-off-by-one",
+        "The sum that counts slices of sixteen columns begins at one.",
+        "triton_kernels/tiles.py",
+        "2 * tl.sum(climbing - signed, 1)",
+        "2 * tl.sum(climbing, 1)",
+        ("tests/kernels/test_kernel_sums.py::test_partial_sums_are_those_of_the_accumulators",),
+    ),
+    Plant(
+        "signs-of-the-first-slice",
+        "Every slice of a tile is summed with the signs of the first.",
+        "triton_kernels/tiles.py",
+        "tl.load(signs + OFFSET)",
+        "tl.load(signs)",
+        ("tests/kernels/test_kernel_sums.py::test_partial_sums_are_those_of_the_accumulators",),
+    ),
+    Plant(
         "restored-bits-forgotten",
         "A named element is multiplied as it is now.",
         "triton_kernels/tiles.py",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 from unittest import mock
 
 import numpy as np
@@ -128,38 +130,39 @@ def test_a_persistent_fault_beside_an_edit():
     assert_rounded(result.y[9, :384], oracles.product(a, source.detach().cpu().mT)[9, :384])
 
 
-def test_through_the_public_api():
-    """A persistent fault in each of a layer's three products, found by a report; a step of training goes on with right numbers."""
-    policy = abft.Policy(backend="triton", on_uncorrected="record")
-    layer = abft.Linear(48, 150, device=DEVICE, policy=policy)
-    x, g = torch.randn(40, 48, device=DEVICE), torch.randn(40, 150, device=DEVICE)
-    with torch.no_grad():
-        exact = {"fprop": torch.nn.functional.linear(x.double(), layer.weight.double(), layer.bias.double()),
-                 "dgrad": g.double() @ layer.weight.double(), "wgrad": g.double().mT @ x.double()}  # fmt: skip
-    for role in exact:
-        layer.weight.grad = None
-        leaf = x.clone().requires_grad_()
-        strikes = backend.descriptors((Strike("accumulator", at(7, 11, cols=20), NULLIFY),), DEVICE)
-        check, multiply = launch.check, gemm.multiply
+@contextlib.contextmanager
+def struck_twice(role, *strikes):
+    """Every product of a role, and its repetition, are struck; the product's role is known when it is checked."""
+    number, faults = ledger.ROLE_NAMES.index(role), backend.descriptors(strikes, DEVICE)
+    check = launch.check
 
-        def struck(*args, wanted=ledger.ROLE_NAMES.index(role), check=check, strikes=strikes):
-            return check(*args, strikes if args[5].role == wanted else None)
+    def struck(product, evidence, judge, words, site, labels):
+        if labels.role != number:
+            return check(product, evidence, judge, words, site, labels)
+        wrong = gemm.multiply(product, faults)
+        evidence.y.copy_(wrong.y)
+        return check(product, dataclasses.replace(wrong, y=evidence.y), judge, words, site, labels, faults)
 
-        def product(operands, faults, wanted=role, multiply=multiply, strikes=strikes, sizes=exact):
-            shapes = {name: tuple(value.shape) for name, value in sizes.items()}
-            _, m, n, _, _ = operands.sizes
-            return multiply(operands, strikes if (m, n) == shapes[wanted] else faults)
+    with mock.patch.object(launch, "check", struck):
+        yield
 
-        abft.report(reset=True)
-        with mock.patch.object(launch, "check", struck), mock.patch.object(gemm, "multiply", product):
-            y = layer(leaf)
-            y.backward(g)
-        report = abft.report()
-        (event,) = report.events
-        assert report.detected == report.reconstructed == 1 and report.false_alarms == 0
-        assert (event.role, event.row, event.cause, event.verdict) == (role, 7, "persistent", abft.Verdict.RECONSTRUCTED)
-        result = {"fprop": y, "dgrad": leaf.grad, "wgrad": layer.weight.grad}[role]
-        assert_rounded(result.detach()[7], exact[role].cpu()[7])
+
+@pytest.mark.parametrize("role", ledger.ROLE_NAMES)
+def test_through_the_public_api(role):
+    """A unit that is always wrong in one of a layer's three products: right numbers go on, and a report tells."""
+    layer = abft.Linear(48, 150, device=DEVICE, policy=abft.Policy(backend="triton", on_uncorrected="record"))
+    x, g = torch.randn(40, 48, device=DEVICE, requires_grad=True), torch.randn(40, 150, device=DEVICE)
+    abft.report(reset=True)
+    with struck_twice(role, Strike("accumulator", at(7, 11, cols=20), NULLIFY)):
+        y = layer(x)
+        y.backward(g)
+    (event,) = abft.report().events
+    assert abft.report().detected == abft.report().reconstructed == 1 and abft.report().false_alarms == 0
+    assert (event.role, event.row, event.cause, event.verdict) == (role, 7, "persistent", abft.Verdict.RECONSTRUCTED)
+    result = {"fprop": y, "dgrad": x.grad, "wgrad": layer.weight.grad}[role].detach()
+    left, right = {"fprop": (x, layer.weight.mT), "dgrad": (g, layer.weight), "wgrad": (g.mT, x)}[role]
+    bias = layer.bias.detach().cpu() if role == "fprop" else None
+    assert_rounded(result[7], oracles.product(left.detach().cpu(), right.detach().cpu(), bias)[7])
 
 
 # --- the data are right -------------------------------------------------------------------------------

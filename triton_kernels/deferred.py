@@ -22,11 +22,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .configs import multiprocessors
 from .gemm import Product, fault_argument, first_check_tile
 from .judgement import is_finite
 from .tiles import ACCUMULATOR, CHECKSUM, OUTPUT, accumulate, finish, store_sums, store_tile, strike, tile_of
-from .waves import check_cost, deal
 
 #: Words of a slot, int64. The first sixteen are a record of the ledger in the making (record.py): site, role, shape, dtype, backend.
 SLOT = tl.constexpr(64)
@@ -150,14 +148,12 @@ def multiply_deferred(product: Product, scales: Tensor | None, template: Tensor,
     """Launch, and return Y. ``template``: (SLOT,) int64 on the device, the words of the slot that do not change from call to call."""
     a, config = product.a, product.config
     batch, m, n, k, c = product.sizes
-    data_tiles, check_tiles = product.tiles
-    programs = max(1, min(data_tiles + check_tiles, config.resident * multiprocessors(a.device)))
+    programs, dealt = product.dealt()
     y = torch.empty(*a.shape[:-1], n, dtype=a.dtype, device=a.device)
     scales_batch = scales.stride(0) if scales is not None and scales.dim() == 2 else 0
     operands, order = product.operands()
     deferred_product[(programs,)](
         *operands, product.bias, y, product.weights, scales, place.evidence, place.slot, template, place.words, site,
-        deal(data_tiles, check_tiles, programs, check_cost(config.bn, config.bc)), place.begin, scales_batch,
-        m, n, k, c, batch, fault_argument(faults), **order, KINDS=product.kinds, **config.launch(),
+        dealt, place.begin, scales_batch, m, n, k, c, batch, fault_argument(faults), **order, KINDS=product.kinds, **config.launch(),
     )  # fmt: skip
     return y

@@ -45,7 +45,7 @@ from .tiles import (
     strike,
     tile_of,
 )
-from .waves import check_cost, deal
+from .waves import Deal, check_cost, deal
 
 
 @triton.jit(do_not_specialize=["deal", "batches", "summary_words"])
@@ -157,6 +157,12 @@ class Product:
         rows = batch * -(-m // self.config.bm)
         return rows * -(-n // self.config.bn), rows * -(-c // self.config.bc)
 
+    def dealt(self) -> tuple[int, Deal]:
+        """(programs, what each of them computes): as many as run at once, and no more than there are tiles."""
+        data, checks = self.tiles
+        programs = max(1, min(data + checks, self.config.resident * multiprocessors(self.a.device)))
+        return programs, deal(data, checks, programs, check_cost(self.config.bn, self.config.bc))
+
     def workspace(self, planes: int) -> tuple[Tensor, Tensor]:
         """Uninitialised (partials (B, planes, tiles_n, M), raw (B, M, C)), fp32; per call, for two streams would race."""
         batch, m, n, _, c = self.sizes
@@ -185,9 +191,7 @@ def multiply(product: Product, faults: Tensor | None = None) -> Evidence:
     """Launch. ``faults``: (count, 12) int32 descriptors (tiles.strike), or None."""
     a, config = product.a, product.config
     batch, m, n, k, c = product.sizes
-    data_tiles, check_tiles = product.tiles
-    programs = max(1, min(data_tiles + check_tiles, config.resident * multiprocessors(a.device)))
-    dealt = deal(data_tiles, check_tiles, programs, check_cost(config.bn, config.bc))
+    programs, dealt = product.dealt()
     y = torch.empty(*a.shape[:-1], n, dtype=a.dtype, device=a.device)
     partials, raw = product.workspace(product.kinds + 1)
     summary = torch.empty(words(batch, product.groups), dtype=torch.int64, device=a.device)

@@ -17,11 +17,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .configs import multiprocessors
 from .gemm import Product, check_tile, fault_argument, first_check_tile
 from .summary import clear, words
 from .tiles import ACCUMULATOR, ONE, OUTPUT, accumulate, store_tile, strike, tile_of
-from .waves import check_cost, deal
 
 
 @triton.jit(do_not_specialize=["deal", "summary_words"])
@@ -101,9 +99,7 @@ def multiply(product: Product, faults: Tensor | None = None) -> ExactEvidence:
     """Launch. A, W and the panel int8, 2-D; weights (kinds, N) int32. ``faults``: as in gemm.multiply."""
     a, config = product.a, product.config
     _, m, n, k, c = product.sizes
-    data_tiles, check_tiles = product.tiles
-    programs = max(1, min(data_tiles + check_tiles, config.resident * multiprocessors(a.device)))
-    dealt = deal(data_tiles, check_tiles, programs, check_cost(config.bn, config.bc))
+    programs, dealt = product.dealt()
     y = torch.empty(m, n, dtype=torch.int32, device=a.device)
     partials, raw = workspace(product)
     summary = torch.empty(words(1, product.groups), dtype=torch.int64, device=a.device)

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from abft import bits
 
-Place = Literal["accumulator", "operand", "output", "panel", "weight"]
-PLACES: tuple[Place, ...] = ("accumulator", "operand", "output", "panel", "weight")
+Place = Literal["accumulator", "operand", "output", "checksum", "panel", "weight"]
+PLACES: tuple[Place, ...] = ("accumulator", "operand", "output", "checksum", "panel", "weight")
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,7 @@ class Strike:
 
     For ``place="operand"`` the region lies in the left operand (rows of A × its k), and the wrong
     values are seen by the result columns [tile0, tile1) only, as one wrong shared-memory tile would be.
+    For ``checksum`` it lies in the accumulators of the check: rows of A × columns of the panel, what every row must sum to.
     For ``panel`` it lies in the panel's columns (C, K), for ``weight`` in the weight.
     """
 
@@ -93,6 +94,8 @@ class Target:
     weight: Tensor | None = None
     panel: Tensor | None = None
     output: torch.dtype | None = None  # of the result, where it is not the operands'
+    checks: int = 0  # columns of the panel, remembered or not
+    check: torch.dtype = torch.float32  # of the check's accumulators
 
 
 #: Asked once per product; None outside ``abft.inject.faults``. Set by the injector only.
@@ -111,6 +114,18 @@ def strike_weights(target: Target, hits: tuple[Strike, ...]) -> None:
     for strike in hits:
         if strike.place == "weight" and on_weight is not None:
             on_weight(target, strike)
+
+
+def in_checksums(hits: tuple[Strike, ...]) -> bool:
+    """Whether any fault lies in the accumulators of a check."""
+    return any(strike.place == "checksum" for strike in hits)
+
+
+def strike_checksums(raw: Tensor, hits: tuple[Strike, ...]) -> None:
+    """Apply, in place, the faults that lie in the accumulators (…, rows, columns of the panel) of a check."""
+    for strike in hits:
+        if strike.place == "checksum":
+            strike.hit(raw)
 
 
 def strikes(target: Target) -> list[Strike]:

@@ -14,6 +14,7 @@ COMMANDS = {
     "floors": "the smallest deviation found, per backend, dtype and K, beside threshold.expected_floor",
     "activations": "a real sentence encoder's activations and gradients, fault-free",
     "memory": "bytes of panels, per direction and group",
+    "work": "what a repair computes again, of what the product computed: tiles counted in the interpreted kernels",
     "linear": "times of linear layers: torch, abft in every form, repetition, the unchecked kernel; each beside its evidence",
     "layer": "… of a transformer layer",
     "model": "… of a whole model",

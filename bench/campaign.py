@@ -56,6 +56,7 @@ PLACES: dict[str, tuple[tuple[str, ...], tuple[str, ...], str]] = {
     "accumulator": (("element", "row", "warp", "fragment", "tile"), ("fprop", "dgrad", "wgrad"), "tracked"),
     "output": (("element", "row", "warp", "fragment", "tile"), ("fprop", "dgrad", "wgrad"), "tracked"),
     "operand": (("element", "row", "warp", "fragment", "tile"), ("fprop", "dgrad", "wgrad"), "tracked"),
+    "checksum": (("element", "row", "fragment"), ("fprop", "dgrad", "wgrad"), "tracked"),
     "panel": (("element", "row", "fragment"), ("fprop", "dgrad"), "tracked"),
     "weight": (("element",), ("fprop", "dgrad"), "frozen"),
     # Several elements of a weight at once: beyond what the fingerprints can name when they share an input channel.
@@ -145,10 +146,10 @@ def trial(tally: Tally, subject: Subject, fault: Fault, seed: int, harm: float) 
             delivered = subject.run(fault.role)
     report = abft.report(reset=True)
     effect = max(entry.effect for entry in log)
-    on_panel = fault.where == "panel"
+    on_panel, of_check = fault.where == "panel", fault.where in ("checksum", "panel")
     detected = report.detected > 0 or (on_panel and report.false_alarms > 0)
     same = _same_bits(delivered, subject.clean[fault.role])
-    if not on_panel and not log[0].elements:
+    if not of_check and not log[0].elements:
         found = detected or report.false_alarms > 0
         tally.void += 1
         tally.hidden += found and subject.fused
@@ -277,7 +278,7 @@ def summarise(results: Results, harm: float, blind: Set[str] = frozenset()) -> s
     """Write one summary record per place, with exact intervals; returns them as lines."""
     classes = [r for r in results.records if r["kind"] == "class"]
     summary = {place: _sum([r for r in classes if r["place"] == place]) for place in PLACES if place not in blind}
-    summary["all single"] = _sum([r for r in classes if r["place"] not in ("panel", "weight-multi")])
+    summary["all single"] = _sum([r for r in classes if r["place"] not in ("checksum", "panel", "weight-multi")])
     results.replace("summary", harmful_from=harm, blind=sorted(blind), confidence=0.95, places=summary)
     lines = [f"{results.path.stem}: harmful = effect ≥ {harm:g}"]
     for place, s in summary.items():

@@ -12,6 +12,7 @@ import copy
 import fnmatch
 import gc
 import math
+import os
 import re
 import sys
 import time
@@ -240,7 +241,7 @@ def _fp32_products(precision: str) -> Iterator[None]:
 
 
 def device_name(device: torch.device) -> str:
-    """cpu, or the GPU's model as a part of a file's name."""
+    """cpu, interpreted (the kernels on a CPU), or the GPU's model, as a part of a file's name."""
     if device.type != "cuda":
-        return device.type
+        return "interpreted" if os.environ.get("TRITON_INTERPRET") == "1" else device.type
     return re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name(device).lower()).strip("-")

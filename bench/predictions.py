@@ -102,7 +102,7 @@ def bytes_moved(m: int, n: int, k: int, timing: str, form: str = "full") -> dict
     kinds, columns, tiles = len(p.layout.form.kinds), p.layout.columns, -(-n // p.config.bn)
     plain = 2 * (n * k + m * k + m * n)
     panel = 2 * columns * k
-    weights = 4 * n * (kinds - (kinds > 1))  # the ones are not read
+    weights = 4 * n  # the signs; the other weights are made of them
     # What is judged is written by the product, and read by the judge; of the planes that only a suspect row needs, written alone.
     judged = 4 * m * ((kinds + 1) * tiles + columns)
     more = 4 * m * deferred.MORE.value * tiles if timing == "deferred" else m * p.layout.groups.count

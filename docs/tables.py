@@ -136,6 +136,7 @@ PLACES = {
     "accumulator": "accumulator",
     "output": "output, after rounding",
     "operand": "operand tile",
+    "checksum": "the check's accumulators",
     "panel": "panel",
     "weight": "weight in memory, one element",
     "weight-multi": "weight in memory, several elements",
@@ -323,6 +324,17 @@ def bytes_moved(page: str) -> str:
     return table(header, rows, "python -m bench predict")
 
 
+def work(page: str) -> str:
+    """What a repair computes again."""
+
+    def row(f: File, r: Record) -> tuple[object, ...]:
+        said = ", ".join(f"{n:,} {verdict.replace('_', ' ')}" for verdict, n in r["verdicts"].items()) or "–"
+        return r["name"], f"{r['again']} of {r['data_tiles']}", said, f.link(page)
+
+    rows = [row(f, r) for f in files("work*") for r in f.kind("work")]
+    return table("what happens, M = 8,192 | tiles computed again | rows | file", rows, "python -m bench work")
+
+
 # --- kernels ----------------------------------------------------------------------------------------
 
 
@@ -500,6 +512,7 @@ TABLES: dict[str, Callable[[str], str]] = {
     "predictions": predictions,
     "audit": audit,
     "bytes": bytes_moved,
+    "work": work,
 }
 
 

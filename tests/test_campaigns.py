@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import abft
-from abft import threshold
+from abft import checksum, threshold
 from bench import campaign, clean, emulated, emulated_faults, emulator, families, intervals, results, stamp
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -201,6 +201,28 @@ def test_emulated_units_are_silent_and_see_harm(unit: str, tensor_core: emulator
     harmful = emulated_faults.effect(acc, wrong) >= emulated_faults.HARM
     assert harmful.sum() > 50
     assert product.judge(wrong, prediction, k).suspect[harmful].all()
+
+
+@pytest.mark.parametrize("unit", emulated.UNITS)
+def test_the_bound_has_room_for_an_exact_product_too(unit: str, tensor_core: emulator.Emulator) -> None:
+    """Sums and predictions of a unit that truncates, each against fp64: by this the kernels tell a false alarm from a persistent unit.
+
+    The families with the largest deviations of all, and bf16 as a model's layers have it."""
+    u, k = emulated.UNITS[unit], 2048
+    for activation, weight in (("k-decay", "gauss"), ("softmax", "half-offset"), ("student-t", "output-scales"), ("post-norm", "offset")):
+        g = families.generator(11, *activation.encode())
+        w, x = u.operand(families.weights(weight, 384, k, g)), u.operand(families.activations(activation, 60, k, g))
+        product = emulated.Product(tensor_core, u, w)
+        (r, _), (c, noise2, _) = product.sum_rows(product.multiply(x)), product.predict(x)
+        weights = np.stack([checksum.column_weights(kind, 384) for kind in checksum.FULL.kinds]).astype(np.float64)
+        y = (x.double() @ w.double().mT).numpy()
+        exact = (y @ weights.T)[:, None]
+        sums = checksum.Sums(checksum.FULL.kinds, r.astype(np.float64), exact, (y**2).sum(1)[:, None], noise2.astype(np.float64))
+        tau = threshold.bounds(sums, threshold.coefficients(u.arithmetic, k, checksum.FULL.kinds, 384))
+        for side in (r, c):
+            ratio = (abs(side - exact) / tau).max()
+            assert ratio < 1, (activation, weight, ratio)
+        assert abs(r - exact).max() > 0
 
 
 def test_a_fault_whose_square_overflows_is_suspect(tensor_core: emulator.Emulator) -> None:

@@ -97,6 +97,23 @@ def test_harmful_faults_are_found_where_they_are_and_repaired_to_the_bit(steps, 
     assert harmful or what in ("carry", "stuck_at", "bitflip"), "the sample must contain faults that matter"
 
 
+@pytest.mark.parametrize("what", ["nullify", "nan", "inf", "near_inf", "scale", "bitflip"])
+@pytest.mark.parametrize("role", ["fprop", "dgrad", "wgrad"])
+def test_a_check_that_goes_wrong_itself_is_repeated_and_told(steps, what, role):
+    """The result is right; a unit that adds up wrongly is worth knowing of all the same."""
+    repairing, reporting = steps
+    fault = Fault(what, "checksum", role=role, pattern="row", bit=30 if what == "bitflip" else None)
+    out, report, injected = repairing.struck(fault)
+    assert all(torch.equal(out[name], repairing.clean[name]) for name in out)
+    assert injected.elements == () and injected.effect == 0.0
+    if what != "scale":  # of all sums and sketches alike, by as little as two: a clean row may bear it
+        assert (report.recomputed, report.detected, report.uncorrected, report.false_alarms) == (1, 1, 0, 0)
+        assert report.events[-1].cause == "transient"
+    out, seen, _ = reporting.struck(fault)
+    assert all(torch.equal(out[name], reporting.clean[name]) for name in out)
+    assert seen.observed == seen.detected == report.detected
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=name_of)
 def test_a_single_wrong_element_is_located(dtype):
     step = Step(dtype, abft.Policy(level="detect", on_uncorrected="record"))

@@ -284,6 +284,15 @@ def test_transient_faults_are_repaired_to_the_bit(what, where, pattern):
     assert {e.cause for e in report.events} == {"transient"} and {e.dtype for e in report.events} == {"int8"}
 
 
+@pytest.mark.parametrize("pattern", ["element", "row", "fragment"])
+def test_a_check_that_goes_wrong_itself_is_repeated(pattern):
+    a, w = numbers(40, 64), weight(300, 64)
+    with faults(Fault("bitflip", "checksum", pattern=pattern, index=(17, 3))):
+        assert torch.equal(abft.int_mm(a, w.t()), exact(a, w.t()))
+    report = abft.report()
+    assert report.detected == report.recomputed == (16 if pattern == "fragment" else 1) and report.events[0].cause == "transient"
+
+
 def test_exactly_the_struck_rows_are_suspect():
     a, w = numbers(40, 64), numbers(300, 64, seed=1)
     region = Region(7, 12, 200, 220, 3)
@@ -577,6 +586,12 @@ def test_the_masked_path_repairs_what_was_struck(bit):
     assert (record["rows"], record["row"] in (7, 8), ledger.bits_float(record["bound"])) == (2, True, 0.0)
     y, counts, _ = on_device(call_of(a, w, strike, level="detect"))
     assert (y != exact(a, w.t())).sum() == 2 and (counts["observed"], counts["executions"]) == (2, 1)
+
+
+def test_the_masked_path_repeats_a_check_that_goes_wrong():
+    a, w = numbers(40, 64), numbers(1500, 64, seed=1)
+    y, counts, _ = on_device(call_of(a, w, Strike("checksum", Region(7, 9, 2, 3), BitOperation(-1, 1 << 3, 0))))
+    assert torch.equal(y, exact(a, w.t())) and (counts["recomputed"], counts["uncorrected"]) == (2, 0)
 
 
 def test_the_masked_path_does_not_believe_a_broken_panel():

@@ -72,6 +72,17 @@ def test_a_struck_row_is_recomputed_and_recorded(place, dtype, backend):
     assert abs(ledger.bits_float(record["residual"])) > ledger.bits_float(record["bound"])
 
 
+@pytest.mark.parametrize("backend", ["reference", "vendor"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_a_check_that_goes_wrong_itself_is_repeated(place, dtype, backend):
+    site, words, tensor = place
+    call = _call(dtype, site)
+    clean = masked.product(call, words, tensor, backend)
+    struck = replace(call, strikes=(Strike("checksum", Region(3, 5, 0, 4), NULLIFY),))
+    assert torch.equal(clean, masked.product(struck, words, tensor, backend))
+    assert _counts(words, site)["recomputed"] == 2 and _counts(words, site)["uncorrected"] == 0
+
+
 def test_level_detect_reports_and_changes_nothing(place):
     site, words, tensor = place
     call = replace(_call(torch.float32, site, level="detect"), strikes=(Strike("accumulator", Region(7, 8, 0, 700), NULLIFY),))

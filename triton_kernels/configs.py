@@ -21,6 +21,9 @@ TALL = 8
 MAX_REGISTERS = 255
 #: Data tiles that a repair may compute again, in products; rows of tiles beyond are left uncorrected, for the host to replay.
 REPAIR_BUDGET = 1.0
+#: Rows of one block and group of columns, suspect again with the same bits, that an independent product decides about: at most an
+#: eighth of a product of blocks of 128, in fp64 and by the few programs that settle. Rows beyond are left uncorrected.
+COMPARED_ROWS = 16
 #: Programs of the repair, which share its tiles: one for each multiprocessor of the largest common GPU. Any number is right.
 REPAIR_PROGRAMS = 132
 #: Warpgroup MMA needs 64 rows and 16 columns; narrower tiles would fall to other instructions, that is, to other bits.

@@ -25,7 +25,7 @@ from torch import Tensor
 from .configs import multiprocessors
 from .gemm import Product, fault_argument, first_check_tile
 from .judgement import is_finite
-from .tiles import ACCUMULATOR, OUTPUT, accumulate, finish, store_sums, store_tile, strike, tile_of
+from .tiles import ACCUMULATOR, CHECKSUM, OUTPUT, accumulate, finish, store_sums, store_tile, strike, tile_of
 from .waves import check_cost, deal
 
 #: Words of a slot, int64. The first sixteen are a record of the ledger in the making (record.py): site, role, shape, dtype, backend.
@@ -72,6 +72,8 @@ def deferred_product(a, w, panel, a_tiles, w_tiles, panel_tiles, bias, y, weight
         rows, cols = tile_m * BM + tl.arange(0, BM), tile_c * BC + tl.arange(0, BC)
         acc = accumulate(a, panel, a_tiles, panel_tiles, A_ROWS, True, batch, tile_m * BM, tile_c * BC, M, C, K, None,
                          BM, BC, BK, PRECISION)  # fmt: skip
+        if FAULT is not None:
+            acc = strike(acc, FAULT, CHECKSUM, batch, rows, cols, 0, 1)
         if scales is not None:
             # Here and not when it is judged: a panel of an activation is gone by then.
             acc = acc * tl.load(scales + batch * scales_batch + cols, mask=cols < C, other=1.0)[None, :]

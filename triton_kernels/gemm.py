@@ -33,6 +33,7 @@ from .configs import Config, multiprocessors
 from .summary import clear, words
 from .tiles import (
     ACCUMULATOR,
+    CHECKSUM,
     OUTPUT,
     Faults,
     accumulate,
@@ -66,7 +67,7 @@ def checked_product(a, w, panel, a_tiles, w_tiles, panel_tiles, bias, y, weights
     for index in tl.range(first_check_tile(rank, programs, deal), first_check_tile(rank + 1, programs, deal), disable_licm=True):
         tile_m, tile_c = tile_of(index % (tiles_m * tiles_c), tiles_m, tiles_c, TALL)
         check_tile(a, panel, a_tiles, panel_tiles, A_ROWS, raw, index // (tiles_m * tiles_c), tile_m, tile_c, M, C, K,
-                   BM, BC, BK, PRECISION)  # fmt: skip
+                   FAULT, BM, BC, BK, PRECISION)  # fmt: skip
 
 
 @triton.jit
@@ -100,12 +101,14 @@ def _data_tile(a, w, a_tiles, w_tiles, A_ROWS: tl.constexpr, W_ROWS: tl.constexp
 
 
 @triton.jit
-def check_tile(a, panel, a_tiles, panel_tiles, A_ROWS: tl.constexpr, raw, batch, tile_m, tile_c, M, C, K,
+def check_tile(a, panel, a_tiles, panel_tiles, A_ROWS: tl.constexpr, raw, batch, tile_m, tile_c, M, C, K, FAULT,
                BM: tl.constexpr, BC: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
                ACC: tl.constexpr = tl.float32):  # fmt: skip
     rows, cols = tile_m * BM + tl.arange(0, BM), tile_c * BC + tl.arange(0, BC)
     acc = accumulate(a, panel, a_tiles, panel_tiles, A_ROWS, True, batch, tile_m * BM, tile_c * BC, M, C, K, None,
                      BM, BC, BK, PRECISION, ACC=ACC)  # fmt: skip
+    if FAULT is not None:
+        acc = strike(acc, FAULT, CHECKSUM, batch, rows, cols, 0, 1)
     store_tile(raw, acc, batch, rows, cols, M, C)
 
 

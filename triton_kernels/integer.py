@@ -42,7 +42,7 @@ def checked_int_product(a, w, panel, a_tiles, w_tiles, panel_tiles, y, weights, 
     rank = (program - deal.behind + programs) % programs
     for index in tl.range(first_check_tile(rank, programs, deal), first_check_tile(rank + 1, programs, deal), disable_licm=True):
         tile_m, tile_c = tile_of(index, tiles_m, tiles_c, TALL)
-        check_tile(a, panel, a_tiles, panel_tiles, A_ROWS, raw, 0, tile_m, tile_c, M, C, K, BM, BC, BK, PRECISION, tl.int32)
+        check_tile(a, panel, a_tiles, panel_tiles, A_ROWS, raw, 0, tile_m, tile_c, M, C, K, FAULT, BM, BC, BK, PRECISION, tl.int32)
 
 
 @triton.jit

@@ -132,7 +132,7 @@ def recompute_exactly(a, w, panel, a_tiles, w_tiles, panel_tiles, y, weights, ag
                 found = tl.maximum(found, tl.load(flags + tile_m * shape.groups + group).to(tl.int32))
             if found > 0:
                 check_tile(a, panel, a_tiles, panel_tiles, A_ROWS, again.raw, 0, tile_m, tile_c, shape.m, shape.c, shape.k,
-                           BM, BC, BK, PRECISION, tl.int32)  # fmt: skip
+                           None, BM, BC, BK, PRECISION, tl.int32)  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["shape", "labels"], do_not_specialize_on_alignment=["site"])

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .arbitration import Remembered
-from .configs import MAX_REGISTERS, REPAIR_BUDGET, REPAIR_PROGRAMS, PanelConfig
+from .configs import COMPARED_ROWS, MAX_REGISTERS, REPAIR_BUDGET, REPAIR_PROGRAMS, PanelConfig
 from .gemm import Evidence, Product, fault_argument
 from .judgement import Bound, Shape, Sums
 from .panel import Rms, batch_stride
@@ -90,7 +90,7 @@ def check(product: Product, evidence: Evidence, judge: Judge, words: Tensor, sit
         **config.launch_repair(),
     )  # fmt: skip
     settle[(max(1, batch * blocks),)](
-        a, w, y, first, again, moved, units, status, flags, memory.known, judge.bound, shape, words, site, evidence.summary, details,
-        labels, batch, most_restored, CORRECT=judge.correct, **order,
+        a, w, product.bias, y, product.weights, first, again, moved, units, status, flags, memory.known, judge.bound, shape, words, site,
+        evidence.summary, details, labels, batch, most_restored, COMPARED_ROWS, CORRECT=judge.correct, **order,
     )  # fmt: skip
     return status

@@ -84,7 +84,7 @@ def _sums(w, weights, rms, batch, group, width, k, N, K, KINDS: tl.constexpr, TF
             seen = add_rows(seen, stored, rows - group * width + 1)
         x = stored.to(tl.float32)
         if TF32:
-            x = _as_tf32(x)
+            x = as_tf32(x)
         squares += tl.sum(x * x, 0)
         s_e += tl.sum(x * tl.load(weights + rows, mask=rows < end, other=0.0)[:, None], 0)
         if KINDS > 1:
@@ -100,7 +100,7 @@ def _sums(w, weights, rms, batch, group, width, k, N, K, KINDS: tl.constexpr, TF
 
 
 @triton.jit
-def _as_tf32(x):
+def as_tf32(x):
     """x as the tensor core reads it: the low 13 bits of the mantissa do not exist."""
     return (x.to(tl.int32, bitcast=True) & TF32_MASK).to(tl.float32, bitcast=True)
 
@@ -113,7 +113,7 @@ def _write(columns, integrity, batch, first, pieces, PIECES: tl.constexpr, value
     """
     for i in tl.static_range(PIECES):
         if i < pieces:
-            piece = _as_tf32(values) if TF32 else values.to(columns.ptr.dtype.element_ty)
+            piece = as_tf32(values) if TF32 else values.to(columns.ptr.dtype.element_ty)
             tl.store(columns.ptr + offset_of(columns, batch, first + i) + k, piece, mask=k < K)
             remembered = wrapped(sum_of_bits(piece, k < K) + scale_bits).to(tl.int32)
             tl.store(integrity.ptr + offset_of(integrity, batch, first + i) + block, remembered)

@@ -79,7 +79,7 @@ def _recompute_tiles(a, w, panel, was, bias, y, again, moved, units, patches, fl
                 suspects += (flag >= SUSPECT).to(tl.int32)
             if suspects > 0:
                 check_tile(a, panel, None, None, True, again.raw, batch, tile_m, tile_c, shape.m, shape.c, shape.k,
-                           BM, BC, BK, PRECISION)  # fmt: skip
+                           None, BM, BC, BK, PRECISION)  # fmt: skip
 
 
 @triton.jit

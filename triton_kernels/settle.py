@@ -6,7 +6,12 @@
             against a panel that was rebuilt      FALSE_ALARM    who = PANEL
                                                   STALE          who = STALE
             by a weight as it was                 RECONSTRUCTED  who = RESTORED
-        not explained, or beyond the budget       UNCORRECTED
+        not explained, or beyond the budget       UNCORRECTED, but W being what it should be (who = NOBODY, PANEL, STALE), an
+                                                  independent product decides (independent.py):
+            it agrees with the data               FALSE_ALARM, or what the row would have been had it been explained
+            with the check, not with the data     RECONSTRUCTED  a persistent unit; Y receives the independent product
+            with neither; with the data, but not  UNCORRECTED
+            the check, W not being remembered
         actual and predicted both not finite      INPUT          an operand held NaN or Inf
         finite operands that can exceed fp32,
         and a panel that agrees                   OVERFLOW       what torch delivers, too
@@ -22,6 +27,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .independent import compare
 from .judgement import actual, bound_of, explained, is_finite, judge, noise, predicted, range_safe_bound, ratio_of
 from .record import (
     BY_PANEL,
@@ -53,19 +59,26 @@ S_CLEAN, S_INPUT, S_OVERFLOW, S_FALSE_ALARM, S_STALE, S_RECOMPUTED, S_RECONSTRUC
 SCAN = tl.constexpr(32)
 
 
-@triton.jit(do_not_specialize=["shape", "labels", "batches", "most_restored"], do_not_specialize_on_alignment=["site"])
-def settle(a, w, y, first, again, moved, units, status, flags, known, bound, shape, words, site, summary, details, labels, batches,
-           most_restored, CORRECT: tl.constexpr, KINDS: tl.constexpr, PARTS: tl.constexpr,
+@triton.jit(
+    do_not_specialize=["shape", "labels", "batches", "most_restored", "most_compared"], do_not_specialize_on_alignment=["site"]
+)
+def settle(a, w, bias, y, weights, first, again, moved, units, status, flags, known, bound, shape, words, site, summary, details,
+           labels, batches, most_restored, most_compared, CORRECT: tl.constexpr, KINDS: tl.constexpr, PARTS: tl.constexpr,
            BM: tl.constexpr, BN: tl.constexpr, OUT_LARGEST: tl.constexpr):  # fmt: skip
-    """One block of rows per program; all leave at once when nothing was found."""
+    """One block of rows per program; all leave at once when nothing was found.
+
+    known: of a weight, which is remembered; None: of an activation. most_compared: rows of a block and group that an independent
+    product is made of.
+    """
     if tl.load(summary + UNQUIET) > 0:
         batch, block = split_program(tl.cdiv(shape.m, BM))
         rows = block * BM + tl.arange(0, BM)
         if known is not None:
             if tl.program_id(0) == 0:
                 count_changes(words, site, summary, known, shape.groups, tl.load(summary + RESTORING) <= most_restored)
-        severity, worst = _settle_rows(a, w, y, first, again, moved, status, flags, summary, bound, shape, details, batch, block, rows,
-                                       batches, most_restored, KINDS, PARTS, BM, BN, OUT_LARGEST)  # fmt: skip
+        severity, worst = _settle_rows(a, w, bias, y, weights, first, again, moved, status, flags, summary, bound, shape, details, batch,
+                                       block, rows, batches, most_restored, most_compared, CORRECT, known is not None,
+                                       KINDS, PARTS, BM, BN, OUT_LARGEST)  # fmt: skip
         report(words, site, summary, details, units, _verdict(severity, CORRECT), worst,
                tl.cast(batch, tl.int64) * shape.m + block * BM, batches * shape.m, labels)  # fmt: skip
 
@@ -83,9 +96,9 @@ def _verdict(severity, CORRECT: tl.constexpr):
 
 
 @triton.jit
-def _settle_rows(a, w, y, first, again, moved, status, flags, summary, bound, shape, details, batch, block, rows, batches, most_restored,
-                 KINDS: tl.constexpr, PARTS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-                 OUT_LARGEST: tl.constexpr):  # fmt: skip
+def _settle_rows(a, w, bias, y, weights, first, again, moved, status, flags, summary, bound, shape, details, batch, block, rows, batches,
+                 most_restored, most_compared, CORRECT: tl.constexpr, REMEMBERED: tl.constexpr, KINDS: tl.constexpr,
+                 PARTS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, OUT_LARGEST: tl.constexpr):  # fmt: skip
     """(severity, largest |residual|/τ) per row; keeps what a record will say of it."""
     tiles_n, inside, blocks = tl.cdiv(shape.n, BN), rows < shape.m, tl.cdiv(shape.m, BM)
     severity, column, cause = tl.zeros((BM,), tl.int32), tl.full((BM,), -1, tl.int32), tl.zeros((BM,), tl.int32)
@@ -101,8 +114,8 @@ def _settle_rows(a, w, y, first, again, moved, status, flags, summary, bound, sh
             _, _, d, t, _ = judge(first, bound, KINDS + 1, KINDS, PARTS, shape, tiles_n, batch, group, rows)
             who = tl.where((who == RESTORED) & (tl.load(summary + RESTORING) > most_restored), EDITED, who)
             flag = tl.load(flags + (tl.cast(batch, tl.int64) * blocks + block) * shape.groups + group)
-            s, col, own_tile, why = _second_opinion(a, w, first, again, moved, bound, shape, code, who, flag == BEYOND, batch, group, rows,
-                                                    KINDS, PARTS, BN)  # fmt: skip
+            s, col, own_tile, why = _second_opinion(a, w, bias, y, weights, first, again, moved, bound, shape, code, who, flag == BEYOND,
+                                                    batch, group, rows, most_compared, CORRECT, REMEMBERED, KINDS, PARTS, BN)  # fmt: skip
             severity = tl.maximum(severity, s)
             more = (ratio_of(d, t) > worst) & (s != S_CLEAN)
             worst, residual, tau = tl.where(more, ratio_of(d, t), worst), tl.where(more, d, residual), tl.where(more, t, tau)
@@ -118,8 +131,9 @@ def _settle_rows(a, w, y, first, again, moved, status, flags, summary, bound, sh
 
 
 @triton.jit
-def _second_opinion(a, w, first, again, moved, bound, shape, code, who, beyond, batch, group, rows,
-                    KINDS: tl.constexpr, PARTS: tl.constexpr, BN: tl.constexpr):  # fmt: skip
+def _second_opinion(a, w, bias, y, weights, first, again, moved, bound, shape, code, who, beyond, batch, group, rows, most_compared,
+                    CORRECT: tl.constexpr, REMEMBERED: tl.constexpr, KINDS: tl.constexpr, PARTS: tl.constexpr,
+                    BN: tl.constexpr):  # fmt: skip
     """(severity, column or -1, tile or -1, cause) of the rows of one group, after its tiles were computed again."""
     tiles_n, poisoned, calm = tl.cdiv(shape.n, BN), code == POISONED, (code < POISONED) & (rows < shape.m)
     suspect = (code == SUSPECT) | (calm & (who == RESTORED))
@@ -150,12 +164,23 @@ def _second_opinion(a, w, first, again, moved, bound, shape, code, who, beyond, 
         severity = tl.where(puzzling & finite & possible & (poisoned | ~changed), S_OVERFLOW, severity)
     again_computed = (who != LOST) & (who != EDITED) & ~beyond
     severity = tl.where(suspect & ~again_computed, tl.where(who == EDITED, S_STALE, S_UNCORRECTED), severity)
-    cause = tl.where(suspect & (severity == S_UNCORRECTED) & ~changed & again_computed, PERSISTENT, 0)
+    undecided = suspect & (severity == S_UNCORRECTED) & again_computed & ((who == NOBODY) | (who == PANEL) | (who == STALE))
+    cause = tl.zeros(rows.shape, tl.int32)
+    if tl.max(undecided.to(tl.int32), 0) > 0:
+        asked, data, check, where = compare(a, w, bias, y, weights, again, bound, shape, batch, group, rows, undecided, most_compared,
+                                            KINDS, PARTS, BN, CORRECT)  # fmt: skip
+        # Of an activation nobody knows whether it changed since its panel was built: its present product may be a wrong one.
+        right, wrong = asked & data & (check | REMEMBERED), asked & ~data
+        severity = tl.where(right, tl.where(settled == S_CLEAN, S_FALSE_ALARM, settled), severity)
+        severity = tl.where(wrong & check, S_RECONSTRUCTED, severity)
+        # Rows beyond the few, of the same tiles: if any of those few is wrong, it speaks for them, too.
+        silent = undecided & ~asked & (tl.max(wrong.to(tl.int32), 0) > 0)
+        cause = tl.where((wrong | silent) & ~changed, PERSISTENT, cause)
+        tile = tl.where(wrong, where, tl.where(silent & ~changed, tl.max(where, 0), tile))
     cause = tl.where(severity == S_RECOMPUTED, TRANSIENT, cause)
-    cause = tl.where(severity == S_FALSE_ALARM, BY_PANEL, cause)
+    cause = tl.where((severity == S_FALSE_ALARM) & (who == PANEL), BY_PANEL, cause)
     blamed = suspect & ((who == RESTORED) | (who == LOST)) & (severity != S_CLEAN)
-    of_weight = (severity == S_STALE) | (severity == S_RECONSTRUCTED) | blamed
-    cause = tl.where(of_weight, BY_WEIGHT, cause)
+    cause = tl.where((severity == S_STALE) | blamed, BY_WEIGHT, cause)
     told = suspect & (severity >= S_RECOMPUTED) & again_computed
     return severity, tl.where(told, col, -1), tl.where(told, tile, -1), cause
 

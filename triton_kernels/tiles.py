@@ -18,8 +18,11 @@ FAULT_WORDS = tl.constexpr(12)
 ACCUMULATOR = tl.constexpr(0)
 OPERAND = tl.constexpr(1)
 OUTPUT = tl.constexpr(2)
-#: The kind of sum whose weights are all 1 (kinds: e, one, hi, lo, or e alone).
-ONE = tl.constexpr(1)
+CHECKSUM = tl.constexpr(3)
+#: Kinds of sums beside e, which is the first: all weights 1; e times the two digits of a column's number in its group.
+ONE, HI, LO = tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
+#: Columns that the lower digit counts.
+FRAGMENT = tl.constexpr(16)
 #: Elements of one group of W that can be restored, as many as a 16×8 fragment has.
 PATCHED = tl.constexpr(128)
 #: The largest finite fp32 number.
@@ -149,13 +152,39 @@ def store_sums(acc, weights, partials, PLANES: tl.constexpr, KINDS: tl.constexpr
     """
     plane = tl.cast(tiles_n, tl.int64) * M
     at = partials + batch * PLANES * plane + tl.cast(tile_n, tl.int64) * M + rows
-    for kind in tl.static_range(KINDS):
-        if kind == ONE:
-            tl.store(at + kind * plane, tl.sum(acc, axis=1), mask=rows < M)
-        else:
-            weight = tl.load(weights + kind * N + cols, mask=cols < N, other=0.0)
-            tl.store(at + kind * plane, tl.sum(acc * weight[None, :], axis=1), mask=rows < M)
-    tl.store(at + KINDS * plane, tl.sum(acc * acc, axis=1), mask=rows < M)
+    first, digit = tile_n * acc.shape[1], tl.arange(0, FRAGMENT)
+    zero = tl.zeros((acc.shape[0], FRAGMENT), tl.float32)
+    signed, climbing, plain, squares = _sums_of_slices(acc, weights + first + digit, 0, zero, zero, zero, zero, KINDS)
+    e = tl.sum(signed, 1)
+    tl.store(at, e, mask=rows < M)
+    if KINDS > 1:
+        tl.store(at + ONE * plane, tl.sum(plain, 1), mask=rows < M)
+        # hi of the first column, and the lo of any sixteen: weights of e times what they count (abft.checksum.column_weights).
+        begin = tl.load(weights + HI * N + first) * tl.load(weights + first)
+        tl.store(at + HI * plane, begin * e + 2 * tl.sum(climbing - signed, 1), mask=rows < M)
+        tl.store(at + LO * plane, tl.sum(signed * (2 * digit - (FRAGMENT - 1)).to(tl.float32)[None, :], 1), mask=rows < M)
+    tl.store(at + KINDS * plane, tl.sum(squares, 1), mask=rows < M)
+
+
+@triton.jit
+def _sums_of_slices(x, signs, OFFSET: tl.constexpr, signed, climbing, plain, squares, KINDS: tl.constexpr):
+    """Over slices of 16 columns, the last one first: Σ ± x, Σ (1 + slices before it) (± x), Σ x and Σ x², (rows, 16) each.
+
+    signs: where those of the tile's first slice lie; behind the last column of W there are any numbers, which x makes zero.
+    In chains, for then every multiplication is fused: newer compilers reduce a whole tile as a tree, whose pairs are not.
+    """
+    if x.shape[1] > FRAGMENT:
+        half: tl.constexpr = x.shape[1] // 2
+        left, right = tl.split(tl.permute(tl.reshape(x, (x.shape[0], 2, half)), (0, 2, 1)))
+        signed, climbing, plain, squares = _sums_of_slices(right, signs, OFFSET + half, signed, climbing, plain, squares, KINDS)
+        signed, climbing, plain, squares = _sums_of_slices(left, signs, OFFSET, signed, climbing, plain, squares, KINDS)
+    else:
+        signed = tl.fma(x, tl.broadcast_to(tl.load(signs + OFFSET)[None, :], x.shape), signed)
+        if KINDS > 1:
+            climbing += signed
+            plain += x
+        squares = tl.fma(x, x, squares)
+    return signed, climbing, plain, squares
 
 
 @triton.jit

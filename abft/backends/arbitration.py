@@ -142,7 +142,15 @@ def _set_aside_harmless(case: Case, rows: np.ndarray) -> np.ndarray:
         return rows
     fine, overflowed = _judge_exactly(case, outran)
     case.find(Verdict.OVERFLOW, outran[fine & overflowed])
+    _find_failed_checks(case, outran[fine & ~overflowed])
     return np.setdiff1d(rows, outran[fine])
+
+
+def _find_failed_checks(case: Case, rows: np.ndarray) -> None:
+    """Of rows that are right: those whose check went wrong itself, for a second one is content."""
+    if len(rows):
+        again = case.examine(case.y, case.call).suspects()
+        case.find(Verdict.RECOMPUTED if _may_repair(case) else _only_told(case), rows[~again[rows]], "transient")
 
 
 def _weight_is_finite(case: Case) -> bool:

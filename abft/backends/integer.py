@@ -21,7 +21,7 @@ from abft.backends import arbitration, lane, reference
 from abft.backends.call import Call
 from abft.backends.reference import Judgement, Plan
 from abft.checksum import Layout, Panel, Sums
-from abft.faults import Strike
+from abft.faults import Strike, in_checksums, strike_checksums
 from abft.ledger import Outcome
 
 #: Columns under one check, unless the policy says otherwise. Bounds are zero whatever the width; wider ones have fewer panel columns.
@@ -109,17 +109,19 @@ def build_panel(matrix: Tensor, layout: Layout) -> Panel:
     return digits.encode(matrix.detach(), layout)
 
 
-def sums(y: Tensor, a: Tensor, panel: Panel) -> tuple[Tensor, Tensor]:
+def sums(y: Tensor, a: Tensor, panel: Panel, strikes: tuple[Strike, ...] = ()) -> tuple[Tensor, Tensor]:
     """(residuals, predicted sums) of every row, (M, groups, kinds) int64."""
     layout = panel.layout
-    predicted = digits.predicted_sums(multiply(a, panel.columns), layout)
+    raw = multiply(a, panel.columns)
+    strike_checksums(raw, strikes)
+    predicted = digits.predicted_sums(raw, layout)
     actual = digits.actual_sums(y, layout.groups, layout.form.kinds)
     return digits.residuals(actual, predicted, a.shape[1]), predicted
 
 
-def examine(y: Tensor, call: Call, panel: Panel) -> Judgement:
-    """Judge every row of a result, on host memory."""
-    residual, predicted = (t.numpy() for t in sums(y, call.a, panel))
+def examine(y: Tensor, call: Call, panel: Panel, strikes: tuple[Strike, ...] = ()) -> Judgement:
+    """Judge every row of a result, on host memory. ``strikes``: those of the call, where it is examined for the first time."""
+    residual, predicted = (t.numpy() for t in sums(y, call.a, panel, strikes))
     nothing = np.zeros((*residual.shape[:-1],))
     seen = Sums(panel.layout.form.kinds, predicted + residual, predicted, nothing, nothing)
     worst = float("inf") if residual.any() else 0.0
@@ -154,9 +156,9 @@ def check(call: Call, y: Tensor, outcome: Outcome, backend: str) -> Tensor:
     if entry is not None:
         entry.uses += 1
     believed = entry is None or bool(entry.uses % lane.PANEL_AUDIT) or panels.intact(entry)
-    if believed and digits.agree(y, call.a.shape[1], functools.partial(multiply, call.a), panel):
+    if believed and not in_checksums(call.strikes) and digits.agree(y, call.a.shape[1], functools.partial(multiply, call.a), panel):
         return y
-    judgement = examine(y, call, panel)
+    judgement = examine(y, call, panel, call.strikes)
     if judgement.clean and believed:
         return y
     return arbitration.settle(ExactCase(call, p, y, judgement, panel, entry, None, execute, outcome))

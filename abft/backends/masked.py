@@ -21,7 +21,7 @@ from abft.backends.call import Call
 from abft.backends.reference import Plan
 from abft.checksum import FORMS, Groups, Layout, Panel, Sums
 from abft.errors import DeviceError
-from abft.faults import Strike
+from abft.faults import Strike, strike_checksums
 from abft.ledger import COUNTER, COUNTERS, HEAD, HEADER, RECORD, RECORD_NAMES, RING, WORST, Verdict
 
 GROUP = 512
@@ -37,7 +37,7 @@ def product(call: Call, words: Tensor, site: Tensor, backend: str) -> Tensor:
         if strike.place == "panel":
             strike.hit(panel.columns)
     y, wide = _execute(call, p, struck=True)
-    s = _sums(wide, call, panel, bias, p)
+    s = _sums(wide, call, panel, bias, p, call.strikes)
     tau = _bounds(s, call, p)
     bad = threshold.suspect(s, tau, p.arithmetic.largest).any(-1).any(-1)
     finite = torch.isfinite(call.a).all(-1) & torch.isfinite(call.w).all()
@@ -134,10 +134,11 @@ def _wide_product(a: Tensor, w: Tensor) -> Tensor:
     return torch.mm(a, w.mT, out_dtype=torch.float32) if a.dim() == 2 else torch.bmm(a, w.mT, out_dtype=torch.float32)
 
 
-def _sums(judged: Tensor, call: Call, panel: Panel, bias: None, p: Plan) -> Sums:
+def _sums(judged: Tensor, call: Call, panel: Panel, bias: None, p: Plan, strikes: tuple[Strike, ...] = ()) -> Sums:
     actual, squares = checksum.actual_sums(judged, p.layout.groups, p.tested, p.sum_dtype)
     columns = panel.columns
     raw = _wide_product(call.a, columns) if call.a.dtype != p.sum_dtype else torch.matmul(call.a, columns.mT)
+    strike_checksums(raw, strikes)
     predicted, noise2 = checksum.predicted_sums(raw, panel)
     predicted = predicted[..., : len(p.tested)]
     # In a fused half-precision product the sums are taken before the bias; elsewhere the result holds it.

@@ -27,7 +27,7 @@ def product(call: Call, words: Tensor, site: Tensor, backend: str) -> Tensor:
         if strike.place == "panel":
             strike.hit(panel.columns)
     y = integer.execute(call, call.strikes)
-    residual, _ = integer.sums(y, call.a, panel)
+    residual, _ = integer.sums(y, call.a, panel, call.strikes)
     bad = (residual != 0).any(-1).any(-1)
     if call.policy.level == "detect":
         verdicts = {Verdict.OBSERVED: bad}

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from abft import checksum, floating, threshold
 from abft.backends.call import Call
 from abft.checksum import FORMS, Groups, Kind, Layout, Panel, Sums
-from abft.faults import Strike
+from abft.faults import Strike, strike_checksums
 
 #: Columns under one check where the result is not rounded: the whole row costs least, and its floor is far below harm.
 WIDE_GROUP = 8192
@@ -128,12 +128,15 @@ def build_panel(matrix: Tensor, layout: Layout) -> Panel:
 
 
 def sums(
-    y: Tensor, a: Tensor, panel: Panel, bias: tuple[Tensor, Tensor] | None, p: Plan, dtype: torch.dtype | None = None
-) -> Sums:
+    y: Tensor, a: Tensor, panel: Panel, bias: tuple[Tensor, Tensor] | None, p: Plan, dtype: torch.dtype | None = None,
+    strikes: tuple[Strike, ...] = (),
+) -> Sums:  # fmt: skip
     """The judged sums of every row, in plain torch: the specification of every other path. ``dtype``: to sum and square in."""
     dtype = dtype or p.sum_dtype
     actual, squares = checksum.actual_sums(y, p.layout.groups, p.tested, dtype)
-    raw = _predict(a.to(p.layout.dtype), panel.columns).to(dtype)
+    raw = _predict(a.to(p.layout.dtype), panel.columns)
+    strike_checksums(raw, strikes)
+    raw = raw.to(dtype)
     predicted, noise2 = checksum.predicted_sums(raw, panel)
     predicted = predicted[..., : len(p.tested)]
     if bias is not None:
@@ -191,12 +194,14 @@ def _on_host(s: Sums) -> Sums:
     return Sums(s.kinds, rows(s.actual, 2), rows(s.predicted, 2), rows(s.squares, 1), rows(s.noise2, 1))
 
 
-def examine(y: Tensor, call: Call, panel: Panel, bias: tuple[Tensor, Tensor] | None, p: Plan) -> Judgement:
-    """Judge every row of a result."""
-    j = judge(y, sums(y, call.a, panel, bias, p), call.a.shape[-1], p)
+def examine(
+    y: Tensor, call: Call, panel: Panel, bias: tuple[Tensor, Tensor] | None, p: Plan, strikes: tuple[Strike, ...] = ()
+) -> Judgement:
+    """Judge every row of a result. ``strikes``: those of the call, where it is examined for the first time."""
+    j = judge(y, sums(y, call.a, panel, bias, p, strikes=strikes), call.a.shape[-1], p)
     if p.sum_dtype == torch.float32 and _squares_underflow(j, call.a.shape[-1], p):
         wide = replace(p, arithmetic=threshold.with_wide_squares(p.arithmetic))
-        return judge(y, sums(y, call.a, panel, bias, p, torch.float64), call.a.shape[-1], wide)
+        return judge(y, sums(y, call.a, panel, bias, p, torch.float64, strikes), call.a.shape[-1], wide)
     return j
 
 

@@ -27,7 +27,9 @@ from abft.threshold import Arithmetic
 if TYPE_CHECKING:
     from abft.triton_kernels.configs import Config
 
-KERNEL_PLACES = ("accumulator", "operand", "output")  # in the order of the kernels' own numbers
+#: Columns of the widest tile that configs may name.
+WIDEST_TILE = 256
+KERNEL_PLACES = ("accumulator", "operand", "output", "checksum")  # in the order of the kernels' own numbers
 KIND = {torch.float16: "16-bit", torch.bfloat16: "16-bit", torch.float32: "ieee"}
 #: Parts of a panel's checksums per kind of arithmetic: what carries fp32 accuracy through the operand's type.
 TF32_PARTS = 2
@@ -160,13 +162,17 @@ def family_of(device: torch.device) -> int:
 
 @lru_cache(maxsize=1024)
 def column_weights(groups: Groups, kinds: tuple[checksum.Kind, ...], device: torch.device) -> Tensor:
-    """w_kind[n] of every column, (kinds, N) fp32: the weights of checksum.column_weights, group after group."""
-    table = np.zeros((len(kinds), groups.columns), np.float32)
+    """w_kind[n] of every column, (kinds, N) fp32: the weights of checksum.column_weights, group after group.
+
+    A view of memory that goes on behind it: kernels read the signs of whole tiles, unmasked.
+    """
+    memory = np.zeros(len(kinds) * groups.columns + WIDEST_TILE, np.float32)
+    table = memory[: len(kinds) * groups.columns].reshape(len(kinds), groups.columns)
     for g in range(groups.count):
         start, stop = groups.span(g)
         for j, kind in enumerate(kinds):
             table[j, start:stop] = checksum.column_weights(kind, stop - start)
-    return torch.from_numpy(table).to(device)
+    return torch.from_numpy(memory).to(device)[: table.size].view(table.shape)
 
 
 # --- panel ----------------------------------------------------------------------------------------

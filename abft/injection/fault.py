@@ -32,7 +32,8 @@ class Fault:
     what: nullify · bitflip · carry (±2^k on the pattern) · nan · inf · -inf · near_inf · nonfinite (one of the four) ·
     scale (by a power of two) · stuck_at (one bit, at 0 or 1). An int8 product knows nullify, bitflip, carry and stuck_at only.
     where: accumulator · operand (a tile of A in shared memory) · output (after the product was rounded; the fused kernel
-    has taken its sums by then) · panel (the remembered checksums) · weight (its bits in memory, undone at exit).
+    has taken its sums by then) · checksum (the check's own accumulators: rows × columns of the panel) · panel (the remembered
+    checksums) · weight (its bits in memory, undone at exit).
     site: shell pattern of site names; role: fprop, dgrad, wgrad or "*".
     pattern: element · row · warp2/4/8/16 (every n-th column of a row in one tile; "warp" draws n) · fragment (16 × 8) · tile (128 × 128).
     index: (row, column) of the first struck element, drawn if None. bits: how many bits a bitflip turns; bit: exactly which one;
@@ -95,8 +96,9 @@ def strike_of(fault: Fault, target: Target, rng: np.random.Generator) -> Strike:
         assert target.panel is not None
         shape, dtype, batch = (target.panel.shape[-2], target.panel.shape[-1]), target.panel.dtype, 0
     else:
-        columns = target.depth if fault.where == "operand" else target.columns
-        dtypes = {"operand": target.dtype, "accumulator": target.accumulator, "output": target.output or target.dtype}
+        columns = {"operand": target.depth, "checksum": target.checks}.get(fault.where, target.columns)
+        output = target.output or target.dtype
+        dtypes = {"operand": target.dtype, "accumulator": target.accumulator, "output": output, "checksum": target.check}
         shape, dtype = (target.rows, columns), dtypes[fault.where]
         batch = int(rng.integers(target.batch))
     region = _region(fault, shape, batch, rng)

@@ -23,7 +23,7 @@ from torch import Tensor
 from abft import faults, floating, ledger, panels, policy, redundancy, reporting, sites, threshold
 from abft.backends import arbitration, lane, masked, quick, reference
 from abft.backends.call import Call
-from abft.checksum import Panel
+from abft.checksum import Layout, Panel
 from abft.errors import DeviceError, PolicyError
 from abft.faults import Strike, Target
 from abft.ledger import Finding, Outcome, Verdict
@@ -104,7 +104,7 @@ def _struck(call: Call, backend: str) -> Call:
     target = Target(
         sites.site_of(call.site).name, call.role, call.a.shape[-2], call.w.shape[-2], call.a.shape[-1], call.a.dtype,
         floating.ACCUMULATOR[call.a.dtype] if fused else call.a.dtype, call.a.shape[0] if call.a.dim() == 3 else 1, call.source,
-        None if panel is None else panel.columns,
+        None if panel is None else panel.columns, checks=_layout_of(call, backend).columns, check=floating.ACCUMULATOR[call.a.dtype],
     )  # fmt: skip
     in_kernel = masked.execute_in_kernel if backend == "triton" else masked.execute_fused
     execute = in_kernel if fused else reference.execute
@@ -119,6 +119,16 @@ def _struck(call: Call, backend: str) -> Call:
     if on_strike is not None and clean is not None:
         on_strike(call, target, clean, execute(call, strikes), strikes)
     return replace(call, strikes=strikes)
+
+
+def _layout_of(call: Call, backend: str) -> Layout:
+    if backend == "triton":
+        from abft.backends import triton
+
+        return triton.plan_for(call).layout
+    if call.a.device.type != "cpu":
+        return masked.plan_for(call, fused=backend == "reference").layout
+    return reference.plan_for(call).layout
 
 
 def _panel_of(call: Call, backend: str) -> Panel:
@@ -274,11 +284,12 @@ def _check(call: Call, y: Tensor, outcome: Outcome, backend: str) -> Tensor:
             strike.hit(panel.columns)
     bias = panels.bias_sums_for(entry, call.bias_source, call.bias, p.layout, frozen=call.policy.weights == "frozen")
     as_remembered = entry is None or panels.unchanged(entry, call.w, call.bias)
-    judge = _quickly_clean(call, y, entry, bias, p, outcome) if entry is not None and as_remembered else None
+    quickly = as_remembered and not faults.in_checksums(call.strikes)  # which the quick judgement computes on its own
+    judge = _quickly_clean(call, y, entry, bias, p, outcome) if entry is not None and quickly else None
     if entry is not None and judge is not None:
         lane.open_for(call, backend, entry, judge)
         return y
-    judgement = reference.examine(y, call, panel, bias, p)
+    judgement = reference.examine(y, call, panel, bias, p, call.strikes)
     if judgement.clean and as_remembered and (entry is None or entry.uses % lane.PANEL_AUDIT or panels.intact(entry)):
         outcome.worst = judgement.worst
         return y

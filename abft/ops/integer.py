@@ -8,6 +8,7 @@ Like ``abft::product`` (see there: why it receives the weight itself, why it is 
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -56,6 +57,7 @@ def _struck(call: Call, backend: str) -> Call:
     target = Target(
         sites.site_of(call.site).name, call.role, rows, columns, depth, torch.int8, torch.int32,
         weight=call.source, panel=None if panel is None else panel.columns, output=torch.int32,
+        checks=_plan_of(call, backend).layout.columns, check=torch.int32,
     )  # fmt: skip
     strikes = tuple(faults.strikes(target))
     if not strikes:
@@ -66,6 +68,14 @@ def _struck(call: Call, backend: str) -> Call:
     if note is not None and clean is not None:
         note(call, target, clean, integer.execute(call, strikes), strikes)
     return replace(call, strikes=strikes)
+
+
+def _plan_of(call: Call, backend: str) -> Any:
+    if backend == "triton":
+        from abft.backends import triton_integer
+
+        return triton_integer.plan_for(call)
+    return integer.plan_for(call)
 
 
 def _panel_of(call: Call, backend: str) -> Panel:

@@ -371,7 +371,7 @@ def test_extra_work_is_bounded_by_one_product(what):
     elif what == "multiprocessor":
         strikes = tuple(Strike("accumulator", at(r, 0, rows=128, cols=128), BitOperation(keep=0)) for r in (0, 1024))
     elif what == "check tile":
-        strikes = (Strike("accumulator", at(256, 0, rows=128, cols=128), BitOperation(keep=0)),)
+        strikes = (Strike("checksum", at(256, 0, rows=128, cols=64), BitOperation(keep=0)),)
     elif what == "nan":
         a = a.clone()
         a[:, 3] = float("nan")

@@ -166,6 +166,16 @@ def test_a_wrong_operand_of_one_tile_and_a_wrong_panel():
     assert counters_of(words, SITE)["uncorrected"] == 9
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=oracles.name_of)
+@pytest.mark.parametrize("m", [9, 80])
+def test_a_check_that_goes_wrong_itself_is_told(m, dtype):
+    a, w = operands(m, 300, 96, dtype)
+    words = fresh_ledger()
+    y = leave(a, w, words, strikes=(Strike("checksum", at(4, 0, rows=2, cols=300), BitOperation(keep=0)),))
+    pending.flush()
+    assert oracles.bits_equal(y, run(a, w).y) and counters_of(words, SITE)["uncorrected"] == 2
+
+
 # --- what is no fault ----------------------------------------------------------------------------------
 
 

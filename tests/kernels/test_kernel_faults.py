@@ -6,7 +6,7 @@ import numpy as np
 import oracles
 import pytest
 import torch
-from kernel_harness import DEVICE, DTYPES, INF, NAN, NULLIFY, at, counters_of, fresh_ledger, operands, records_of, run
+from kernel_harness import DEVICE, DTYPES, INF, NAN, NULLIFY, assert_right, at, counters_of, fresh_ledger, operands, records_of, run
 
 from abft import checksum, ledger
 from abft.faults import BitOperation, Region, Strike
@@ -167,26 +167,28 @@ def test_every_sum_is_judged_and_judged_again(kind):
     result, returned = run(a, w, strikes=strikes), run(a, w, strikes=strikes, again=strikes)
     assert result.suspect_rows == [77] and oracles.bits_equal(result.y, clean.y)
     assert result.counters["recomputed"] == result.detected == 1
-    assert returned.counters["uncorrected"] == returned.detected == 1
+    assert returned.counters["reconstructed"] == returned.detected == 1 and returned.counters["false_alarms"] == 0
 
 
 # --- faults that stay -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=oracles.name_of)
-def test_a_fault_that_returns_is_uncorrected(dtype):
+def test_a_fault_that_returns_is_persistent(dtype):
+    """Its rows are delivered from an independent product (test_independent.py)."""
     a, w = operands(M, N, K, dtype)
     strike = (Strike("accumulator", at(9, 20, rows=3), NULLIFY), Strike("accumulator", at(50, 300), NAN))
     result = run(a, w, strikes=strike, again=strike)
-    assert result.counters["uncorrected"] == result.detected == 4 and result.verdict() == "UNCORRECTED"
+    assert result.counters["reconstructed"] == result.detected == 4 and result.verdict() == "RECONSTRUCTED"
     assert ledger.CAUSES[result.records[0]["cause"]] == "persistent"
 
 
-def test_another_fault_in_the_repetition_is_uncorrected_of_unknown_cause():
+def test_another_fault_in_the_repetition_is_of_unknown_cause():
     a, w = operands(M, N, K, torch.float32)
     result = run(a, w, strikes=(Strike("accumulator", at(9, 20), NULLIFY),), again=(Strike("accumulator", at(9, 21), NULLIFY),))
-    assert result.counters["uncorrected"] == result.detected == 1
+    assert result.counters["reconstructed"] == result.detected == 1
     assert ledger.CAUSES[result.records[0]["cause"]] == "unknown"
+    assert_right(result, a, w)
 
 
 def test_verdicts_of_one_call_are_counted_apart_and_the_gravest_speaks():
@@ -195,8 +197,8 @@ def test_verdicts_of_one_call_are_counted_apart_and_the_gravest_speaks():
     first = (Strike("accumulator", at(9, 20), NULLIFY), Strike("accumulator", at(30, 20, rows=4), INF))
     result = run(a, w, strikes=first, again=first[:1])
     c = result.counters
-    assert (c["uncorrected"], c["recomputed"], c["input_rows"]) == (1, 4, 1)
-    assert result.verdict() == "UNCORRECTED" and (result.records[0]["rows"], result.records[0]["row"]) == (1, 9)
+    assert (c["reconstructed"], c["recomputed"], c["input_rows"]) == (1, 4, 1)
+    assert result.verdict() == "RECONSTRUCTED" and (result.records[0]["rows"], result.records[0]["row"]) == (1, 9)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=oracles.name_of)
@@ -206,6 +208,20 @@ def test_detect_changes_nothing_and_says_so(dtype):
     result = run(a, w, strikes=strike, level="detect")
     assert result.counters["observed"] == result.detected == 3 and result.verdict() == "OBSERVED"
     assert not oracles.bits_equal(result.y, run(a, w).y)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=oracles.name_of)
+@pytest.mark.parametrize("what", ["nullify", "nan", "inf", "bit30"])
+def test_a_check_that_goes_wrong_itself_is_repeated(what, dtype):
+    """A whole check tile, and one number of it: the result was right and stays, and the failure is told."""
+    a, w = operands(M, N, K, dtype)
+    clean = run(a, w)
+    for region in (Region(0, M, 0, 64), at(9, 0), at(40, 2, rows=16, cols=8)):
+        result = run(a, w, strikes=(Strike("checksum", region, CLASSES[what]),))
+        assert result.suspect_rows == list(range(region.row0, region.row1))
+        assert oracles.bits_equal(result.y, clean.y)
+        assert result.counters["recomputed"] == result.detected == region.row1 - region.row0
+        assert {record["cause"] for record in result.records} == {ledger.CAUSES.index("transient")}
 
 
 def test_a_fault_in_the_panel_is_found_and_leaves_the_result_right():

@@ -138,6 +138,13 @@ def test_wider_faults_are_repaired_and_have_no_column(place, region):
     assert result.said()[0] == "RECOMPUTED" and result.said()[1] == region.row1 - region.row0 and result.said()[3] == -1
 
 
+def test_a_check_that_goes_wrong_itself_is_repeated():
+    a, w = numbers(130, 300), numbers(300, 300, seed=1)
+    result = Run(a, w, Strike("checksum", at(5, 3, 20, 2), NULLIFY))
+    assert torch.equal(result.y.long(), exact(a, w)) and result.suspect_rows == list(range(5, 25))
+    assert result.said()[:2] == ("RECOMPUTED", 20) and result.said()[4] == "transient"
+
+
 def test_a_lean_panel_finds_every_bit_and_names_none():
     a, w = numbers(32, 20), numbers(200, 20, seed=1)
     result = Run(a, w, *(flip(bit, 150, bit) for bit in range(32)), panel="lean")

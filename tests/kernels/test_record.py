@@ -41,6 +41,6 @@ def test_panels_and_places_agree():
     assert judgement.SKETCHES.value == checksum.SKETCHES
     assert panel.TARGET_EXPONENT.value == floating.FP16_TARGET_EXPONENT
     places = tuple(backend.KERNEL_PLACES)
-    for device, host in ((tiles.ACCUMULATOR, "accumulator"), (tiles.OPERAND, "operand"), (tiles.OUTPUT, "output")):
+    for device, host in ((tiles.ACCUMULATOR, "accumulator"), (tiles.OPERAND, "operand"), (tiles.OUTPUT, "output"), (tiles.CHECKSUM, "checksum")):
         assert places[device.value] == host
     assert set(places) < set(faults.PLACES)

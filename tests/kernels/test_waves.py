@@ -45,10 +45,7 @@ def test_4096_cubed_and_8192_cubed_on_132_multiprocessors():
     assert waves.makespan(14336, 896, 132, 0.5) == 109 + 0.5 * 6
 
 
-MISSED = pytest.mark.xfail(reason="the row sums' instructions alone are predicted to take more: docs/explanation/cost.md")
-
-
-@pytest.mark.parametrize("size", [pytest.param(4096, marks=MISSED), 8192])
+@pytest.mark.parametrize("size", [4096, 8192])
 def test_the_full_panel_is_predicted_to_cost_at_most_three_percent(size):
     predicted = predictions.predict(size, size, size)
     assert predicted["columns"] == size // 512 * 16

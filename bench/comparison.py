@@ -28,7 +28,7 @@ from abft import panels
 from bench import campaign, charts, evidence, providers, timing, timing_table
 from bench.contender import WAYS, Contender
 from bench.providers import AGAIN, BASELINE, TWIN, Provider
-from bench.results import Results
+from bench.results import UNFINISHED, Results
 from bench.workloads import DTYPES, Passes, Workload
 
 ROUNDS = 41
@@ -106,7 +106,7 @@ def run_named(command: str, text: str | None, family: Callable[[Passes, bool], I
 
 
 def run(command: str, workloads: list[Workload], options: argparse.Namespace) -> int:
-    """Time everything that was asked for; 1 if nothing could be timed."""
+    """Time everything that was asked for; 1 if nothing could be timed, UNFINISHED if --seconds were over before."""
     device = torch.device(options.device)
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -119,11 +119,12 @@ def run(command: str, workloads: list[Workload], options: argparse.Namespace) ->
         f"time-{command}-{device_name(device)}", fresh=options.fresh, folder=options.out, rounds=options.rounds, seed=options.seed,
         lap_seconds=LAP_SECONDS[device.type], price_per_hour=options.gpu_price, threads=torch.get_num_threads(), device=device_name(device),
     )  # fmt: skip
-    deadline = time.monotonic() + options.seconds
+    deadline, status = time.monotonic() + options.seconds, 0
     for number, case in enumerate(cases, 1):
         if results.find(case.key) is None:
             if time.monotonic() > deadline:
                 print(f"{len(cases) - number + 1} cases left for another time", file=sys.stderr)
+                status = UNFINISHED
                 break
             rows = compare(case, contenders, results, options, device, deadline)
             if rows:
@@ -131,7 +132,7 @@ def run(command: str, workloads: list[Workload], options: argparse.Namespace) ->
         results.progress(number, len(cases), case.key)
     if options.plots:
         charts.draw(results.records, options.plots, results.path.stem)
-    return 0 if any(r["kind"] == "timing" for r in results.records) else 1
+    return status if any(r["kind"] == "timing" for r in results.records) else 1
 
 
 def chosen_providers(names: Any) -> list[Provider]:

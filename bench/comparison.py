@@ -150,9 +150,9 @@ def compare(case: Case, contenders: list[Provider], results: Results, options: a
     """Evidence, then a race; writes and returns a record for each provider."""
     dtype, precision = DTYPES[case.dtype]
     torch.manual_seed(options.seed)
-    with _fp32_products(precision), torch.device(device):
+    with fp32_products(precision), torch.device(device):
         model = case.workload.model().to(dtype)
-    with _fp32_products(precision):
+    with fp32_products(precision):
         racing, beside = {}, {}
         inputs = case.workload.inputs(device, dtype, options.seed + 1000, case.workload.portion)
         right = evidence.exact(copy.deepcopy(model), case.workload, inputs)
@@ -173,7 +173,8 @@ def compare(case: Case, contenders: list[Provider], results: Results, options: a
             found["over_twin"] = timing.ratio(times[name], times[TWIN])
         rows.append(results.add(
             "timing", case=case.key, workload=case.workload.name, dtype=case.dtype, passes=case.workload.passes, way=case.way,
-            provider=name, tokens=tokens, multiplications=case.workload.total, **found, **beside[name],
+            provider=name, tokens=tokens, multiplications=case.workload.times * case.workload.multiplications,
+            bytes=case.workload.times * case.workload.numbers * dtype.itemsize, **found, **beside[name],
             **_price(found["seconds"], tokens, options),
         ))  # fmt: skip
     results.add("case", key=case.key)
@@ -231,7 +232,8 @@ def harm_of(dtype: torch.dtype) -> float:
 
 
 @contextlib.contextmanager
-def _fp32_products(precision: str) -> Iterator[None]:
+def fp32_products(precision: str) -> Iterator[None]:
+    """How CUDA multiplies fp32 numbers inside: ieee or tf32."""
     settings = torch.backends.cuda.matmul
     before = settings.fp32_precision
     settings.fp32_precision = precision

@@ -33,29 +33,28 @@ class _Linear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, w)
         ctx.has_bias = bias is not None
-        return _multiply(x.reshape(-1, x.shape[-1]), w, bias).view(*x.shape[:-1], w.shape[0])
+        return multiply(x.reshape(-1, x.shape[-1]), w, bias).view(*x.shape[:-1], w.shape[0])
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, w = ctx.saved_tensors
         rows, flat = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
         wants_x, wants_w, wants_bias = ctx.needs_input_grad
-        dx = _multiply(rows, w.mT, None).view(x.shape) if wants_x else None
-        dw = _multiply(rows.mT, flat.mT, None) if wants_w else None
+        dx = multiply(rows, w.mT, None).view(x.shape) if wants_x else None
+        dw = multiply(rows.mT, flat.mT, None) if wants_w else None
         return dx, dw, rows.sum(0) if ctx.has_bias and wants_bias else None
 
 
-def _multiply(a: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
+def multiply(a: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
     """A Wᵀ (+ bias) as the checked kernel would compute it, in the configuration that it would take."""
     from abft.triton_kernels import gemm
 
     from bench import twin
 
     p = backend.plan_for(Call(a, w, bias, None, False, "fprop", _POLICY, 0))
-    columns, weights = _not_looked_at(p.layout.columns, a.shape[-1], a.dtype, a.device), backend.column_weights(
-        p.layout.groups, p.layout.form.kinds, a.device
-    )
-    product = gemm.Product(a, w, bias, columns, weights, p.layout.groups.count, p.config, numbered=False)
+    panel = _not_looked_at(p.layout.columns, a.shape[-1], a.dtype, a.device)
+    weights = backend.column_weights(p.layout.groups, p.layout.form.kinds, a.device)
+    product = gemm.Product(a, w, bias, panel, weights, p.layout.groups.count, p.config, numbered=False)
     with backend.quiet():
         return twin.multiply(product)
 

@@ -34,6 +34,7 @@ class Workload:
     passes: Passes
     tokens: int
     multiplications: int  # of a forward's linear layers, multiply-adds
+    numbers: int  # that a forward reads and writes at least: weights, of a single layer also input and output
     model: Callable[[], nn.Module]
     draw: Callable[[int | None], tuple[Tensor, ...]]
     portion: int
@@ -45,16 +46,16 @@ class Workload:
         return tuple(x.to(device, dtype if x.is_floating_point() else None) for x in drawn)
 
     @property
-    def total(self) -> int:
-        """Multiply-adds of all passes: a gradient of the weights and one of the input cost a forward each."""
-        return self.multiplications * (1 if self.passes == "forward" else 3)
+    def times(self) -> int:
+        """Products for each layer: the gradients of weight and input cost what a forward does."""
+        return 1 if self.passes == "forward" else 3
 
 
 def linear(shape: Shape, passes: Passes) -> Workload:
     """One nn.Linear."""
     return Workload(
-        shape.name, passes, shape.m, shape.multiplications, lambda: nn.Linear(shape.k, shape.n, bias=shape.bias),
-        lambda number: (torch.randn(number or shape.m, shape.k),), min(shape.m, FEW),
+        shape.name, passes, shape.m, shape.multiplications, shape.m * shape.k + shape.n * shape.k + shape.m * shape.n,
+        lambda: nn.Linear(shape.k, shape.n, bias=shape.bias), lambda number: (torch.randn(number or shape.m, shape.k),), min(shape.m, FEW),
     )  # fmt: skip
 
 
@@ -68,7 +69,7 @@ def _sequences(name: str, passes: Passes, batch: int, time: int, build: Callable
     with torch.device("meta"):
         weights = _layers(build())
     tokens = batch * time
-    return Workload(name, passes, tokens, tokens * weights, build, lambda number: draw(number or batch, time), 1)
+    return Workload(name, passes, tokens, tokens * weights, weights, build, lambda number: draw(number or batch, time), 1)
 
 
 def _hidden(width: int) -> Callable[[int, int], tuple[Tensor, ...]]:

@@ -287,7 +287,7 @@ def test_a_guarded_step_trains() -> None:
 
     shape = gpt.Shape(symbols=11, context=8, width=16, heads=2, layers=1)
     text = torch.randint(11, (4, 9))
-    workload = workloads.Workload("tiny", "step", 32, 1, lambda: gpt.GPT(shape), lambda n: (text[:, :-1], text[:, 1:]), 1)
+    workload = workloads.Workload("tiny", "step", 32, 1, 1, lambda: gpt.GPT(shape), lambda n: (text[:, :-1], text[:, 1:]), 1)
     torch.manual_seed(0)
     model = workload.model()
     trained = []
@@ -301,12 +301,13 @@ def test_a_guarded_step_trains() -> None:
     assert torch.equal(trained[0], trained[1]) and torch.equal(trained[0], trained[2])
 
 
-def test_workloads_count_their_multiplications() -> None:
-    assert workloads.linear(SMALL, "forward").total == 24 * 96 * 64
-    assert workloads.linear(SMALL, "backward").total == 3 * 24 * 96 * 64
+def test_workloads_count_what_they_compute() -> None:
+    once, thrice = (workloads.linear(SMALL, passes) for passes in ("forward", "backward"))
+    assert (once.multiplications, once.numbers, once.times) == (24 * 96 * 64, 24 * 64 + 96 * 64 + 24 * 96, 1)
+    assert (thrice.multiplications, thrice.times) == (once.multiplications, 3)
     (batch, one) = workloads.models("forward", cuda=False)
     per_token = 6 * (4 * 384 * 384 + 2 * 384 * 1536)
-    assert (batch.total, one.total) == (16 * 128 * per_token, 16 * per_token)
+    assert (batch.multiplications, one.multiplications, one.numbers) == (16 * 128 * per_token, 16 * per_token, per_token)
 
 
 @pytest.mark.parametrize("module", ["linear", "layer", "model", "train"])

@@ -35,7 +35,7 @@ ROUNDS = 41
 #: A lap repeats short calls until it takes about so long, so that the clock's own cost and step vanish.
 LAP_SECONDS = {"cpu": 0.005, "cuda": 0.0005}
 #: Looking for faults ends after so long for each provider, however few were tried.
-FAULT_SECONDS = 5.0
+FAULT_SECONDS = {"cpu": 5.0, "cuda": 1.0}
 SECONDS_PER_HOUR = 3600.0
 PRICED_TOKENS = 1e9
 
@@ -217,7 +217,7 @@ def _prepared(case: Case, provider: Provider, model: nn.Module, inputs: tuple[Te
             found: dict[str, Any] = {"error": evidence.error(contender.results(inputs), right)}
             found |= memory(contender, held, device)  # before faults are looked for: an injector has panels made, too
             found["expected_floor"] = evidence.expected_floor(contender, case.workload.tokens, device, dtype)
-            return contender, found | evidence.detection(contender, inputs, options.trials, harm_of(dtype), seconds=FAULT_SECONDS)
+            return contender, found | evidence.detection(contender, inputs, options.trials, harm_of(dtype), seconds=FAULT_SECONDS[device.type])
     except Exception as error:
         if provider.name == BASELINE:
             raise

@@ -19,6 +19,8 @@ from bench.supervisor import Part
 
 #: Told to every part that can end by itself.
 UNTIL = ("--seconds", "{seconds}", "--out", "{out}")
+#: Beside times; the campaigns look for more.
+FEW_FAULTS = ("--trials", "10")
 LARGE = ("square-4096", "square-8192", "llama8b-*-8192", "llama70b-qo-8192", "llama8b-gateup-512")
 SMALL = ("square-1024", "llama8b-qo-512", "llama8b-kv-512", "llama70b-qo-512")
 DECODING = ("llama8b-qo-1", "llama8b-*-16", "llama8b-qo-64", "llama8b-gateup-1", "llama70b-qo-1", "llama8b-*-4")
@@ -26,11 +28,12 @@ TRAINED = ("square-4096", "llama8b-qo-8192", "llama8b-gateup-8192")
 FORWARD = (
     "torch", "twin", "abft:triton", "abft:triton,detect", "abft:triton,lean", "abft:vendor,detect", "abft:reference,detect", "dmr", "tmr",
 )  # fmt: skip
+WAYS = ("eager", "graph", "compiled")  # compiling takes longest
 FEW = ("torch", "twin", "abft:triton", "abft:triton,deferred", "dmr", "tmr")
 
 
 def _timed(name: str, shapes: tuple[str, ...], who: tuple[str, ...], weight: float, *more: str) -> Part:
-    return Part(name, ("linear", "--shapes", *shapes, "--providers", *who, *more, *UNTIL), weight)
+    return Part(name, ("linear", "--shapes", *shapes, "--providers", *who, *more, *FEW_FAULTS, *UNTIL), weight)
 
 
 #: A short run has to reach the times; tests and campaigns go on in a second one.
@@ -41,12 +44,12 @@ ON_GPU = (
     _timed("times-large", LARGE, FORWARD, 14, "--passes", "forward", "--ways", "eager", "--dtypes", "bf16", "fp16"),
     _timed("times-decode", DECODING, FEW, 8, "--passes", "forward", "--ways", "graph", "eager", "--dtypes", "bf16"),
     _timed("times-backward", TRAINED, FEW, 6, "--passes", "backward", "--ways", "eager", "--dtypes", "bf16"),
-    Part("times-layer", ("layer", "--providers", *FEW, "--dtypes", "bf16", *UNTIL), 6),
+    Part("times-layer", ("layer", "--providers", *FEW, "--dtypes", "bf16", *FEW_FAULTS, *UNTIL), 6),
     Part("clean-bf16", ("clean", "--backend", "triton", "--dtype", "bf16", "--rows", "1e9", *UNTIL), 8),
     Part("faults-bf16", ("campaign", "--backend", "triton", "--dtype", "bf16", "--trials", "10", *UNTIL), 8),
     _timed("times-small", SMALL, FORWARD, 4, "--passes", "forward", "--ways", "graph", "eager", "--dtypes", "bf16", "fp16"),
-    Part("times-model", ("model", "--providers", *FEW, "--ways", "eager", "compiled", "graph", "--dtypes", "bf16", "fp32", *UNTIL), 4),
-    Part("times-train", ("train", "--providers", "torch", "abft", "abft:guarded", "dmr", "--dtypes", "fp32", *UNTIL), 3),
+    Part("times-model", ("model", "--providers", *FEW, "--ways", *WAYS, "--dtypes", "bf16", "fp32", *FEW_FAULTS, *UNTIL), 4),
+    Part("times-train", ("train", "--providers", "torch", "abft", "abft:guarded", "dmr", "--dtypes", "fp32", *FEW_FAULTS, *UNTIL), 3),
     Part("clean-fp16", ("clean", "--backend", "triton", "--dtype", "fp16", "--rows", "3e8", *UNTIL), 3),
     Part("clean-fp32", ("clean", "--backend", "triton", "--dtype", "fp32", "--rows", "1e8", *UNTIL), 3),
     Part("faults-fp16", ("campaign", "--backend", "triton", "--dtype", "fp16", "--trials", "5", *UNTIL), 3),

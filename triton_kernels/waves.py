@@ -14,6 +14,9 @@ from typing import NamedTuple
 
 #: Columns at which a warpgroup's MMA is bound by multiplying rather than by reading its left operand: m64n32k16 takes 16 cycles.
 MMA_FLOOR = 32
+#: Columns at which a step in K is bound by multiplying rather than by issuing its instructions: 90 of each of 8 warps (``step`` of
+#: sm_90's tiles in bench/results/audit-*.jsonl), four a cycle, are 180 cycles, in which 45 columns of 128 rows × 64 are multiplied.
+ISSUE_FLOOR = 45
 
 
 class Deal(NamedTuple):
@@ -31,8 +34,8 @@ class Deal(NamedTuple):
 
 
 def check_cost(bn: int, bc: int) -> float:
-    """Time of a check tile of bc columns in units of a data tile of bn columns (same rows, same K), by MMA issue."""
-    return max(bc, MMA_FLOOR) / max(bn, MMA_FLOOR)
+    """Time of a check tile of bc columns in units of a data tile of bn columns (same rows, same K): multiplying, or issuing."""
+    return max(bc, ISSUE_FLOOR) / max(bn, ISSUE_FLOOR)
 
 
 def deal(data_tiles: int, check_tiles: int, programs: int, cost: float) -> Deal:

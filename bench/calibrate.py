@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from bench import comparison, families, forms, probe, residuals
+from bench import devices, families, forms, probe, residuals
 from bench.results import UNFINISHED, Results
 from bench.workloads import DTYPES
 
@@ -85,11 +85,11 @@ def main(argv: list[str]) -> int:
     device = torch.device("cpu" if options.interpreted else "cuda")
     rows = int(options.rows or (256 if options.interpreted else 1e6))
     dtypes = options.dtypes or (["fp16", "fp32"] if options.interpreted else ["bf16", "fp16", "tf32", "fp32"])
-    results = Results(f"calibration-{comparison.device_name(device)}", folder=options.out, rows=rows, columns=COLUMNS)
+    results = Results(f"calibration-{devices.device_name(device)}", folder=options.out, rows=rows, columns=COLUMNS)
     deadline = time.monotonic() + options.seconds
     for name in dtypes:
         if results.find(f"probe {name}") is None:
-            with comparison.fp32_products(DTYPES[name][1]):
+            with devices.fp32_products(DTYPES[name][1]):
                 found = answers(DTYPES[name][0], device)
             results.add("probe", key=f"probe {name}", dtype=name, **found)
             said = (f"{who} {' or '.join(f['models']) or 'no model known'}" for who, f in found.items())
@@ -105,7 +105,7 @@ def main(argv: list[str]) -> int:
                     if time.monotonic() > deadline:
                         return UNFINISHED
                     dtype, precision = DTYPES[name]
-                    with comparison.fp32_products(precision):
+                    with devices.fp32_products(precision):
                         # 2²⁸ numbers of activations at a time: half a GB, and their fp32 originals.
                         r = measure(dtype, k, family, weight, max(64, rows * 64 // k), max(64, (1 << 28) // k), device)
                     results.add("calibration", key=key, dtype=name, k=k, family=family, weight=weight, **r)

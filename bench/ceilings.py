@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from bench import comparison, timing
+from bench import devices, timing
 from bench.results import Results
 from bench.workloads import DTYPES
 
@@ -28,14 +28,14 @@ def main(argv: list[str]) -> int:
     options = parser.parse_args(argv)
     device = torch.device(options.device)
     copied, size = SIZES[device.type]
-    results = Results(f"ceilings-{comparison.device_name(device)}", fresh=True, folder=options.out, copied=copied, size=size, rounds=ROUNDS)
+    results = Results(f"ceilings-{devices.device_name(device)}", fresh=True, folder=options.out, copied=copied, size=size, rounds=ROUNDS)
     seconds = _seconds(_copy(copied, device), device)
     # Each byte is read once and written once.
     print(results.add("ceiling", what="copy", seconds=seconds, bytes_per_second=2 * copied / seconds))
     for name, (dtype, precision) in DTYPES.items():
         if name == "tf32" and device.type == "cpu":
             continue
-        with comparison.fp32_products(precision):
+        with devices.fp32_products(precision):
             a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
             seconds = _seconds(lambda a=a, b=b: torch.mm(a, b), device)  # type: ignore[misc]
         print(results.add("ceiling", what=f"mm {name}", seconds=seconds, flops_per_second=2 * size**3 / seconds))

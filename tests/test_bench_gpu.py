@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from bench import __main__ as commands
-from bench import comparison, gpu, gpu_summary, kernel_tests, probe, supervisor
+from bench import comparison, devices, gpu, gpu_summary, kernel_tests, probe, supervisor
 from bench.results import UNFINISHED, Results, read
 from bench.supervisor import Part
 
@@ -115,7 +115,7 @@ def test_every_part_is_a_command_that_understands_its_words(part: Part, monkeypa
     module = importlib.import_module(f"bench.{commands.MODULES.get(command, command)}")
     assert command in commands.COMMANDS
     monkeypatch.setattr(comparison, "Results", _stop)
-    monkeypatch.setattr(comparison, "device_name", lambda device: "some-gpu")
+    monkeypatch.setattr(devices, "device_name", lambda device: "some-gpu")
     if hasattr(module, "Results"):
         monkeypatch.setattr(module, "Results", _stop)
     if part.environment or "--interpreted" in words:

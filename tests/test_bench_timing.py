@@ -84,6 +84,36 @@ def test_a_deadline_ends_a_race_once_there_is_an_interval() -> None:
     assert math.isfinite(timing.ratio(times["a"], times["a"])["low"])
 
 
+def test_a_device_s_clock_reads_events_around_each_call_after_the_cache_was_overwritten(monkeypatch) -> None:
+    """With events that a test winds: device time passes in calls and in overwriting the cache, and only the former counts."""
+    now, order = StandInTime(), []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            self.at = now()
+            order.append("event")
+
+        def elapsed_time(self, other: Event) -> float:
+            return 1e3 * (other.at - self.at)
+
+    monkeypatch.setattr(timing, "FLUSHED", 16)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: order.append("wait"))
+    clock = timing.DeviceClock(CPU)
+
+    def overwrite() -> None:
+        now.work(5.0)()
+        order.append("cache")
+
+    clock._cache = type("Cache", (), {"zero_": staticmethod(overwrite)})()
+    lap = clock.lap(now.work(0.25), 2)
+    assert lap.seconds == 0.25
+    assert order == ["wait", *["cache", "event", "event"] * 2, "wait"]
+
+
 def test_garbage_is_collected_again_after_a_race_that_failed() -> None:
     import gc
 
@@ -356,3 +386,22 @@ def test_a_result_file_says_what_ran_it(tmp_path) -> None:
     Results("r", folder=tmp_path, rounds=3).add("x")
     (first, _) = read(tmp_path / "r.jsonl")
     assert first["configuration"] == {"rounds": 3} and "gpu" in stamp.stamp() and "triton" in stamp.stamp()
+
+
+def test_the_documentation_s_table_shows_a_comparison(tmp_path, one_thread, monkeypatch) -> None:
+    import importlib.util
+    import sys
+    from pathlib import Path
+
+    spec = importlib.util.spec_from_file_location("tables_of_times", Path(__file__).parents[1] / "docs" / "tables.py")
+    assert spec is not None and spec.loader is not None
+    tables = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, tables)
+    spec.loader.exec_module(tables)
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    assert "Not measured yet" in tables.times("docs/explanation/cost.md")
+    comparison.run("linear", [workloads.linear(SMALL, "forward")], options(tmp_path, "--providers", "abft", "dmr"))
+    rows = {r["provider"]: r for r in read(tmp_path / "time-linear-cpu.jsonl") if r["kind"] == "timing"}
+    shown = tables.times("docs/explanation/cost.md").splitlines()
+    assert len(shown) == 3 and shown[0].count("|") == shown[2].count("|")
+    assert "small fp32 forward eager" in shown[2] and f"**{rows['abft']['ratio']:.3f}**" in shown[2] and f"{rows['dmr']['ratio']:.2f}" in shown[2]

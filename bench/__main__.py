@@ -15,12 +15,25 @@ COMMANDS = {
     "activations": "a real sentence encoder's activations and gradients, fault-free",
     "memory": "bytes of panels, per direction and group",
     "work": "what a repair computes again, of what the product computed: tiles counted in the interpreted kernels",
+    "linear": "times of linear layers: torch, abft in every form, repetition, the unchecked kernel; each beside its evidence",
+    "layer": "… of a transformer layer",
+    "model": "… of a whole model",
+    "train": "… of a training step",
+    "gpu": "the one call for a rented GPU: tests, calibration, times, campaigns, each in a process and a time of its own",
+    "ceilings": "what the machine can do at best: copying memory, the vendor's product, issuing a call",
+    "calibrate": "fault-free residuals over bounds on the device at hand, and how its matrix units accumulate",
+    "kernel-tests": "the tests of the kernels, natively, each outcome written as it comes; with --sanitizer under compute-sanitizer",
     "host": "cost of the dispatch, and of a small checked linear beside torch's",
     "summary": "the committed results as one table",
     "audit": "every kernel compiled: registers, spills, shared memory, occupancy, instructions; --compare with the committed audit",
     "predict": "what the check should cost on a GPU, counted from waves and instructions; not a measurement",
 }
-MODULES = {"predict": "predictions", "emulated-clean": "emulated_clean", "emulated-faults": "emulated_faults"}
+MODULES = {
+    "predict": "predictions",
+    "emulated-clean": "emulated_clean",
+    "emulated-faults": "emulated_faults",
+    "kernel-tests": "kernel_tests",
+}
 
 
 def main() -> int:

@@ -2,6 +2,7 @@
 
     python -m bench campaign --dtype fp32 --trials 300
     python -m bench campaign --backend interpreted --dtype fp16 --trials 20  the Triton kernels, in Triton's interpreter
+    python -m bench campaign --backend triton --dtype bf16 --trials 20       … on a GPU
     python -m bench campaign --backend interpreted --timing deferred         … judged later, and not repaired; or --panel lean
 
 A trial is one fault in one product of a protected ``nn.Linear``: of its forward, input gradient or weight gradient. Its
@@ -20,10 +21,10 @@ from __future__ import annotations
 
 import argparse
 import math
+import time
 import warnings
 from collections.abc import Iterator, Set
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -36,7 +37,7 @@ from abft import floating
 from abft.inject import Fault
 from bench import families, forms, intervals
 from bench.clean import DTYPES
-from bench.results import Results
+from bench.results import UNFINISHED, Results
 
 HARM, HARM_ROUNDED = 1e-3, 1e-2
 WHATS = {
@@ -80,9 +81,9 @@ KEPT = 8  # misses of a class that are written out, to be run again
 class Subject:
     """One layer with its operands and fault-free results."""
 
-    def __init__(self, number: int, dtype: torch.dtype, policy: abft.Policy) -> None:
+    def __init__(self, number: int, dtype: torch.dtype, policy: abft.Policy, device: torch.device | str = "cpu") -> None:
         activation, weight, m, n, k = SUBJECTS[number]
-        g = families.generator(number, 7)
+        g = families.generator(number, 7)  # the same numbers on every device
         self.number, self.fused = number, policy.backend == "triton"
         self.layer = nn.Linear(k, n, dtype=dtype)
         with torch.no_grad():
@@ -91,8 +92,9 @@ class Subject:
         x = families.activations(activation, m, k, g, dtype)
         # In fp16 a heavy tail may overflow, which is legitimate and no subject for faults: kept a factor of 16 below.
         largest = float(F.linear(x.float(), self.layer.weight.detach().float()).abs().max()) if dtype == torch.float16 else 0.0
-        self.x = x if largest < 4096 else x * 2.0 ** -math.ceil(math.log2(largest / 4096))
-        self.gradient = families.activations("gauss", m, n, g, dtype)
+        self.x = (x if largest < 4096 else x * 2.0 ** -math.ceil(math.log2(largest / 4096))).to(device)
+        self.gradient = families.activations("gauss", m, n, g, dtype).to(device)
+        self.layer.to(device)
         abft.protect(self.layer, policy, name=f"{number}/{policy.weights}/{dtype}")
         # One graph per gradient, kept, so that a trial is one product.
         self.layer.weight.requires_grad_(False)
@@ -240,13 +242,12 @@ def run_cell(place: str, what: str, pattern: str, trials: int, seed: int, subjec
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench campaign", description=__doc__)
-    parser.add_argument("--backend", default="reference", choices=["reference", "interpreted"])
+    parser.add_argument("--backend", default="reference", choices=["reference", "interpreted", "triton"], help="triton: on a GPU")
     parser.add_argument("--dtype", default="fp32", choices=DTYPES)
     forms.add_options(parser)
     parser.add_argument("--trials", type=int, default=300, help="per class")
     parser.add_argument("--place", choices=PLACES, help="only this place")
     parser.add_argument("--what", choices=WHATS, help="only this class")
-    parser.add_argument("--out", type=Path, help="folder of the result; needed for a part of the classes")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--fresh", action="store_true")
     options = parser.parse_args(argv)
@@ -262,16 +263,21 @@ def main(argv: list[str]) -> int:
     asked = [cell for cell in cells() if options.place in (None, cell[0]) and options.what in (None, cell[1])]
     todo = [cell for cell in asked if cell[0] not in blind]
     policies = {weights: forms.policy(options, weights=weights) for weights in sorted({PLACES[place][2] for place, _, _ in todo})}
-    subjects = {weights: [Subject(i, dtype, policy) for i in range(len(SUBJECTS))] for weights, policy in policies.items()}
+    device, numbers = forms.device(options), range(len(SUBJECTS))
+    subjects = {weights: [Subject(i, dtype, policy, device) for i in numbers] for weights, policy in policies.items()}
+    deadline, status = time.monotonic() + options.seconds, 0
     for i, (place, what, pattern) in enumerate(todo):
         key = f"{place} {what} {pattern} trials{options.trials} seed{options.seed}"
         if results.find(key) is None:
+            if time.monotonic() > deadline:
+                status = UNFINISHED
+                break
             t = run_cell(place, what, pattern, options.trials, options.seed, subjects, harm)
             kept = {k: v for k, v in vars(t).items() if v}
             results.add("class", key=key, place=place, what=what, pattern=pattern, **kept)
         results.progress(i + 1, len(todo), key)
     print(summarise(results, harm, blind))
-    return 0
+    return status
 
 
 def summarise(results: Results, harm: float, blind: Set[str] = frozenset()) -> str:

@@ -2,6 +2,7 @@
 
     python -m bench clean --dtype bf16 --rows 1e7
     python -m bench clean --backend interpreted --dtype fp16 --rows 2e5      the Triton kernels, in Triton's interpreter
+    python -m bench clean --backend triton --dtype bf16 --rows 1e9           … on a GPU
 
 Each family of activations meets each family of weights in a protected ``nn.Linear``, forward, and a part of the rows
 backward too (dgrad, wgrad). A row is an alarm if it was judged anything but clean, except OVERFLOW where torch's own
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import time
 from dataclasses import dataclass, field
 from itertools import count
 
@@ -20,7 +22,7 @@ from torch import Tensor, nn
 
 import abft
 from bench import families, forms, intervals
-from bench.results import Results
+from bench.results import UNFINISHED, Results
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 #: K → (share of the rows, rows of one product, rows of one that also goes backward). Long products are dear.
@@ -30,6 +32,8 @@ WIDTHS = (64, 128, 200, 96, 33, 256, 384)
 SLOW_SHARE = 0.05
 #: In Triton's interpreter a launch costs what a million multiplications cost.
 DEPTHS_INTERPRETED = {64: (0.78, 4096, 64), 512: (0.2, 1024, 64), 2048: (0.02, 128, 16)}
+#: On a GPU a launch costs what a million multiplications cost on a CPU, and memory holds long products.
+DEPTHS_CUDA = {64: (0.9, 1 << 20, 4096), 512: (0.08, 1 << 17, 4096), 2048: (0.015, 1 << 15, 2048), 4096: (0.005, 1 << 14, 1024)}
 
 
 @dataclass
@@ -59,14 +63,15 @@ class Tally:
 
 
 def measure(
-    dtype: torch.dtype, activation: str, k: int, rows: int, seed: int, *, batch: int, backward: int, policy: abft.Policy | None = None
-) -> Tally:
+    dtype: torch.dtype, activation: str, k: int, rows: int, seed: int, *, batch: int, backward: int, policy: abft.Policy | None = None,
+    device: torch.device | str = "cpu",
+) -> Tally:  # fmt: skip
     """Fault-free products of one family of activations with every family of weights; at least ``rows`` checks."""
     tally = Tally()
     policy = policy or abft.Policy(on_uncorrected="record")
     share = math.ceil(rows / len(families.WEIGHTS))
     for i, weight in enumerate(families.WEIGHTS):
-        g = families.generator(seed, k, i, *activation.encode())
+        g = families.generator(seed, k, i, *activation.encode(), device=device)
         n = WIDTHS[(i + len(activation) + k // 64) % len(WIDTHS)]
         layer = _layer(weight, n, k, dtype, g, bias=i % 2 == 0)
         abft.protect(layer, policy, name=f"clean/{activation}/{weight}/{n}x{k}")
@@ -84,11 +89,11 @@ def measure(
 
 
 def _layer(weight: str, n: int, k: int, dtype: torch.dtype, g: torch.Generator, *, bias: bool) -> nn.Linear:
-    layer = nn.Linear(k, n, bias=bias, dtype=dtype)
+    layer = nn.Linear(k, n, bias=bias, dtype=dtype, device=g.device)
     with torch.no_grad():
         layer.weight.copy_(families.weights(weight, n, k, g, dtype))
         if layer.bias is not None:
-            layer.bias.copy_(torch.randn(n, generator=g))
+            layer.bias.copy_(torch.randn(n, generator=g, device=g.device))
     return layer
 
 
@@ -113,7 +118,8 @@ def _not_finite_rows(y: Tensor) -> int:
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench clean", description=__doc__)
-    parser.add_argument("--backend", default="reference", choices=["reference", "vendor", "auto", "interpreted"])
+    backends = ["reference", "vendor", "auto", "interpreted", "triton"]
+    parser.add_argument("--backend", default="reference", choices=backends, help="triton: on a GPU")
     parser.add_argument("--dtype", default="fp32", choices=DTYPES)
     forms.add_options(parser)
     parser.add_argument("--rows", type=float, default=1e7)
@@ -121,20 +127,28 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--fresh", action="store_true", help="forget earlier results")
     options = parser.parse_args(argv)
     torch.set_num_threads(1)
-    results = Results(f"clean-{forms.name(options)}", fresh=options.fresh, rows=options.rows, seed=options.seed)
+    results = Results(f"clean-{forms.name(options)}", fresh=options.fresh, folder=options.out, rows=options.rows, seed=options.seed)
     policy = forms.policy(options)
-    depths = DEPTHS_INTERPRETED if options.backend == "interpreted" else DEPTHS
+    depths = {"interpreted": DEPTHS_INTERPRETED, "triton": DEPTHS_CUDA}.get(options.backend, DEPTHS)
+    deadline, status = time.monotonic() + options.seconds, 0
     cells = [(a, k) for k in depths for a in families.ACTIVATIONS]
     for i, (activation, k) in enumerate(cells):
         key = f"{activation} k{k} rows{options.rows:g} seed{options.seed}"
         if results.find(key) is None:
+            if time.monotonic() > deadline:
+                status = UNFINISHED
+                break
             share, batch, backward = depths[k]
             rows = options.rows * share * _weight_of(activation)
-            t = measure(DTYPES[options.dtype], activation, k, math.ceil(rows), options.seed, batch=batch, backward=backward, policy=policy)
+            t = measure(
+                DTYPES[options.dtype], activation, k, math.ceil(rows), options.seed, batch=batch, backward=backward, policy=policy,
+                device=forms.device(options),
+            )  # fmt: skip
             results.add("cell", key=key, activation=activation, k=k, rows=t.rows, alarms=t.alarms, overflow=t.overflow, worst=t.worst)
         results.progress(i + 1, len(cells), key)
-    print(summarise(results))
-    return 0
+    if any(r["kind"] == "cell" for r in results.records):
+        print(summarise(results))
+    return status
 
 
 def _weight_of(activation: str) -> float:

@@ -16,12 +16,12 @@ from torch.nn import functional as F
 Draw = Callable[[int, int, Generator], Tensor]
 
 
-def generator(*seeds: int) -> Generator:
-    """A generator whose stream depends on all of ``seeds``."""
+def generator(*seeds: int, device: torch.device | str = "cpu") -> Generator:
+    """A generator whose stream depends on all of ``seeds``; ``activations`` and ``weights`` draw on its device."""
     seed = 0
     for s in seeds:
         seed = (seed * 1_000_003 + s + 1) % (2**63 - 1)
-    return Generator().manual_seed(seed)
+    return Generator(device).manual_seed(seed)
 
 
 def _normal(m: int, k: int, g: Generator) -> Tensor:
@@ -169,9 +169,11 @@ def fit(values: Tensor, dtype: torch.dtype, family: str = "") -> Tensor:
 
 def activations(family: str, m: int, k: int, g: Generator, dtype: torch.dtype = torch.float32) -> Tensor:
     """(m, k) activations of a family."""
-    return fit(ACTIVATIONS[family](m, k, g), dtype, family)
+    with g.device:
+        return fit(ACTIVATIONS[family](m, k, g), dtype, family)
 
 
 def weights(family: str, n: int, k: int, g: Generator, dtype: torch.dtype = torch.float32) -> Tensor:
     """(n, k) weights of a family, of the size that keeps activations near one."""
-    return fit(WEIGHTS[family](n, k, g), dtype)
+    with g.device:
+        return fit(WEIGHTS[family](n, k, g), dtype)

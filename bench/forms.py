@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import warnings
+from pathlib import Path
+
+import torch
 
 import abft
 
@@ -16,6 +20,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """``--panel`` and ``--timing``, as in a policy."""
     parser.add_argument("--panel", default=COMMON["panel"], choices=["full", "lean"])
     parser.add_argument("--timing", default=COMMON["timing"], choices=["immediate", "deferred"], help="deferred: the kernels only")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="begin nothing new after so long")
+    parser.add_argument("--out", type=Path, help="folder of the result (default: bench/results)")
+
+
+def device(options: argparse.Namespace) -> torch.device:
+    """Where a campaign runs: ``--backend triton`` on a GPU, everything else on a CPU."""
+    return torch.device("cuda" if options.backend == "triton" else "cpu")
 
 
 def name(options: argparse.Namespace) -> str:

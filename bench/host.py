@@ -10,7 +10,6 @@ what is left is deciding and counting; with gradients, against an empty operator
 from __future__ import annotations
 
 import argparse
-import gc
 import time
 from collections.abc import Callable
 from typing import Any
@@ -23,6 +22,7 @@ from torch.nn import functional as F
 
 import abft
 from abft.backends import quick, reference
+from bench import timing
 from bench.results import Results
 
 BATCHES, CALLS = 400, 25
@@ -31,23 +31,13 @@ ROWS, WIDTH = 16, 384
 
 def interleaved(one: Callable[[], Any], other: Callable[[], Any]) -> dict[str, Any]:
     """Times of both in µs and the ratio other / one."""
-    for f in (one, other):
-        for _ in range(200):
-            f()
-    gc.disable()
-    times = np.empty((BATCHES, 2))
-    for batch in times:
-        for which, f in enumerate((one, other)):
-            start = time.thread_time()
-            for _ in range(CALLS):
-                f()
-            batch[which] = (time.thread_time() - start) / CALLS * 1e6
-    gc.enable()
-    ratio = times[:, 1] / times[:, 0]
-    low, median, high = np.percentile(ratio, [25, 50, 75])
+    clock = timing.HostClock(time.thread_time)
+    times = timing.race({"one": one, "other": other}, clock=clock, rounds=BATCHES, calls=CALLS, warm_up=8)
+    laps = np.array([times["one"].seconds, times["other"].seconds]) * 1e6
+    low, median, high = np.percentile(laps[1] / laps[0], [25, 50, 75])
     return {
-        "ratio": median, "quartiles": [low, high], "one_us": float(np.median(times[:, 0])), "other_us": float(np.median(times[:, 1])),
-        "best_ratio": times[:, 1].min() / times[:, 0].min(),
+        "ratio": median, "quartiles": [low, high], "one_us": float(np.median(laps[0])), "other_us": float(np.median(laps[1])),
+        "best_ratio": laps[1].min() / laps[0].min(),
     }  # fmt: skip
 
 

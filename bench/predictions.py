@@ -11,9 +11,6 @@ is that of m = n = k = 4096.
 
 For few rows, which are bound by memory: bytes that a checked product moves over those of the same one unchecked, every number
 counted once for each launch that reads or writes it (X comes to the tiles after the first from the L2).
-
-Sizes are those of Llama 3's linear layers (arXiv 2407.21783, table 3: d_model 4096 and 8192, 32 and 64 query heads and 8 key heads
-of 128, feed-forward 14336 and 28672).
 """
 
 from __future__ import annotations
@@ -29,15 +26,12 @@ import torch
 from abft.backends import triton as backend
 from bench import audited
 from bench.results import Results
+from bench.shapes import LLAMA
 
 #: One H100 or H200 SXM: multiprocessors, fused multiply-adds of 16-bit numbers per cycle and multiprocessor (what the data
 #: sheet's dense 989 TFLOP/s make at 1.83 GHz), warp instructions issued per cycle and multiprocessor (one by each of four
 #: schedulers: CUDA C++ Programming Guide, "Compute Capabilities", 9.0).
 MULTIPROCESSORS, MMA_PER_CYCLE, ISSUED_PER_CYCLE = 132, 2048, 4
-MODELS = {
-    "Llama-3-8B": {"q, o": (4096, 4096), "k, v": (1024, 4096), "gate, up": (14336, 4096), "down": (4096, 14336)},
-    "Llama-3-70B": {"q, o": (8192, 8192), "k, v": (1024, 8192), "gate, up": (28672, 8192), "down": (8192, 28672)},
-}
 SQUARES = {f"{s}³": (s, s, s) for s in (2048, 4096, 8192, 16384)}
 TOKENS = (2048, 8192)
 #: Cases of the audit whose machine code a form's predictions count, the commonest first.
@@ -48,7 +42,7 @@ DECODED = (1, 4, 16, 64)
 def shapes() -> Iterator[tuple[str, int, int, int]]:
     for name, (m, n, k) in SQUARES.items():
         yield name, m, n, k
-    for model, layers in MODELS.items():
+    for model, layers in LLAMA.items():
         for layer, (n, k) in layers.items():
             for m in TOKENS:
                 yield f"{model} {layer}", m, n, k
@@ -127,7 +121,7 @@ def main(argv: list[str]) -> int:
         for form in ("full", "lean"):
             r = results.add("prediction", name=name, form=form, m=m, n=n, k=k, **predict(m, n, k, form))
             print(f"{name:<22} {form} {m:>6} × {n:>6} × {k:>6}: waves {r['waves']:.2f} of {r['rounds']}, × {r['ratio']:.3f}")
-    for model, layers in MODELS.items():
+    for model, layers in LLAMA.items():
         for (layer, (n, k)), m, timing in itertools.product(layers.items(), DECODED, ("immediate", "deferred")):
             r = results.add("bytes", name=f"{model} {layer}", form="full", m=m, n=n, k=k, **bytes_moved(m, n, k, timing))
             print(f"{model} {layer:<10} {timing:<9} {m:>3} × {n:>6} × {k:>6}: {r['bytes'] / 1e6:.1f} MB, × {r['ratio']:.3f}")

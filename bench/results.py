@@ -12,6 +12,8 @@ from typing import Any
 from bench import stamp
 
 FOLDER = Path(__file__).resolve().parent / "results"
+#: Exit status of a command that ran out of time (--seconds): call it again, and it goes on (EX_TEMPFAIL).
+UNFINISHED = 75
 
 
 class Results:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import hashlib
+import importlib.metadata
 import os
 import platform
 import subprocess
@@ -27,6 +28,8 @@ def stamp() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
+        "triton": _version("triton"),
+        "gpu": gpu_model(),
         "numpy": numpy.__version__,
         "scipy": scipy.__version__,
         "system": f"{platform.system()} {platform.machine()}",
@@ -48,6 +51,22 @@ def cpu_model() -> str:
             return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
+
+
+def gpu_model() -> str | None:
+    """Name, multiprocessors and memory; CUDA's version."""
+    if not torch.cuda.is_available():
+        return None
+    found = torch.cuda.get_device_properties(0)
+    memory = f"{found.total_memory / 2**30:.0f} GiB"
+    return f"{found.name}, {found.multi_processor_count} multiprocessors, {memory}, CUDA {torch.version.cuda}"
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def _commit() -> str:

@@ -286,6 +286,32 @@ def host(page: str) -> str:
     return table(header, [row(f, r) for f in files("host*") for r in f.kind("host")], "python -m bench host")
 
 
+def times(page: str) -> str:
+    """Every case of the timed layers, models and steps: abft and repetition over torch, beside what the harness itself varies by."""
+
+    def row(f: File, case: str) -> tuple[object, ...]:
+        found = {r["provider"]: r for r in f.kind("timing") if r["case"] == case}
+        ours = next(r for name, r in found.items() if name.startswith("abft"))
+        again = found["torch-again"]
+        dmr = f"{found['dmr']['ratio']:.2f}" if "dmr" in found else "–"
+        seen = f"{ours['found']} of {ours['harmful']}" if ours["trials"] else "–"
+        return (
+            case, _duration(found["torch"]["seconds"]), f"**{ours['ratio']:.3f}** ({ours['low']:.3f} to {ours['high']:.3f})",
+            f"{again['low']:.3f} to {again['high']:.3f}", dmr, small(ours["expected_floor"]), seen, f.machine, f.link(page),
+        )  # fmt: skip
+
+    found = [(f, case) for f in files("time-*") for case in dict.fromkeys(r["case"] for r in f.kind("timing"))]
+    header = "case | torch | with abft × torch (95 %) | torch × torch (95 %) | DMR × | floor | harmful flips found | machine | file"
+    return table(header, [row(*one) for one in found], "python -m bench linear, layer, model, train")
+
+
+def _duration(seconds: float) -> str:
+    sys.path.insert(0, str(ROOT))
+    from bench import timing_table
+
+    return timing_table.duration(seconds)
+
+
 def memory(page: str) -> str:
     def row(f: File, r: Record) -> tuple[object, ...]:
         names = "kernel_panel", "kernel_fingerprints", "forward_panels", "backward_panels", "default_group_forward_panels"
@@ -508,6 +534,7 @@ TABLES: dict[str, Callable[[str], str]] = {
     "expected-floors": expected_floors,
     "floors": floors,
     "host": host,
+    "times": times,
     "memory": memory,
     "predictions": predictions,
     "audit": audit,

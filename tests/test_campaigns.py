@@ -154,6 +154,21 @@ def test_harmful_faults_are_found_and_repaired(dtype: str, cell: tuple[str, str,
     assert t.false_alarms == 0
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_a_campaign_runs_on_a_gpu(dtype: str) -> None:
+    subjects = {"tracked": [campaign.Subject(i, clean.DTYPES[dtype], abft.Policy(backend="triton", on_uncorrected="record"), "cuda") for i in (0, 1)]}
+    t = campaign.run_cell("accumulator", "flip1", "element", trials=12, seed=3, subjects=subjects, harm=campaign.HARM)
+    assert t.trials > 0 and t.harmful_detected == t.harmful, t.misses
+
+
+@pytest.mark.gpu
+def test_clean_rows_raise_no_alarm_on_a_gpu() -> None:
+    policy = abft.Policy(backend="triton", on_uncorrected="record")
+    tally = clean.measure(torch.bfloat16, "post-norm", 64, 10**6, seed=11, batch=1 << 16, backward=1024, policy=policy, device="cuda")
+    assert tally.rows >= 10**6 and tally.alarms == {}
+
+
 def test_single_wrong_elements_are_named(subjects) -> None:
     t = campaign.run_cell("accumulator", "nullify", "element", trials=15, seed=4, subjects=subjects["fp32"], harm=1e-3)
     assert t.single > 0

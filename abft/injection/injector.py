@@ -125,6 +125,7 @@ class faults:
         self._broken_panels.append((target.panel, before, struck))
 
     def _record(self, call: Call, target: Target, clean: Tensor, struck: Tensor, strikes: tuple[Strike, ...]) -> None:
+        clean, struck = clean.cpu(), struck.cpu()
         changed = ~bits.same(clean, struck)
         flat_clean, flat_struck = (t.reshape(-1, t.shape[-1]).double().numpy() for t in (clean, struck))
         where = np.argwhere(changed.reshape(flat_clean.shape).numpy())[:MAX_ELEMENTS]

@@ -12,12 +12,13 @@ import torch
 from abft.triton_kernels import gemm, launch
 from torch import Tensor
 
-from abft import ledger, sites, threshold
+from abft import ledger, sites
 from abft.backends import triton as backend
 from abft.backends.call import Call
-from abft.checksum import Panel, Sums, predicted_sums
+from abft.checksum import Panel, Sums
 from abft.faults import BitOperation, Region, Strike
 from abft.policy import Policy
+from bench import residuals
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 #: bf16 only where the tensor cores multiply it: the interpreter's product of bf16 numbers is wrong.
@@ -101,20 +102,9 @@ def records_of(words: Tensor) -> list[dict[str, int]]:
 
 def judged(result: Run, k: int) -> tuple[Sums, np.ndarray]:
     """The sums that the product stored, and their bounds, by abft.checksum and abft.threshold: (B, M, groups, kinds)."""
-    layout, tiles = result.plan.layout, result.plan.tiles_per_group
-    parts = result.evidence.partials.cpu()
-    pad = layout.groups.count * tiles - parts.shape[2]
-    grouped = torch.nn.functional.pad(parts, (0, 0, 0, pad)).unflatten(2, (layout.groups.count, tiles))
-    total = grouped[..., 0, :]
-    for t in range(1, tiles):  # in the kernel's order
-        total = total + grouped[..., t, :]
-    *of_kind, squares = total.unbind(1)  # (B, groups, M)
-    panel = Panel(layout, result.panel.columns.cpu(), None if result.panel.scales is None else result.panel.scales.cpu())
-    c, noise2 = predicted_sums(result.evidence.raw.cpu(), panel)
-    kinds = layout.form.kinds
-    actual = torch.stack(of_kind, -1).transpose(1, 2)
-    sums = Sums(kinds, actual, c, squares.transpose(1, 2), noise2)
-    return sums, threshold.bounds(sums, threshold.coefficients(result.plan.arithmetic, k, kinds, layout.groups.width))
+    panel = result.panel
+    on_host = Panel(panel.layout, panel.columns.cpu(), None if panel.scales is None else panel.scales.cpu())
+    return residuals.judged(result.evidence.partials.cpu(), result.evidence.raw.cpu(), on_host, result.plan, k)
 
 
 def assert_right(result: Run, a: Tensor, w: Tensor, bias: Tensor | None = None) -> None:

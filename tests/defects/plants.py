@@ -263,7 +263,7 @@ PLANTS = (
         "lane-forgets-the-policy",
         "A lane is taken under another policy than its own.",
         "abft/backends/lane.py",
-        "        or lane.policy.text != policy\n",
+        "        or lane.text != policy\n",
         "",
         ("tests/test_lane.py::test_another_policy_leaves_it",),
     ),

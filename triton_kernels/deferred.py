@@ -110,7 +110,8 @@ def _data_tile_and_more(a, w, a_tiles, w_tiles, A_ROWS: tl.constexpr, W_ROWS: tl
                      BM, BN, BK, PRECISION)  # fmt: skip
     if FAULT is not None:
         acc = strike(acc, FAULT, ACCUMULATOR, batch, rows, cols, 0, 1)
-    store_sums(acc, weights, partials, KINDS + MORE, KINDS, batch, tile_n, tiles_n, rows, cols, M, N)
+    store_sums(acc, weights, partials, KINDS + MORE, KINDS, batch, tile_n, tiles_n, rows, cols, M, N,
+               a.ptr.dtype.element_ty, PRECISION)  # fmt: skip
     plane = tl.cast(tiles_n, tl.int64) * M
     at = (tl.cast(batch, tl.int64) * (KINDS + MORE) + KINDS + 1) * plane + tl.cast(tile_n, tl.int64) * M + rows
     magnitudes = tl.abs(acc)

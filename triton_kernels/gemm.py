@@ -93,7 +93,8 @@ def _data_tile(a, w, a_tiles, w_tiles, A_ROWS: tl.constexpr, W_ROWS: tl.constexp
                      BM, BN, BK, PRECISION)  # fmt: skip
     if FAULT is not None:
         acc = strike(acc, FAULT, ACCUMULATOR, batch, rows, cols, 0, 1)
-    store_sums(acc, weights, partials, KINDS + 1, KINDS, batch, tile_n, tl.cdiv(N, BN), rows, cols, M, N)
+    store_sums(acc, weights, partials, KINDS + 1, KINDS, batch, tile_n, tl.cdiv(N, BN), rows, cols, M, N,
+               a.ptr.dtype.element_ty, PRECISION)  # fmt: skip
     out = finish(acc, bias, cols, N, y.dtype.element_ty)
     if FAULT is not None:
         out = strike(out, FAULT, OUTPUT, batch, rows, cols, 0, 1)

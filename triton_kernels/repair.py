@@ -99,7 +99,8 @@ def _data_tile_again(a, w, bias, y, weights, partials, moved, batch, tile_m, til
         acc = strike(acc, FAULT, ACCUMULATOR, batch, rows, cols, 0, 1)
     tiles_n = tl.cdiv(shape.n, BN)
     planes: tl.constexpr = KINDS + 1 + RANGE
-    store_sums(acc, weights, partials, planes, KINDS, batch, tile_n, tiles_n, rows, cols, shape.m, shape.n)
+    store_sums(acc, weights, partials, planes, KINDS, batch, tile_n, tiles_n, rows, cols, shape.m, shape.n,
+               a.ptr.dtype.element_ty, PRECISION)  # fmt: skip
     _store_range(acc, partials, planes, batch, tile_n, tiles_n, rows, shape.m)
     out = finish(acc, bias, cols, shape.n, y.dtype.element_ty)
     tl.store(moved + (tl.cast(batch, tl.int64) * tiles_n + tile_n) * shape.m + rows,

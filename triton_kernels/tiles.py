@@ -145,13 +145,34 @@ def restore(values, patches, count, k, cols):
 
 
 @triton.jit
-def store_sums(acc, weights, partials, PLANES: tl.constexpr, KINDS: tl.constexpr, batch, tile_n, tiles_n, rows, cols, M, N):
+def store_sums(acc, weights, partials, PLANES: tl.constexpr, KINDS: tl.constexpr, batch, tile_n, tiles_n, rows, cols, M, N,
+               OPERAND: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """partials[batch, plane, tile_n, row]: a plane for each kind of sum, then Σ acc²; neighbouring rows lie side by side.
 
     From the accumulator, before bias and cast, whose rounding would hide a fault a thousand times larger.
     """
     plane = tl.cast(tiles_n, tl.int64) * M
     at = partials + batch * PLANES * plane + tl.cast(tile_n, tl.int64) * M + rows
+    if (tl.float32 == OPERAND) & (PRECISION == "ieee"):
+        # On the CUDA cores columns of a slice lie in several threads: cut up, a tile would be exchanged, and need registers it has not.
+        _store_sums_one_by_one(acc, weights, at, plane, KINDS, rows, cols, M, N)
+    else:
+        _store_sums_of_slices(acc, weights, at, plane, KINDS, tile_n, rows, M, N)
+
+
+@triton.jit
+def _store_sums_one_by_one(acc, weights, at, plane, KINDS: tl.constexpr, rows, cols, M, N):
+    for kind in tl.static_range(KINDS):
+        if kind == ONE:
+            tl.store(at + kind * plane, tl.sum(acc, axis=1), mask=rows < M)
+        else:
+            weight = tl.load(weights + kind * N + cols, mask=cols < N, other=0.0)
+            tl.store(at + kind * plane, tl.sum(acc * weight[None, :], axis=1), mask=rows < M)
+    tl.store(at + KINDS * plane, tl.sum(acc * acc, axis=1), mask=rows < M)
+
+
+@triton.jit
+def _store_sums_of_slices(acc, weights, at, plane, KINDS: tl.constexpr, tile_n, rows, M, N):
     first, digit = tile_n * acc.shape[1], tl.arange(0, FRAGMENT)
     zero = tl.zeros((acc.shape[0], FRAGMENT), tl.float32)
     signed, climbing, plain, squares = _sums_of_slices(acc, weights + first + digit, 0, zero, zero, zero, zero, KINDS)

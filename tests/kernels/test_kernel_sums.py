@@ -20,13 +20,22 @@ from abft.faults import BitOperation, Strike
     ids=str,
 )  # fmt: skip
 @pytest.mark.parametrize("form", ["full", "lean"])
-def test_partial_sums_are_those_of_the_accumulators(form, shape, group):
-    """fp32 results without bias are the accumulators themselves. Groups of one tile and of several, ragged ones, too narrow for signs."""
-    result = run(*operands(*shape, torch.float32), panel=form, group=group)
+@pytest.mark.parametrize("dtype", DTYPES, ids=oracles.name_of)
+def test_partial_sums_are_those_of_the_accumulators(form, shape, group, dtype):
+    """Results without bias are the accumulators themselves, of 16-bit numbers where they are small integers.
+
+    Groups of one tile and of several, ragged ones, too narrow for signs.
+    """
+    a, w = operands(*shape, torch.float32)
+    if dtype != torch.float32:
+        a, w = a.clamp(-3, 3).round(), w.mul(3 / w.abs().max()).round()
+        assert float((a @ w.mT).abs().max()) < 2048
+    result = run(a.to(dtype), w.to(dtype), panel=form, group=group)
     groups = result.plan.layout.groups
+    y = result.y.cpu().double()
     sums, _ = judged(result, shape[2])
-    exact, squares = checksum.actual_sums(result.y.cpu(), groups, sums.kinds, torch.float64)
-    reach = checksum.actual_sums(result.y.cpu().abs(), groups, ("one",), torch.float64)[0]
+    exact, squares = checksum.actual_sums(y, groups, sums.kinds, torch.float64)
+    reach = checksum.actual_sums(y.abs(), groups, ("one",), torch.float64)[0]
     unit = max(groups.width, 16) * 2.0**-24  # recursive summation of as many numbers errs by at most this, relative to Σ |w acc|
     heaviest = torch.tensor([max(1.0, float(np.abs(checksum.column_weights(kind, groups.width)).max())) for kind in sums.kinds])
     assert ((sums.actual[0].double() - exact).abs() <= unit * heaviest * reach).all()

@@ -67,10 +67,12 @@ def _judge_row(a, w, bias, y, weights, again, bound, shape, batch, group, row,
     coefficients, absolute = _of_kinds(bound.accumulate, KINDS), _of_kinds(bound.absolute, KINDS)
     r, sums, squares, tile = _multiply(a, w, bias, y, weights, again, coefficients, shape, batch, group, row, KINDS, PARTS, BN, DELIVER)
     column = (group * KINDS + kinds) * PARTS + PARTS - 1
-    c = raw_column(again, shape, batch, row, column)
+    rows = row + tl.zeros_like(kinds)  # newer interpreters take no mask of one number for several
+    c = raw_column(again, shape, batch, rows, column)
     for i in tl.static_range(1, PARTS):
-        c = raw_column(again, shape, batch, row, column - i) + c
-    sketched = raw_column(again, shape, batch, row, shape.groups * KINDS * PARTS + group * SKETCHES + tl.arange(0, SKETCHES))
+        c = raw_column(again, shape, batch, rows, column - i) + c
+    sketch = tl.arange(0, SKETCHES)
+    sketched = raw_column(again, shape, batch, row + tl.zeros_like(sketch), shape.groups * KINDS * PARTS + group * SKETCHES + sketch)
     squares += tl.sum(sketched.to(tl.float64) * sketched, 0) / SKETCHES
     limits = (squares + sums * sums) * coefficients * coefficients
     return _explained(r - sums, limits, absolute), _explained(c - sums, limits, absolute), tile

@@ -32,7 +32,7 @@ WIDTHS = (64, 128, 200, 96, 33, 256, 384)
 SLOW_SHARE = 0.05
 #: In Triton's interpreter a launch costs what a million multiplications cost.
 DEPTHS_INTERPRETED = {64: (0.78, 4096, 64), 512: (0.2, 1024, 64), 2048: (0.02, 128, 16)}
-#: On a GPU a launch costs what a million multiplications cost on a CPU, and memory holds long products.
+#: On a GPU: long products, so that launches should not dominate. Not tuned on one.
 DEPTHS_CUDA = {64: (0.9, 1 << 20, 4096), 512: (0.08, 1 << 17, 4096), 2048: (0.015, 1 << 15, 2048), 4096: (0.005, 1 << 14, 1024)}
 
 

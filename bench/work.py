@@ -52,9 +52,8 @@ SCENARIOS = (
     ),
     Scenario("weight edited, unannounced", to_weight=lambda w: w.data.mul_(2), verdicts=("stale",)),
     Scenario("one check tile", (Fault("nullify", "checksum", pattern="tile", index=(256, 0)),), verdicts=("recomputed",)),
-    # As dealt in turn to three persistent programs.
     Scenario(
-        "every tile of one multiprocessor",
+        "a tile in every third block of rows",
         tuple(Fault("nullify", pattern="tile", index=(ROWS * i, 0)) for i in range(0, M // ROWS, 3)), verdicts=("recomputed",),
     ),
     Scenario("NaN in the input", to_input=_poison, verdicts=("input_rows",)),

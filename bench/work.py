@@ -25,7 +25,7 @@ from bench.results import Results
 
 M, N, K, GROUP = 8192, 256, 16, 128
 DTYPE = torch.float16
-ROWS = 128  # of a tile
+TILE = 128  # rows and columns of a data tile, and what a fault of pattern "tile" strikes
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,16 @@ def _poison(x: Tensor) -> Tensor:
     return torch.where(torch.arange(K) == 3, torch.nan, x)
 
 
+def _tiles_of_one(programs: int, tall: int = 8) -> tuple[Fault, ...]:
+    """Every data tile that the first of so many persistent programs computes (triton_kernels/tiles.py, tile_of)."""
+    across = N // TILE
+    found = []
+    for index in range(0, M // TILE * across, programs):
+        column, inside = index // (tall * across), index % (tall * across)
+        found.append((column * tall + inside % tall, inside // tall))
+    return tuple(Fault("nullify", pattern="tile", index=(TILE * row, TILE * col)) for row, col in found)
+
+
 SCENARIOS = (
     Scenario("clean"),
     Scenario(
@@ -52,10 +62,7 @@ SCENARIOS = (
     ),
     Scenario("weight edited, unannounced", to_weight=lambda w: w.data.mul_(2), verdicts=("stale",)),
     Scenario("one check tile", (Fault("nullify", "checksum", pattern="tile", index=(256, 0)),), verdicts=("recomputed",)),
-    Scenario(
-        "a tile in every third block of rows",
-        tuple(Fault("nullify", pattern="tile", index=(ROWS * i, 0)) for i in range(0, M // ROWS, 3)), verdicts=("recomputed",),
-    ),
+    Scenario("every tile of one of three multiprocessors", _tiles_of_one(programs=3), verdicts=("recomputed",)),
     Scenario("NaN in the input", to_input=_poison, verdicts=("input_rows",)),
     Scenario(
         "legitimate overflow", to_input=lambda x: x * 0 + 600, to_weight=lambda w: w.data.fill_(600), announced=True,

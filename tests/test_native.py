@@ -150,8 +150,8 @@ def test_operands_of_any_strides(rows, dtype):
     wide[:, 60:140] = y
     ratios = {_judged(result, a, w) for a in (plain, whole[::2, ::2], plain.T.contiguous().T) for result in (y, wide[:, 60:140])}
     assert max(ratios) <= 1.0
-    # Few rows are summed in the same order whatever their strides, many by the same sequence of multiply-adds.
-    assert len(ratios) == 1
+    # The order of summation is the same whatever the strides, but pairs of bf16 are multiplied together where they are adjacent.
+    assert len(ratios) == 1 or (dtype == torch.bfloat16 and max(ratios) - min(ratios) < 0.01)
 
 
 @needs_compiler
@@ -172,6 +172,17 @@ def test_threads_do_not_change_the_judgement(rows, dtype):
     finally:
         torch.set_num_threads(before)
     assert len(set(found)) == 1
+
+
+@needs_compiler
+@pytest.mark.parametrize("rows, k", [(64, 640), (50, 130), (33, 257)])
+def test_pairs_of_bf16_see_what_fp32_sees(rows, k):
+    """Faults just above the bound and just below it, in every group, by a panel in two parts where the processor has pairs."""
+    a, w = _random(rows, k, dtype=torch.bfloat16), _random(128, k, dtype=torch.bfloat16, seed=1)
+    y = F.linear(a, w)
+    y[:, 3] += 40.0
+    strided = torch.zeros(rows, 2 * k, dtype=torch.bfloat16)[:, ::2].copy_(a)  # which is widened to fp32
+    assert _judged(y, a, w) == pytest.approx(_judged(y, strided, w), rel=2.0**-9)
 
 
 @needs_compiler

@@ -265,8 +265,6 @@ def main(argv: list[str]) -> int:
         if options.out is None and not options.list:
             parser.error("--interpreted measures no GPU: name a folder for its table with --out")
         forms.backend_of("interpreted")
-    elif not torch.cuda.is_available() and not options.list:
-        parser.error("there is no GPU to tune for; --interpreted tries the search out, --list names candidates")
     cuda = torch.cuda.is_available() and not options.interpreted
     try:
         chosen = shapes.named(options.shapes or (SHAPES_INTERPRETED if options.interpreted else SHAPES))
@@ -305,6 +303,9 @@ def _tune(chosen: list[Shape], options: argparse.Namespace, device: torch.device
     from abft.triton_kernels import tuning
 
     results = Results(f"tune-{devices.device_name(device)}", fresh=options.fresh, folder=options.out, rounds=options.rounds)
+    if device.type != "cuda" and not options.interpreted:
+        print("there is no GPU to tune for; --interpreted tries the search out, --list names candidates", file=sys.stderr)
+        return 2
     architecture = _architecture(options, device)
     cases = cases_of(chosen, _dtypes(options), architecture)
     examine: Any = _examined_by_nobody if options.interpreted else Compiling(options.jobs)

@@ -54,6 +54,7 @@ ON_GPU = (
     Part("clean-fp32", ("clean", "--backend", "triton", "--dtype", "fp32", "--rows", "1e8", *UNTIL), 3),
     Part("faults-fp16", ("campaign", "--backend", "triton", "--dtype", "fp16", "--trials", "5", *UNTIL), 3),
     Part("sanitizer", ("kernel-tests", "--sanitizer", *UNTIL), 4),
+    Part("scaling", ("scaling", *UNTIL), 3),
     # Last: what it finds is for the next run. Its table is read once it lies beside triton_kernels/configs.py.
     Part("tuning", ("tune", *UNTIL), 6),
 )

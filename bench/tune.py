@@ -306,6 +306,12 @@ def _tune(chosen: list[Shape], options: argparse.Namespace, device: torch.device
     if device.type != "cuda" and not options.interpreted:
         print("there is no GPU to tune for; --interpreted tries the search out, --list names candidates", file=sys.stderr)
         return 2
+    from abft.backends import triton as backend
+
+    for dtype in _dtypes(options):
+        if reason := backend.available(device, DTYPES[dtype][0]):
+            print(f"{dtype} cannot be timed here: {reason}", file=sys.stderr)
+            return 2
     architecture = _architecture(options, device)
     cases = cases_of(chosen, _dtypes(options), architecture)
     examine: Any = _examined_by_nobody if options.interpreted else Compiling(options.jobs)

@@ -72,7 +72,7 @@ ON_CPU = (
     ),
     Part("clean-fp16", ("clean", "--backend", "interpreted", "--dtype", "fp16", "--rows", "2e3", *UNTIL), 2),
     Part("faults-fp16", ("campaign", "--backend", "interpreted", "--dtype", "fp16", "--trials", "1", "--place", "accumulator", *UNTIL), 2),
-    Part("tuning", ("tune", "--interpreted", "--shapes", "gpt-out-1024", "--tiles", "2", "--rounds", "6", *UNTIL), 2, _INTERPRETED),
+    Part("tuning", ("tune", "--interpreted", "--shapes", "minilm-qkvo-16", "--tiles", "2", "--rounds", "6", *UNTIL), 2, _INTERPRETED),
 )  # fmt: skip
 
 

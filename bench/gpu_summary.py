@@ -94,9 +94,10 @@ def _campaigns(files: dict[str, list[Record]]) -> Iterator[str]:
 def _tuning(every: list[Record]) -> Iterator[str]:
     tried = [r for r in every if r["kind"] == "candidate"]
     if tried:
-        timed = sum("ratio" in r for r in tried)
-        yield f"launch shapes: {timed} of {len(tried)} candidates × cases timed, the others left out; faster than built in:"
-        for entry in tuned_table.entries(every):
+        timed, found = sum("ratio" in r for r in tried), tuned_table.entries(every)
+        counted = f"{timed} of {len(tried)} candidates × cases timed, the others left out"
+        yield f"launch shapes: {counted}; {len(found) or 'none'} to be preferred"
+        for entry in found:
             shape = "every shape" if entry["n"] is None else f"N {entry['n']}, K {entry['k']}"
             rows = "many rows" if entry["height"] is None else f"{entry['height']} rows"
             yield f"  {entry['kind']}, {rows}, {shape}: {entry['config'] or 'built in'}, × {entry['ratio']:.3f}"

@@ -72,7 +72,7 @@ def search(cases: list[Case], results: Results, *, examine: Examine, clock: timi
     rows = list(dict.fromkeys((case.row, case.dtype) for case in cases))
     mine = {row: [case for case in cases if (case.row, case.dtype) == row] for row in rows}
     searches = {row: _configs(row[0], mine[row], results, device, most_tiles) for row in rows}
-    bench = _Bench(clock, device, rounds)
+    bench = _Bench(clock, device, rounds, deadline)
     while searches:
         for row in list(searches):
             config = next(searches[row], None)
@@ -138,8 +138,8 @@ def _times(found: dict[str, Any]) -> str:
 class _Bench:
     """Operands of the cases, drawn once, and what the built-in config makes of them."""
 
-    def __init__(self, clock: timing.Clock, device: torch.device, rounds: int) -> None:
-        self._clock, self._device, self._rounds = clock, device, rounds
+    def __init__(self, clock: timing.Clock, device: torch.device, rounds: int, deadline: float) -> None:
+        self._clock, self._device, self._rounds, self._deadline = clock, device, rounds, deadline
         self._operands: dict[Case, tuple[Tensor, nn.Parameter, Tensor | None]] = {}
 
     def measure(self, case: Case, config: candidates.Config) -> dict[str, Any]:
@@ -156,7 +156,9 @@ class _Bench:
             racing = {"built-in": theirs.checked, "candidate": ours.checked, "twin": ours.twin}
             if self._device.type == "cuda":
                 racing = {name: captured(work) for name, work in racing.items()}
-            times = timing.race(racing, clock=self._clock, rounds=self._rounds, lap_seconds=LAP_SECONDS[self._device.type])
+            times = timing.race(
+                racing, clock=self._clock, rounds=self._rounds, lap_seconds=LAP_SECONDS[self._device.type], deadline=self._deadline
+            )
             if alarms := ours.alarms():
                 return {"reason": f"{alarms} alarms on clean data"}
         ratio = timing.ratio(times["candidate"], times["built-in"])

@@ -172,7 +172,7 @@ def test_the_summary_names_launch_shapes_that_were_faster(tmp_path) -> None:
     r.add("candidate", config={"bn": 256}, ratio=0.9, low=0.89, high=0.91, **about)
     r.add("candidate", config={"bn": 64}, reason="checked_product spills", **about)
     text = gpu_summary.of(tmp_path, [])
-    assert "2 of 3 candidates × cases timed" in text and "16-bit, many rows, every shape: {'bn': 256}, × 0.900" in text
+    assert "2 of 3 candidates × cases timed, the others left out; 1 to be preferred" in text and "16-bit, many rows, every shape: {'bn': 256}, × 0.900" in text
     assert gpu_summary.measured(tmp_path)
 
 

@@ -33,10 +33,13 @@ def test_a_sweep_moves_one_thing_and_sweeps_meet_in_what_is_held(sweeps: Sweeps)
 
 def test_counts_of_one_group_are_those_of_eight_columns_and_five_passes() -> None:
     """Four checksums and four sketches; a sum of each kind, and the norm."""
-    found = counting.on_cpu(256, 1024, 1024, torch.float32)
+    found = counting.on_cpu(256, 1024, 1024, torch.float32, compiled=False)
     assert found["multiplications"] == pytest.approx(1 + 8 / 1024 + 5 / 1024)
     product, numbers = 256 * 1024 + 1024 * 1024 + 256 * 1024, 256 * 1024 + 8 * 1024 + 2 * 256 * 8 + 5 * 256 * 1024
     assert found["bytes"] == pytest.approx(1 + numbers / product)
+    once = counting.on_cpu(256, 1024, 1024, torch.float32, compiled=True)
+    assert once["multiplications"] == found["multiplications"]
+    assert once["bytes"] == pytest.approx(1 + (256 * 1024 + 8 * 1024 + 256 * 1024) / product)
 
 
 @pytest.mark.parametrize(("n", "group"), [(256, None), (256, 64), (1024, 128)])
@@ -47,9 +50,9 @@ def test_multiplications_with_the_panel_are_those_that_torch_counts(n: int, grou
     call = Call(a, w, None, None, False, "fprop", Policy(group=group), 0)
     p = reference.plan_for(call)
     panel, y = reference.build_panel(w, p.layout), reference.execute(call)
-    from abft.backends import quick
+    from abft.backends import judging, quick
 
-    q = quick.prepare(panel, None, k, p)
+    q = quick.in_torch(panel, None, k, p)
     assert q is not None
     with FlopCounterMode(display=False) as counter:
         quick.worst(y, a, q)
@@ -57,16 +60,20 @@ def test_multiplications_with_the_panel_are_those_that_torch_counts(n: int, grou
     assert counter.get_total_flops() == with_panel
     counted = (counting.on_cpu(m, n, k, torch.float32, group)["multiplications"] - 1) * 2 * m * n * k
     assert counted == pytest.approx(with_panel + 2 * m * n * (len(p.tested) + 1))
+    judge = judging.judge_for(p, k, torch.float32)
+    assert judge is None or counted == pytest.approx(2 * m * judge.work)  # as the compiled judgement counts itself
 
 
-def test_a_narrower_group_and_a_shallower_product_cost_more() -> None:
-    by_group = [counting.on_cpu(256, 1024, 1024, torch.float32, g) for g in (16, 64, 256, 1024)]
-    by_depth = [counting.on_cpu(256, 1024, k, torch.float32) for k in (128, 512, 2048)]
+@pytest.mark.parametrize("compiled", [False, True], ids=["torch", "compiled"])
+def test_a_narrower_group_and_a_shallower_product_cost_more(compiled: bool) -> None:
+    by_group = [counting.on_cpu(256, 1024, 1024, torch.float32, g, compiled=compiled) for g in (16, 64, 256, 1024)]
+    by_depth = [counting.on_cpu(256, 1024, k, torch.float32, compiled=compiled) for k in (128, 512, 2048)]
     for found in (by_group, by_depth):
         for how in ("multiplications", "bytes"):
             ratios = [one[how] for one in found]
             assert ratios == sorted(ratios, reverse=True) and ratios[-1] > 1
-    assert counting.on_cpu(256, 1024, 1024, torch.bfloat16)["bytes"] > counting.on_cpu(256, 1024, 1024, torch.float32)["bytes"]
+    half, single = (counting.on_cpu(256, 1024, 1024, dtype, compiled=compiled)["bytes"] for dtype in (torch.bfloat16, torch.float32))
+    assert half > single
 
 
 def test_a_gpu_s_prediction_is_that_of_the_documentation() -> None:

@@ -48,11 +48,11 @@ def shapes() -> Iterator[tuple[str, int, int, int]]:
                 yield f"{model} {layer}", m, n, k
 
 
-def predict(m: int, n: int, k: int, form: str = "full") -> dict[str, Any]:
+def predict(m: int, n: int, k: int, form: str = "full", group: int | None = None) -> dict[str, Any]:
     """Cycles of the slowest multiprocessor, bf16 on sm_90."""
     from abft.triton_kernels import waves
 
-    p = backend.plan(n, k, torch.bfloat16, 90, False, form, None)
+    p = backend.plan(n, k, torch.bfloat16, 90, False, form, group)
     c, columns = p.config, p.layout.columns
     data_tiles, check_tiles = -(-m // c.bm) * -(-n // c.bn), -(-m // c.bm) * -(-columns // c.bc)
     programs = MULTIPROCESSORS * c.resident

@@ -1,6 +1,7 @@
 """Launch shapes, as data. The tile decides the order of summation, so it is part of the arithmetic that a bound holds for.
 
-Not tuned yet on hardware: chosen from compiled registers, spills and shared memory (bench/results/audit-*.jsonl).
+Not tuned yet on hardware: chosen from compiled registers, spills and shared memory (bench/results/audit-*.jsonl). What
+``python -m bench tune`` measures takes their place (tuning.py).
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from functools import lru_cache
 from typing import Any
 
 import torch
+
+from . import tuning
 
 #: Result columns under one check, near-equal in units of a tile. Wider costs less and sees less: the floor grows with its root.
 GROUP = 512
@@ -135,9 +138,17 @@ def default_group(kind: str) -> int:
     return GROUP_TF32 if kind == "tf32" else GROUP
 
 
-def choose(architecture: int | None, kind: str, group: int | None, checksum_columns: int = 64) -> Config:
-    """The config of a product; ``architecture`` None: interpreted. A narrow ``group`` gets tiles that fit it."""
+def choose(architecture: int | None, kind: str, group: int | None, checksum_columns: int = 64,
+           shape: tuple[int, int] | None = None) -> Config:  # fmt: skip
+    """The config of a product; ``architecture`` None: interpreted. A narrow ``group`` gets tiles that fit it.
+
+    shape: (N, K), which may have been measured.
+    """
     config = CONFIGS[architecture, kind] if architecture is not None else replace(INTERPRETED, precision="ieee")
+    measured = replace(config, **tuning.find(architecture, kind, shape=shape))
+    # A tile that does not divide the group would make it wider than was asked for, and its floor coarser.
+    if (group or default_group(kind)) % measured.bn == 0:
+        config = measured
     if group is not None and group < config.bn:
         config = replace(config, bn=max(MIN_COLUMNS, 1 << (group.bit_length() - 1)))
     return replace(config, bc=check_width(checksum_columns))

@@ -122,12 +122,12 @@ def plan(n: int, k: int, dtype: torch.dtype, architecture: int | None, tf32: boo
 
     kind = "tf32" if tf32 else KIND[dtype]
     arithmetic = ARITHMETIC.get((architecture, kind), threshold.FMA_32)  # type: ignore[arg-type]
-    bn = configs.choose(architecture, kind, group).bn
+    bn = configs.choose(architecture, kind, group, shape=(n, k)).bn
     groups = Groups.near_equal(n, group or configs.default_group(kind), unit=bn)
     layout = Layout(groups, FORMS[form], dtype, TF32_PARTS if tf32 else floating.PARTS[dtype])
-    config = configs.choose(architecture, kind, group, layout.columns)
+    config = configs.choose(architecture, kind, group, layout.columns, (n, k))
     if height is not None:
-        config = decode.choose(architecture, kind, height, n, layout.columns, bn)
+        config = decode.choose(architecture, kind, height, n, layout.columns, bn, k)
     coefficients = threshold.coefficients(arithmetic, k, FORMS[form].kinds, groups.width)
     return Plan(config, arithmetic, layout, coefficients, -(-groups.width // config.bn))
 

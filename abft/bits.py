@@ -113,11 +113,11 @@ def _fingerprint_compiled(matrix: Tensor) -> Fingerprint | None:
     adjacent = column_stride != 1 or columns == 1  # rows are
     if adjacent and row_stride != 1:
         return None
-    sums = torch.empty((2, size // 2, columns), dtype=torch.int32)
-    threads = torch.get_num_threads() if matrix.numel() > _WORTH_A_THREAD else 1
+    plain, weighted = torch.empty((2, size // 2, columns), dtype=torch.int32).unbind()
     step = column_stride if adjacent else row_stride
-    functions.abft_fingerprint(matrix.data_ptr(), rows, columns, step, adjacent, size, sums[0].data_ptr(), sums[1].data_ptr(), threads)
-    return Fingerprint(sums[0], sums[1])
+    threads = torch.get_num_threads() if matrix.numel() > _WORTH_A_THREAD else 1
+    functions.abft_fingerprint(matrix.data_ptr(), rows, columns, step, adjacent, size, plain.data_ptr(), weighted.data_ptr(), threads)
+    return Fingerprint(plain, weighted)
 
 
 def _fingerprint_numpy(matrix: Tensor) -> Fingerprint:

@@ -46,15 +46,18 @@ class Judge:
     kept: tuple[object, ...]  # what the address leads to
 
 
-@lru_cache(maxsize=4096)
 def judge_for(p: Plan, k: int, dtype: torch.dtype) -> Judge | None:
     """The judge of a product over k, or None where it has to be judged in torch."""
+    return _judge(p, k, dtype, threshold.coefficients(threshold.with_wide_squares(p.arithmetic), k, p.tested, p.layout.groups.width))
+
+
+@lru_cache(maxsize=4096)
+def _judge(p: Plan, k: int, dtype: torch.dtype, c: threshold.Coefficients) -> Judge | None:
     functions = library.functions()
     layout = p.layout
     if functions is None or dtype not in encoding.DTYPES or layout.dtype != torch.float32 or layout.parts != 1 or not k:
         return None
     groups, kinds = layout.groups, len(p.tested)
-    c = threshold.coefficients(threshold.with_wide_squares(p.arithmetic), k, p.tested, groups.width)
     each = groups.count * kinds
     repeat = next(times for times in (1, 2, 4, 8) if times * each % LANES == 0)
     squares = [np.tile(np.square(values, dtype=np.float64), groups.count * repeat) for values in (c.accumulate, c.round, c.absolute)]

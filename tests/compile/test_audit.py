@@ -21,8 +21,6 @@ ROOT = Path(__file__).resolve().parents[2]
 PRODUCTS = ("checked_product", "recompute")
 INT_KERNELS = {"checked_int_product", "verify_exactly", "recompute_exactly", "settle_exactly"}
 INT_PRODUCTS = ("checked_int_product", "recompute_exactly")
-#: Repetitions that could not be kept from it: both operands transposed, and elements to be put back.
-SPILLING = {("recompute", "transposed", "tf32", "sm_90")}
 #: The matrix instruction of every generation and kind, and that of the two shapes of tile.
 MATRIX = {
     "sm_80": {"bf16": "HMMA.16816.F32.BF16", "fp16": "HMMA.16816.F32", "tf32": "HMMA.1688.F32.TF32"},
@@ -72,7 +70,8 @@ def table(compiled: Path) -> list[dict]:
     return [row for part in ("hopper", "others") for row in audited.rows(next((compiled / part).glob("*.jsonl")))]
 
 
-CASES = [("sm_90", v) for v in ("full", "lean", "transposed", "short", "narrow", "fine", "ones")] + [("sm_80", "full"), ("sm_100", "full")]
+CASES = [("sm_90", v) for v in ("full", "lean", "transposed", "short", "narrow", "fine", "ones", "second", "second transposed")]
+CASES += [("sm_80", "full"), ("sm_100", "full")]
 OPERANDS = ("bf16", "fp16", "tf32", "ieee")
 
 
@@ -102,20 +101,16 @@ def test_no_kernel_spills(table, arch, case, operands):
     rows = select(table, arch, case, operands)
     assert rows
     for r in rows:
-        if (r["kernel"], case, operands, arch) in SPILLING:
-            assert r["local"] <= 32, r  # bytes: four addresses, outside of the K loops
-        else:
-            assert r["spills"] == r["local"] == 0, r
-        assert r["registers"] <= 255 and r["blocks"] >= 1, r
+        assert r["spills"] == r["local"] == 0 and r["registers"] <= 255 and r["blocks"] >= 1, r
 
 
 @pytest.mark.parametrize("operands", ["bf16", "fp16", "tf32"])
 @pytest.mark.parametrize(("arch", "case"), CASES)
 def test_data_and_check_tiles_run_on_the_same_matrix_units(table, arch, case, operands):
     product, again = (select(table, arch, case, operands, [kernel])[0] for kernel in PRODUCTS)
-    config = product["config"]
-    widths = [MATRIX[arch][operands].format(width) for width in (config["BN"], config["BC"])]
-    assert set(product["matrix"]) == set(again["matrix"]) == set(widths)
+    # Check tiles may have other widths again, which decide no bits.
+    widths, again_widths = ([MATRIX[arch][operands].format(r["config"][size]) for size in ("BN", "BC")] for r in (product, again))
+    assert set(product["matrix"]) == set(widths) and set(again["matrix"]) == set(again_widths)
     # Again, and again with a weight as it was remembered: a third loop.
     assert sum(again["matrix"].values()) > sum(product["matrix"].values()) > 0
     if case != "ones":  # which has no K loop
@@ -151,7 +146,7 @@ def test_operands_come_by_tile_where_there_are_descriptors_and_else_by_thread(ta
 def test_checking_takes_no_occupancy_and_no_load_from_the_product(table, arch, case, operands):
     """Beside the unchecked twin: as many blocks as a launch puts on a multiprocessor, and the same pipelined loads of a data tile."""
     (checked,), (twin,) = (select(table, arch, case, operands, [kernel]) for kernel in ("checked_product", "unchecked_product"))
-    resident = max(config.resident for config in configs.CONFIGS.values())
+    resident = max(config.resident for table in configs.CONFIGS.values() for config in table)
     assert min(checked["blocks"], resident) == min(twin["blocks"], resident) == resident
     if case != "ones":  # of one number in K there is no K loop
         for where in ("step", "besides"):

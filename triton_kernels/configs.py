@@ -79,7 +79,11 @@ class Config:
 #: keep more multiprocessors busy. bk and precision are the same for all: they decide the bits. (64 × 128 would spill in repetitions
 #: on sm_90, and its 64 rows take Blackwell's matrix units at half their rate.)
 CONFIGS = {
-    (80, "16-bit"): (Config(128, 128, 32, warps=8, stages=3), Config(128, 64, 32, warps=8, stages=3), Config(64, 64, 32, warps=4, stages=3)),
+    (80, "16-bit"): (
+        Config(128, 128, 32, warps=8, stages=3),
+        Config(128, 64, 32, warps=8, stages=3),
+        Config(64, 64, 32, warps=4, stages=3),
+    ),
     (90, "16-bit"): (
         Config(128, 128, 64, warps=8, stages=4, descriptors=True),
         Config(128, 64, 64, warps=8, stages=4, descriptors=True),

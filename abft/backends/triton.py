@@ -157,7 +157,8 @@ def situation(call: Call) -> tuple[Any, ...]:
     tf32 = architecture is not None and a.dtype == torch.float32 and _tf32_allowed()
     rows = _rows(architecture, "tf32" if tf32 else KIND[a.dtype], a.shape[-2])
     batch = a.shape[0] if a.dim() == 3 else 1
-    return (call.w.shape[-2], a.shape[-1], a.dtype, architecture, tf32, call.policy.panel, call.policy.group, rows, batch, _programs(device))
+    policy = call.policy
+    return call.w.shape[-2], a.shape[-1], a.dtype, architecture, tf32, policy.panel, policy.group, rows, batch, _programs(device)
 
 
 @lru_cache(maxsize=8192)

@@ -56,13 +56,14 @@ class Case:
 
 
 #: What is audited; a new kernel takes one line here. m = n = k = 4096 with bias unless said otherwise. A short N has a narrow panel
-#: and narrow check tiles: 32 columns for 1024, 16 for 384. Up to 64 rows have tiles of their own. "second" and "third" are the other
-#: configs that a table entry names, whatever shapes they are for.
+#: and narrow check tiles: of 16-bit operands 64 columns for 2048, 32 for 1024, 16 for 384. Up to 64 rows have tiles of their own.
+#: "second" and "third" are the other configs that a table entry names, whatever shapes they are for.
 CASES = (
     Case("full"),
     Case("lean", {"form": "lean"}),
     Case("transposed", {"transposed": True}),
     Case("short", {"n": 1024}),
+    Case("half", {"n": 2048}, ("bf16", "fp16")),
     Case("narrow", {"n": 384, "bias": False}),
     Case("fine", {"group": 32}),
     Case("ones", {"m": 1, "n": 1, "k": 1}),

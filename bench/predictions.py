@@ -36,7 +36,7 @@ MULTIPROCESSORS, MMA_PER_CYCLE, ISSUED_PER_CYCLE = 132, 2048, 4
 SQUARES = {f"{s}³": (s, s, s) for s in (2048, 4096, 8192, 16384)}
 TOKENS = (512, 2048, 8192)
 #: Cases of the audit whose machine code a form's predictions count, the commonest first.
-CASES = {"full": ("full", "short", "second", "third"), "lean": ("lean", "second lean", "third lean")}
+CASES = {"full": ("full", "half", "short", "second", "third"), "lean": ("lean", "second lean", "third lean")}
 DECODED = (1, 4, 16, 64)
 
 

@@ -194,20 +194,29 @@ def choose(architecture: int | None, kind: str, group: int | None, n: int, k: in
     a recomputation under activation checkpointing sums in the order of the forward pass. Groups are whole tiles of any choice.
     """
     whole = [c for c in candidates(architecture, kind, group) if width >= n or width % c.bn == 0]
-    first, *others = (_with_check_tiles(c, architecture, kind, k, checks) for c in whole)
-    if rows is None or not others:
-        return first
+    if rows is None:
+        return _with_check_tiles(whole[0], architecture, kind, k, checks)[0]
     programs = programs or (PROGRAMS[architecture] if architecture is not None else INTERPRETED_PROGRAMS)
-    quickest = min(others, key=lambda c: _time(c, architecture, kind, n, k, checks, batch, rows, programs))  # of equals, the largest
-    times = [_time(c, architecture, kind, n, k, checks, batch, rows, programs) for c in (first, quickest)]
-    return quickest if times[1] < (1 - ADVANTAGE) * times[0] else first
+
+    def time(c: Config) -> float:
+        return _time(c, architecture, kind, n, k, checks, batch, rows, programs)
+
+    first, *others = (min(_with_check_tiles(c, architecture, kind, k, checks), key=time) for c in whole)  # of equals, the widest
+    quickest = min(others, key=time, default=first)  # of equals, the largest
+    return quickest if time(quickest) < (1 - ADVANTAGE) * time(first) else first
 
 
-def _with_check_tiles(c: Config, architecture: int | None, kind: str, k: int, checks: int) -> Config:
-    """Check tiles as narrow as hold the panel; the wider, the less often A is fetched, but no wider than data tiles or 64."""
-    bc = min(max(c.bn, WIDE_CHECKS), max(MIN_COLUMNS, 1 << max(checks - 1, 1).bit_length()))
-    check = tile_cycles(architecture, kind, c.bm, bc, c.bk, c.warps, k, CHECK_BESIDES)
-    return replace(c, bc=bc, check_cost=check / tile_cycles(architecture, kind, c.bm, c.bn, c.bk, c.warps, k))
+def _with_check_tiles(c: Config, architecture: int | None, kind: str, k: int, checks: int) -> list[Config]:
+    """With check tiles as wide as the panel, but no wider than data tiles or 64; then, if it is narrower, 64.
+
+    The wider, the less often A is fetched; the narrower, the more evenly they can be dealt.
+    """
+    widest = min(max(c.bn, WIDE_CHECKS), max(MIN_COLUMNS, 1 << max(checks - 1, 1).bit_length()))
+    tile = tile_cycles(architecture, kind, c.bm, c.bn, c.bk, c.warps, k)
+    return [
+        replace(c, bc=bc, check_cost=tile_cycles(architecture, kind, c.bm, bc, c.bk, c.warps, k, CHECK_BESIDES) / tile)
+        for bc in ([widest, WIDE_CHECKS] if widest > WIDE_CHECKS else [widest])
+    ]
 
 
 def _time(c: Config, architecture: int | None, kind: str, n: int, k: int, checks: int, batch: int, rows: int,

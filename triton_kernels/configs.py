@@ -43,7 +43,8 @@ class Config:
     resident: programs that run on a multiprocessor at once. registers: what a thread may use; left to itself, the assembler
     weighs occupancy and would sometimes rather spill. descriptors: operands come through the copy engine where their layout allows.
     repair_stages, repair_bc: of a repetition, if it has not the registers for those of the product; they decide no bits: the same
-    unit multiplies in the same steps of K. check_cost: the time of a check tile in data tiles, by which check tiles are dealt.
+    unit multiplies in the same steps of K. judge_warps: of the kernels that judge and settle a block of rows.
+    check_cost: the time of a check tile in data tiles, by which check tiles are dealt.
     """
 
     bm: int
@@ -58,6 +59,7 @@ class Config:
     descriptors: bool = False
     repair_stages: int = 0
     repair_bc: int = 0
+    judge_warps: int = 4
     check_cost: float = 1.0
 
     def launch(self) -> dict[str, Any]:
@@ -77,22 +79,23 @@ class Config:
 #: (architecture, kind of operand) → candidates. Architectures: 80 stands for all before Hopper, 90, 100 for Blackwell's data centre.
 #: The first has the tiles for many rows, and its columns are the unit of groups; the others, each half as large as the one before,
 #: keep more multiprocessors busy. bk and precision are the same for all: they decide the bits. (64 × 128 would spill in repetitions
-#: on sm_90, and its 64 rows take Blackwell's matrix units at half their rate.)
+#: on sm_90, and its 64 rows take Blackwell's matrix units at half their rate.) Of 64 rows of transposed 16-bit operands, settling would
+#: spill if two threads shared a row.
 CONFIGS = {
     (80, "16-bit"): (
         Config(128, 128, 32, warps=8, stages=3),
         Config(128, 64, 32, warps=8, stages=3),
-        Config(64, 64, 32, warps=4, stages=3),
+        Config(64, 64, 32, warps=4, stages=3, judge_warps=2),
     ),
     (90, "16-bit"): (
         Config(128, 128, 64, warps=8, stages=4, descriptors=True),
         Config(128, 64, 64, warps=8, stages=4, descriptors=True),
-        Config(64, 64, 64, warps=4, stages=4, descriptors=True),
+        Config(64, 64, 64, warps=4, stages=4, descriptors=True, judge_warps=2),
     ),
     (100, "16-bit"): (
         Config(128, 128, 64, warps=8, stages=4, descriptors=True),
         Config(128, 64, 64, warps=8, stages=4, descriptors=True),
-        Config(64, 64, 64, warps=4, stages=4, descriptors=True),
+        Config(64, 64, 64, warps=4, stages=4, descriptors=True, judge_warps=2),
     ),
     (80, "tf32"): (
         Config(128, 64, 32, warps=8, stages=3, precision="tf32"),
@@ -120,9 +123,9 @@ CONFIGS = {
 #: tiles, and as many steps of K in flight as hide the memory's latency. bk, precision and unit are those of CONFIGS, for they
 #: decide the bits; bn is the widest that decode.py may take. Warpgroup MMA wants 64 rows; elsewhere 16 do.
 DECODE = {
-    (80, "16-bit"): (Config(16, 64, 32, warps=4, stages=8), Config(64, 64, 32, warps=4, stages=6)),
-    (90, "16-bit"): (Config(64, 64, 64, warps=4, stages=8, descriptors=True),),
-    (100, "16-bit"): (Config(64, 64, 64, warps=4, stages=8, descriptors=True),),
+    (80, "16-bit"): (Config(16, 64, 32, warps=4, stages=8), Config(64, 64, 32, warps=4, stages=6, judge_warps=2)),
+    (90, "16-bit"): (Config(64, 64, 64, warps=4, stages=8, descriptors=True, judge_warps=2),),
+    (100, "16-bit"): (Config(64, 64, 64, warps=4, stages=8, descriptors=True, judge_warps=2),),
     (80, "tf32"): (Config(16, 64, 32, warps=4, stages=5, precision="tf32"), Config(64, 64, 32, warps=4, stages=4, precision="tf32")),
     (90, "tf32"): (Config(64, 64, 32, warps=4, stages=8, precision="tf32", descriptors=True),),
     (100, "tf32"): (Config(64, 64, 32, warps=4, stages=8, precision="tf32", descriptors=True),),

@@ -76,9 +76,8 @@ def check(product: Product, evidence: Evidence, judge: Judge, words: Tensor, sit
     was = Remembered(memory.scales, scales_batch, memory.fingerprint, product.weights, judge.width)
     panel = matrix(product.panel), matrix(memory.integrity), matrix(memory.sketch), memory.rms
     order = {"KINDS": product.kinds, "PARTS": judge.parts, "BM": config.bm, "BN": config.bn, "OUT_LARGEST": torch.finfo(y.dtype).max}
-    # Rarely more than an early exit: left to itself, the assembler would rather spill than take another register. So it would blocks of
-    # 64 rows of transposed operands if two threads shared a row.
-    order |= {"num_warps": 2 if config.bm == 64 else 4, "enable_fp_fusion": True, "maxnreg": MAX_REGISTERS}
+    # Rarely more than an early exit: left to itself, the assembler would rather spill than take another register.
+    order |= {"num_warps": config.judge_warps, "enable_fp_fusion": True, "maxnreg": MAX_REGISTERS}
     # Of a tracked weight, elements that changed in several groups are an edit.
     most_restored = groups if memory.frozen else 1
     verify[(max(1, batch * blocks * groups),)](

@@ -70,9 +70,14 @@ def table(compiled: Path) -> list[dict]:
     return [row for part in ("hopper", "others") for row in audited.rows(next((compiled / part).glob("*.jsonl")))]
 
 
-CASES = [("sm_90", v) for v in ("full", "lean", "transposed", "short", "narrow", "fine", "ones", "second", "second transposed")]
-CASES += [("sm_80", "full"), ("sm_100", "full")]
+CASES = [("sm_90", v) for v in ("full", "lean", "transposed", "short", "narrow", "fine", "ones")] + [("sm_80", "full"), ("sm_100", "full")]
 OPERANDS = ("bf16", "fp16", "tf32", "ieee")
+#: The other candidates of configs.CONFIGS, where there are some.
+OTHERS = dict.fromkeys(("second", "third"), ("bf16", "fp16", "tf32"))
+OTHERS |= dict.fromkeys(("second transposed", "third transposed", "short transposed"), ("bf16", "tf32"))
+EVERY = [(arch, case, operands) for arch, case in CASES for operands in OPERANDS]
+EVERY += [("sm_90", case, operands) for case, kinds in OTHERS.items() for operands in kinds]
+ON_MATRIX_UNITS = [one for one in EVERY if one[2] != "ieee"]
 
 
 def select(table, arch, case, operands=None, kernels=None):
@@ -95,8 +100,7 @@ def test_every_kernel_that_is_launched_is_audited(table):
         assert {r["kernel"] for r in table if r["arch"] == arch} == launched, "a new kernel needs a case in bench/audit.py"
 
 
-@pytest.mark.parametrize("operands", OPERANDS)
-@pytest.mark.parametrize(("arch", "case"), CASES)
+@pytest.mark.parametrize(("arch", "case", "operands"), EVERY)
 def test_no_kernel_spills(table, arch, case, operands):
     rows = select(table, arch, case, operands)
     assert rows
@@ -104,8 +108,7 @@ def test_no_kernel_spills(table, arch, case, operands):
         assert r["spills"] == r["local"] == 0 and r["registers"] <= 255 and r["blocks"] >= 1, r
 
 
-@pytest.mark.parametrize("operands", ["bf16", "fp16", "tf32"])
-@pytest.mark.parametrize(("arch", "case"), CASES)
+@pytest.mark.parametrize(("arch", "case", "operands"), ON_MATRIX_UNITS)
 def test_data_and_check_tiles_run_on_the_same_matrix_units(table, arch, case, operands):
     product, again = (select(table, arch, case, operands, [kernel])[0] for kernel in PRODUCTS)
     # Check tiles may have other widths again, which decide no bits.
@@ -117,8 +120,7 @@ def test_data_and_check_tiles_run_on_the_same_matrix_units(table, arch, case, op
         assert [list(tile["matrix"]) for tile in product["tiles"]] == [[width] for width in widths]
 
 
-@pytest.mark.parametrize("operands", OPERANDS)
-@pytest.mark.parametrize(("arch", "case"), CASES)
+@pytest.mark.parametrize(("arch", "case", "operands"), EVERY)
 def test_all_kernels_of_a_product_multiply_with_one_kind_of_instruction(table, arch, case, operands):
     """Else a repetition has other bits than the first time. N may differ (gemm.md), K per instruction and type may not."""
     found = {r["kernel"]: {sass.arithmetic_of(m) for m in r["matrix"]} for r in select(table, arch, case, operands) if r["matrix"]}
@@ -129,8 +131,7 @@ def test_all_kernels_of_a_product_multiply_with_one_kind_of_instruction(table, a
         assert len(set.union(*found.values())) == 1, found
 
 
-@pytest.mark.parametrize("operands", OPERANDS)
-@pytest.mark.parametrize(("arch", "case"), CASES)
+@pytest.mark.parametrize(("arch", "case", "operands"), EVERY)
 def test_operands_come_by_tile_where_there_are_descriptors_and_else_by_thread(table, arch, case, operands):
     possible = arch != "sm_80" and operands != "ieee" and case != "ones"  # one number is no multiple of 16 bytes
     for r in select(table, arch, case, operands, PRODUCTS):
@@ -141,8 +142,7 @@ def test_operands_come_by_tile_where_there_are_descriptors_and_else_by_thread(ta
             assert ("LDGSTS" in r["loads"]) is (not by_tile and r["config"]["num_stages"] > 1), r
 
 
-@pytest.mark.parametrize("operands", OPERANDS)
-@pytest.mark.parametrize(("arch", "case"), CASES)
+@pytest.mark.parametrize(("arch", "case", "operands"), EVERY)
 def test_checking_takes_no_occupancy_and_no_load_from_the_product(table, arch, case, operands):
     """Beside the unchecked twin: as many blocks as a launch puts on a multiprocessor, and the same pipelined loads of a data tile."""
     (checked,), (twin,) = (select(table, arch, case, operands, [kernel]) for kernel in ("checked_product", "unchecked_product"))

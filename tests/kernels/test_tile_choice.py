@@ -15,6 +15,7 @@ from kernel_harness import DEVICE, DTYPES, NULLIFY, Strike, assert_right, at, op
 from abft.backends import triton as backend
 from abft.faults import BitOperation
 from bench import audited, predictions
+from bench.results import FOLDER
 
 FLOATS = [key for key in configs.CONFIGS if key[1] != "int8"]
 CHOOSING = [key for key, table in configs.CONFIGS.items() if len(table) > 1]
@@ -144,6 +145,18 @@ def test_the_estimate_counts_what_was_compiled():
             assert step == pytest.approx(tile_time.STEP_ISSUED, rel=0.1)
             issuing = besides * config["num_warps"] / tile_time.ISSUED_PER_CYCLE
             assert by_warp * config["num_warps"] + by_number * config["BM"] * columns == pytest.approx(issuing, rel=0.2)
+
+
+@pytest.mark.parametrize("file", sorted(FOLDER.glob("audit-triton*.jsonl")), ids=lambda file: file.stem)
+def test_every_candidate_was_compiled_and_none_spills(file):
+    rows = audited.rows(file)
+    assert rows and all(r["spills"] == r["local"] == 0 for r in rows)
+    for (architecture, kind), table in configs.CONFIGS.items():
+        operand = {"16-bit": "bf16"}.get(kind, kind)
+        names = ("checked_int_product", "recompute_exactly") if kind == "int8" else ("checked_product", "recompute", "unchecked_product")
+        for config, kernel in itertools.product(table, names):
+            found = [r for r in rows if (r["arch"], r["operands"], r["kernel"]) == (f"sm_{architecture}", operand, kernel)]
+            assert (config.bm, config.bn, config.bk) in {tuple(r["config"][size] for size in ("BM", "BN", "BK")) for r in found}
 
 
 def test_predictions_let_the_unchecked_product_choose_its_own_tiles():

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from abft.triton_kernels import configs, decode, tuning, waves
+from abft.triton_kernels import configs, decode, tuning
 from abft.triton_kernels.configs import Config
 
 from abft.backends import triton as backend
@@ -31,10 +31,6 @@ STAGES = (2, 3, 4, 5, 6)
 FEW_STAGES = (4, 6, 8, 10)
 #: Kind of operand, as in the table of configs → bytes of a number.
 SIZE = {"16-bit": 2, "tf32": 4, "ieee": 4}
-#: Multiply-adds of a multiprocessor in a cycle, and bytes that it gets from the L2, of an H100: its data sheet's dense TFLOP/s over
-#: 132 × 1.83 GHz; 64 as in triton_kernels/decode.py. They say which tiles load more than they multiply.
-PER_CYCLE = {"16-bit": 2048, "tf32": 1024, "ieee": 128}
-L2_BYTES = 64
 
 
 @dataclass(frozen=True)
@@ -48,9 +44,9 @@ class Row:
     @property
     def built_in(self) -> Config:
         if self.architecture is None:
-            return replace(configs.INTERPRETED, precision="ieee") if self.height is None else self._few(configs.INTERPRETED_DECODE)
+            return replace(configs.INTERPRETED[0], precision="ieee") if self.height is None else self._few(configs.INTERPRETED_DECODE)
         key = self.architecture, self.kind
-        return configs.CONFIGS[key] if self.height is None else self._few(configs.DECODE[key])
+        return configs.CONFIGS[key][0] if self.height is None else self._few(configs.DECODE[key])
 
     def _few(self, rows: tuple[Config, ...]) -> Config:
         return next(c for c in rows if c.bm == self.height)
@@ -147,16 +143,13 @@ def _fits(c: Config, row: Row) -> bool:
 
 
 def _time(row: Row, c: Config, s: Shape, multiprocessors: int) -> float:
-    """Of the slowest program, in multiplications for each step in K; of few rows, in rows of W that it reads. An order, no time."""
+    """Of the slowest program, in cycles; of few rows, in rows of W that it reads. An order, no time."""
     columns = -(-s.n // configs.default_group(row.kind)) * 16
     if row.height is not None:
         widths = [bn for bn in (64, 32, 16) if bn <= c.bn]
         return min(decode.slowest(s.n, columns, bn, c.bm, multiprocessors) for bn in widths)
-    data, checks = -(-s.m // c.bm) * -(-s.n // c.bn), -(-s.m // c.bm) * -(-columns // c.bc)
-    span = waves.makespan(data, checks, multiprocessors * c.resident, waves.check_cost(c.bn, c.bc))
-    multiply, load = c.bm * max(c.bn, waves.ISSUE_FLOOR), (c.bm + c.bn) * SIZE[row.kind] * PER_CYCLE[row.kind] / L2_BYTES
     # Programs that share a multiprocessor share its matrix unit, and its path to the L2.
-    return span * c.resident * max(multiply, load)
+    return c.resident * configs.quickest_checks(c, row.architecture, row.kind, s.n, s.k, columns, s.m, multiprocessors)
 
 
 # --- compiled -------------------------------------------------------------------------------------

@@ -400,11 +400,15 @@ def memory(page: str) -> str:
 def predictions(page: str) -> str:
     def row(f: File, r: Record) -> tuple[object, ...]:
         size = f"{r['m']:,} × {r['n']:,} × {r['k']:,}"
-        waves = f"{r['waves']:.2f} of {r['rounds']}"
-        return r["name"], size, r["group"], waves, f"{100 * r['of_sums']:.1f} %", f"**{r['ratio']:.3f}**", f.link(page)
+        waves, cycles = f"{r['waves']:.2f} of {r['rounds']}", f"{r['cycles'] / 1e3:,.0f} of {r['unchecked_cycles'] / 1e3:,.0f}"
+        tiles = r["tile"] if r["tile"] == r["unchecked_tile"] else f"{r['tile']}, {r['unchecked_tile']}"
+        return r["name"], size, tiles, waves, f"{100 * r['of_sums']:.1f} %", cycles, f"**{r['ratio']:.3f}**", f.link(page)
 
     rows = [row(f, r) for f in files("predictions*") for r in f.kind("prediction") if r["form"] == "full"]
-    header = "product | M × N × K | G | rounds with check tiles, of without | row sums | predicted × unchecked | file"
+    header = (
+        "product | M × N × K | tile (unchecked, if another) | rounds with check tiles, of without | row sums | "
+        "thousand cycles, of unchecked | predicted × unchecked | file"
+    )
     return table(header, rows, "python -m bench predict")
 
 

@@ -38,7 +38,7 @@ def choose(architecture: int | None, kind: str, bm: int, n: int, checksum_column
     k: as n, of a shape that may have been measured.
     """
     config = next(c for c in _configs(architecture, kind) if c.bm == bm)
-    config = replace(config, **tuning.find(architecture, kind, bm, None if k is None else (n, k)))
+    config = replace(config, **(tuning.find(architecture, kind, bm, None if k is None else (n, k)) or {}))
     programs = PROGRAMS.get(architecture, 1) if architecture is not None else 1
     widths = [bn for bn in (64, 32, 16) if bn <= min(config.bn, max(widest, MIN_COLUMNS))]
     bn = min(widths, key=lambda bn: slowest(n, checksum_columns, bn, bm, programs))  # of equals, the widest

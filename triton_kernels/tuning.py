@@ -35,14 +35,14 @@ REMEDY = "write it anew with `python -m bench tune`, or delete it: the built-in 
 _instead: Entries | None = None
 
 
-def find(architecture: int | None, kind: str, height: int | None = None, shape: tuple[int, int] | None = None) -> dict[str, Any]:
-    """The fields of a config that a measurement changed; none of them where nothing was measured.
+def find(architecture: int | None, kind: str, height: int | None = None, shape: tuple[int, int] | None = None) -> dict[str, Any] | None:
+    """The fields of a config that a measurement changed, maybe none of them; None where nothing was measured.
 
     ``height``: of tiles for few rows. ``shape``: (N, K). ValueError if there is a file and it is not such a table.
     """
     entries = _instead if _instead is not None else {} if architecture is None else _entries(FILE)
     found = entries.get((architecture, kind, height, shape)) if shape is not None else None
-    return found if found is not None else entries.get((architecture, kind, height, None), {})
+    return found if found is not None else entries.get((architecture, kind, height, None))
 
 
 @contextlib.contextmanager

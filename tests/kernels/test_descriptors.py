@@ -25,10 +25,10 @@ def by_tile(monkeypatch):
     genuine = gemm.Product.operands
 
     def switch(on):
-        monkeypatch.setattr(configs, "INTERPRETED", replace(configs.INTERPRETED, descriptors=on))
+        monkeypatch.setattr(configs, "INTERPRETED", tuple(replace(c, descriptors=on) for c in configs.INTERPRETED))
         monkeypatch.setattr(decode, "INTERPRETED_DECODE", tuple(replace(c, descriptors=on) for c in configs.INTERPRETED_DECODE))
         monkeypatch.setattr(decode, "DECODE", {k: tuple(replace(c, descriptors=on) for c in cs) for k, cs in configs.DECODE.items()})
-        monkeypatch.setattr(configs, "CONFIGS", {k: replace(c, descriptors=on) for k, c in configs.CONFIGS.items()})
+        monkeypatch.setattr(configs, "CONFIGS", {k: tuple(replace(c, descriptors=on) for c in cs) for k, cs in configs.CONFIGS.items()})
         from abft.backends import triton
 
         triton.plan.cache_clear()

@@ -41,6 +41,11 @@ def file(tmp_path, monkeypatch):
     backend.plan.cache_clear()
 
 
+def first(key, shape=None, group=None):
+    """The config for many rows of W of a shape."""
+    return configs.candidates(*key, group, shape)[0]
+
+
 def entry(config, *, kind="16-bit", height=None, n=None, k=None):
     return {"kind": kind, "height": height, "n": n, "k": k, "config": config}
 
@@ -50,26 +55,29 @@ def entry(config, *, kind="16-bit", height=None, n=None, k=None):
 
 def test_without_a_file_the_built_in_table_holds(tmp_path, monkeypatch):
     monkeypatch.setattr(tuning, "FILE", tmp_path / "nothing.json")
-    assert tuning.find(*HOPPER) == {} and configs.choose(*HOPPER, None) == configs.CONFIGS[HOPPER]
+    assert tuning.find(*HOPPER) is None and configs.candidates(*HOPPER, None) == configs.CONFIGS[HOPPER]
 
 
 def test_an_entry_changes_the_fields_it_names_for_its_shape_or_for_all(file):
     file(entry({"bn": 256, "stages": 3}), entry({"warps": 4}, n=4096, k=1024), entry({}, n=512, k=512))
-    built_in = configs.CONFIGS[HOPPER]
-    assert configs.choose(*HOPPER, None) == replace(built_in, bn=256, stages=3)
-    assert configs.choose(*HOPPER, None, shape=(9, 9)) == replace(built_in, bn=256, stages=3)
-    assert configs.choose(*HOPPER, None, shape=(4096, 1024)) == replace(built_in, warps=4)
-    assert configs.choose(*HOPPER, None, shape=(512, 512)) == built_in
-    assert configs.choose(90, "tf32", None) == configs.CONFIGS[90, "tf32"]
-    assert configs.choose(80, "16-bit", None) == configs.CONFIGS[80, "16-bit"]
+    built_in = configs.CONFIGS[HOPPER][0]
+    assert first(HOPPER) == replace(built_in, bn=256, stages=3)
+    assert first(HOPPER, shape=(9, 9)) == replace(built_in, bn=256, stages=3)
+    assert first(HOPPER, shape=(4096, 1024)) == replace(built_in, warps=4)
+    assert first(HOPPER, shape=(512, 512)) == built_in
+    assert configs.candidates(90, "tf32", None) == configs.CONFIGS[90, "tf32"]
+    assert configs.candidates(80, "16-bit", None) == configs.CONFIGS[80, "16-bit"]
 
 
 def test_a_plan_takes_the_measured_tile_for_its_panel_and_for_few_rows(file):
     file(entry({"bn": 256, "stages": 3}, n=4096, k=1024), entry({"stages": 4}, height=64, n=4096, k=1024))
     plan = backend.plan(4096, 1024, torch.bfloat16, 90, False, "full", None)
-    few = backend.plan(4096, 1024, torch.bfloat16, 90, False, "full", None, decode.height(90, "16-bit", 1))
+    few = backend.plan(4096, 1024, torch.bfloat16, 90, False, "full", None, 1)
     assert plan.config.bn == 256 and few.config.stages == 4 and plan.layout == few.layout
     assert backend.plan(4096, 2048, torch.bfloat16, 90, False, "full", None).config.bn == 128
+    # Measured once for a weight, it is taken for every number of rows; elsewhere few tiles are cut smaller.
+    widths = [backend.plan(n, 1024, torch.bfloat16, 90, False, "full", None, 512).config.bn for n in (4096, 1024)]
+    assert widths == [256, 64]
 
 
 @pytest.mark.parametrize("group", [None, 512, 320, 128, 32])
@@ -79,7 +87,7 @@ def test_a_measured_tile_never_widens_a_group(file, group):
     file(entry({"bn": 256}))
     assert backend.plan(11008, 512, torch.bfloat16, 90, False, "full", group).layout.groups.width <= max(built_in.width, group or 512)
     file(entry({"bn": 256}, kind="tf32"))
-    assert configs.choose(90, "tf32", None).bn == 128  # 256 does not divide 384
+    assert first((90, "tf32")).bn == 128  # 256 does not divide 384
 
 
 def test_tables_for_others_are_left_alone(file):
@@ -87,14 +95,14 @@ def test_tables_for_others_are_left_alone(file):
     with pytest.raises(ValueError):  # its entries are still a table's
         tuning.find(*HOPPER)
     file(entry({"warps": 4}), architecture="quantum")
-    assert tuning.find(*HOPPER) == {}
+    assert tuning.find(*HOPPER) is None
     file({"nonsense": 1}, version="2.0.0")
-    assert tuning.find(*HOPPER) == {}
+    assert tuning.find(*HOPPER) is None
 
 
 def test_the_interpreter_reads_no_table(file):
     file().write_text("broken")
-    assert configs.choose(None, "ieee", None) == replace(configs.INTERPRETED, precision="ieee")
+    assert first((None, "ieee")) == replace(configs.INTERPRETED[0], precision="ieee")
 
 
 @pytest.mark.parametrize(
@@ -111,7 +119,7 @@ def test_a_broken_file_says_what_is_wrong_and_what_to_do(file, text, says):
     path = file()
     path.write_text(text)
     with pytest.raises(ValueError, match="python -m bench tune") as raised:
-        configs.choose(*HOPPER, None)
+        configs.candidates(*HOPPER, None)
     assert says in str(raised.value) and "tuned.json" in str(raised.value)
 
 

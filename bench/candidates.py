@@ -72,12 +72,12 @@ def label(config: Config) -> str:
 @contextlib.contextmanager
 def in_use(row: Row, config: Config) -> Iterator[None]:
     """Plans made inside take this config, in place of any table; none made inside is remembered."""
-    backend.plan.cache_clear()
+    backend.forget_plans()
     try:
         with tuning.instead({(row.architecture, row.kind, row.height, None): difference(config, row.built_in)}):
             yield
     finally:
-        backend.plan.cache_clear()
+        backend.forget_plans()
 
 
 # --- which, and in what order ---------------------------------------------------------------------

@@ -84,10 +84,10 @@ def launches_of(operands: str, architecture: int, *, m: int = 4096, n: int = 409
         # Alone in the table, it would be the unit of groups, too; every candidate's columns divide the first one's.
         unit = configs.unit(architecture, kind, group)
         with mock.patch.dict(configs.CONFIGS, {(architecture, kind): table}), mock.patch.object(configs, "unit", lambda *_: unit):
-            backend.plan.cache_clear()
+            backend.forget_plans()
             found = launches_of(operands, architecture, m=m, n=n, k=k, form=form, group=group, transposed=transposed, bias=bias,
                                 strike=strike, batch=batch, timing=timing, numbered=numbered)  # fmt: skip
-        backend.plan.cache_clear()
+        backend.forget_plans()
         return found
 
     lead = () if batch is None else (batch,)

@@ -199,7 +199,7 @@ class _Product:
         from bench import twin_layer
 
         with self._planned():
-            return twin_layer.multiply(*self._operands)
+            return twin_layer.multiply(*self._operands, config=self._plan.config)
 
     def alarms(self) -> int:
         from abft import ledger

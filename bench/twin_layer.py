@@ -45,8 +45,9 @@ class _Linear(torch.autograd.Function):
         return dx, dw, rows.sum(0) if ctx.has_bias and wants_bias else None
 
 
-def multiply(a: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
-    """A Wᵀ (+ bias) in our kernel without its check, in the tiles that it would choose if it had no check tiles to deal."""
+def multiply(a: Tensor, w: Tensor, bias: Tensor | None, config: Any = None) -> Tensor:
+    """A Wᵀ (+ bias) in our kernel without its check, in the tiles of ``config``: by default those it would choose if it had no
+    check tiles to deal."""
     from abft.triton_kernels import decode, gemm
 
     from bench import twin
@@ -54,7 +55,8 @@ def multiply(a: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
     call = Call(a, w, bias, None, False, "fprop", _POLICY, 0)
     p = backend.plan_for(call)
     few = a.shape[-2] <= decode.FEW_ROWS  # which have one tile's height, and its width by what is read
-    config = p.config if few else _unchecked_config(p.layout.groups.width, *backend.situation(call))
+    if config is None:
+        config = p.config if few else _unchecked_config(p.layout.groups.width, *backend.situation(call))
     panel = _not_looked_at(p.layout.columns, a.shape[-1], a.dtype, a.device)
     weights = backend.column_weights(p.layout.groups, p.layout.form.kinds, a.device)
     product = gemm.Product(a, w, bias, panel, weights, p.layout.groups.count, config, numbered=False)

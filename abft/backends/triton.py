@@ -145,6 +145,12 @@ def _layout(n: int, k: int, dtype: torch.dtype, architecture: int | None, kind: 
     return Layout(groups, FORMS[form], dtype, TF32_PARTS if kind == "tf32" else floating.PARTS[dtype])
 
 
+def forget_plans() -> None:
+    """For whoever changes what plans are made from."""
+    plan.cache_clear()
+    _layout.cache_clear()
+
+
 def plan_for(call: Call) -> Plan:
     """The plan of a call on its own device."""
     return plan(*situation(call))

@@ -31,7 +31,7 @@ def by_tile(monkeypatch):
         monkeypatch.setattr(configs, "CONFIGS", {k: tuple(replace(c, descriptors=on) for c in cs) for k, cs in configs.CONFIGS.items()})
         from abft.backends import triton
 
-        triton.plan.cache_clear()
+        triton.forget_plans()
 
     def operands(self):
         found = genuine(self)
@@ -49,7 +49,7 @@ def by_tile(monkeypatch):
     monkeypatch.undo()
     from abft.backends import triton
 
-    triton.plan.cache_clear()
+    triton.forget_plans()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])

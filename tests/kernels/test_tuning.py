@@ -32,13 +32,13 @@ def file(tmp_path, monkeypatch):
         table = {"architecture": architecture, "triton": version, "measured": {}, "entries": list(entries)}
         path.write_text(json.dumps({"format": 1, "tables": [table]}))
         tuning._entries.cache_clear()
-        backend.plan.cache_clear()
+        backend.forget_plans()
         return path
 
     write()
     yield write
     tuning._entries.cache_clear()
-    backend.plan.cache_clear()
+    backend.forget_plans()
 
 
 def first(key, shape=None, group=None):

@@ -304,8 +304,8 @@ INLINE void judge(const abft_plan *p, const abft_product *x, int64_t m0, int64_t
 INLINE void rows_of_one_thread(const abft_plan *p, const abft_product *x, float *packed, int64_t wide, int thread, int threads,
                                abft_found *found, int dtype, int full) {
     const int64_t columns = columns_of(p), each = p->groups * (full ? KINDS : 1), rows = x->rows, k = p->k;
-    float *mine = scratch(1, TASK * wide + 8 * ROWS * each + 16);
-    double *room = (double *)(mine + TASK * wide);
+    float *mine = scratch(1, TASKS * TASK * wide + 8 * ROWS * each + 16);
+    double *room = (double *)(mine + TASKS * TASK * wide);
     if (!mine) found->poison = NAN;
     if (rows < FEW) {
         float *raw = packed + rows * k;
@@ -333,17 +333,21 @@ INLINE void rows_of_one_thread(const abft_plan *p, const abft_product *x, float 
     for (int64_t i = k * thread / threads; !paired && i < k * (thread + 1) / threads; i++)
         for (int64_t c = 0; c < wide; c++) packed[i * wide + c] = c < columns ? x->panel[c * k + i] : 0.0f;
 #pragma omp barrier
-    const int64_t tasks = (rows + TASK - 1) / TASK;
-    for (int64_t t = tasks * thread / threads; mine && t < tasks * (thread + 1) / threads; t++) {
-        const int64_t m0 = t * TASK, count = rows - m0 < TASK ? rows - m0 : TASK;
+    /* Some tasks' predictions, then their results: two long streams from memory instead of many short ones. */
+    const int64_t tasks = (rows + TASK - 1) / TASK, last = tasks * (thread + 1) / threads;
+    for (int64_t t0 = tasks * thread / threads; mine && t0 < last; t0 += TASKS) {
+        const int64_t m0 = t0 * TASK, m1 = (t0 + TASKS < last ? t0 + TASKS : last) * TASK, stop = m1 < rows ? m1 : rows;
+        for (int64_t m = m0; m < stop; m += TASK) {
+            const int64_t count = stop - m < TASK ? stop - m : TASK;
 #if PAIRS
-        if (paired)
-            predict_pairs(p, x, m0, count, (const uint32_t *)packed, each, columns - each, wide, mine);
-        else
+            if (paired)
+                predict_pairs(p, x, m, count, (const uint32_t *)packed, each, columns - each, wide, mine + (m - m0) * wide);
+            else
 #endif
-            predict(p, x, m0, count, packed, wide, mine, dtype);
-        for (int64_t m = 0; m < count; m += ROWS)
-            judge(p, x, m0 + m, count - m < ROWS ? count - m : ROWS, mine + m * wide, wide, room, found, dtype, full);
+                predict(p, x, m, count, packed, wide, mine + (m - m0) * wide, dtype);
+        }
+        for (int64_t m = m0; m < stop; m += ROWS)
+            judge(p, x, m, stop - m < ROWS ? stop - m : ROWS, mine + (m - m0) * wide, wide, room, found, dtype, full);
     }
 }
 

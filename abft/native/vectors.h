@@ -25,7 +25,7 @@ typedef int64_t m8 __attribute__((vector_size(64)));
 
 enum { FP32, BF16, FP16 };
 enum { E, ONE, HI, LO, KINDS };
-enum { FRAGMENT = 16, SKETCHES = 4, ROWS = 8, TASK = 32, DEPTH = 128, FEW = 16, LANES = 8 };
+enum { FRAGMENT = 16, SKETCHES = 4, ROWS = 8, TASK = 32, TASKS = 4, DEPTH = 128, FEW = 16, LANES = 8 };
 
 INLINE float one_of(const void *p, int64_t i, int dtype) {
     if (dtype == FP32) return ((const float *)p)[i];

@@ -255,8 +255,8 @@ PLANTS = (
         "compiled-judges-every-other-task",
         "Half of the blocks of rows are not judged by the compiled pass.",
         "abft/native/judge.c",
-        "mine && t < tasks * (thread + 1) / threads; t++)",
-        "mine && t < tasks * (thread + 1) / threads; t += 2)",
+        "        for (int64_t m = m0; m < stop; m += ROWS)\n",
+        "        for (int64_t m = m0; m < stop; m += 2 * ROWS)\n",
         ("tests/test_native.py::test_every_row_is_judged",),
     ),
     Plant(

@@ -22,8 +22,8 @@ WORTH_A_THREAD = 1 << 18
 class _Layout(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("n", "k", "width", "groups", "kinds", "shared_sketch", "ingress", "dtype")),
-        *((name, ctypes.c_void_p) for name in ("weights", "last_weights", "coefficients")),
-        ("rms2", ctypes.c_double * 4),
+        *((name, ctypes.c_void_p) for name in ("weights", "last_weights", "coefficients", "signs", "last_signs")),
+        ("share", ctypes.c_double * 4),
     ]
 
 
@@ -39,12 +39,13 @@ def _encoder_for(layout: Layout, k: int, dtype: torch.dtype) -> _Encoder:
     widths = groups.width, groups.ragged or groups.width
     weights, last = (padded(np.stack([checksum.column_weights(kind, width) for kind in kinds])) for width in widths)
     coefficients = np.ascontiguousarray(checksum.sketch_coefficients(k, torch.device("cpu")).numpy())
-    rms2 = [checksum.weight_rms(kind, groups.width) ** 2 for kind in kinds]
+    signs, last_signs = (table[0].astype(np.float64) for table in (weights, last))
+    share = [checksum.weight_rms(kind, groups.width) ** -2 for kind in kinds]
     plan = _Layout(
         groups.columns, k, groups.width, groups.count, len(kinds), int(layout.shared_sketch), int(layout.form.ingress), DTYPES[dtype],
-        weights.ctypes.data, last.ctypes.data, coefficients.ctypes.data, (ctypes.c_double * 4)(*rms2),
+        weights.ctypes.data, last.ctypes.data, coefficients.ctypes.data, signs.ctypes.data, last_signs.ctypes.data, (ctypes.c_double * 4)(*share),
     )  # fmt: skip
-    return _Encoder(ctypes.addressof(plan), (plan, weights, last, coefficients))
+    return _Encoder(ctypes.addressof(plan), (plan, weights, last, coefficients, signs, last_signs))
 
 
 def padded(weights: np.ndarray) -> np.ndarray:

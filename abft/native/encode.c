@@ -16,7 +16,9 @@ typedef struct {
     const float *weights;      /* (kinds, padded width) w_j[n] of a group, padded by zeros to FRAGMENT */
     const float *last_weights; /* of the last group, if it is narrower */
     const float *coefficients; /* (SKETCHES, k) */
-    double rms2[KINDS];        /* w̄_j² */
+    const double *signs;       /* (padded width) w_e, for sums along a row */
+    const double *last_signs;
+    double share[KINDS];       /* 1 / w̄_j² */
 } abft_layout;
 
 /* Panel columns (C, k) at column k: sums (groups, kinds), squares (groups) → checksums, sketches, ingress. */
@@ -29,7 +31,7 @@ INLINE void put(const abft_layout *l, float *out, int64_t k, const double *sums,
         for (int64_t j = 0; j < l->kinds; j++) {
             const double s = sums[(g * l->kinds + j) * step];
             out[(g * l->kinds + j) * l->k + k] = (float)s;
-            nu2 += s * s / l->rms2[j];
+            nu2 += s * s * l->share[j];
         }
         if (!l->shared_sketch || g == l->groups - 1) {
             const int64_t first = sketches + (l->shared_sketch ? 0 : g * SKETCHES);
@@ -46,26 +48,36 @@ INLINE void put(const abft_layout *l, float *out, int64_t k, const double *sums,
 INLINE d8 low(v16 v) { return __builtin_convertvector(((v8 *)&v)[0], d8); }
 INLINE d8 high(v16 v) { return __builtin_convertvector(((v8 *)&v)[1], d8); }
 
-INLINE double total(d8 v) { return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7])); }
+INLINE double total(d8 v) {
+    const d4 half = ((d4 *)&v)[0] + ((d4 *)&v)[1];
+    return (half[0] + half[2]) + (half[1] + half[3]);
+}
 
-/* Sums (groups, kinds) and squares (groups) of n adjacent numbers. */
+/* Sums (groups, kinds) and squares (groups) of n adjacent numbers. e is kept by lane, so lo is its lanes, weighted. */
 INLINE void sum_row(const abft_layout *l, const void *x, int64_t first, double *sums, double *squares, int dtype) {
+    const d8 lane0 = {-15, -13, -11, -9, -7, -5, -3, -1}, lane1 = {1, 3, 5, 7, 9, 11, 13, 15};
     for (int64_t g = 0; g < l->groups; g++) {
         const int64_t start = g * l->width, width = l->n - start < l->width ? l->n - start : l->width;
-        const int64_t padded = (width + FRAGMENT - 1) / FRAGMENT * FRAGMENT;
-        const float *w = width < l->width ? l->last_weights : l->weights;
-        d8 sum[KINDS] = {{0}}, square = {0};
-        for (int64_t n = 0; n < width; n += FRAGMENT) {
+        const double *signs = width < l->width ? l->last_signs : l->signs;
+        double digit = -(double)((width + FRAGMENT - 1) / FRAGMENT - 1);
+        d8 e0 = {0}, e1 = {0}, one = {0}, hi = {0}, square = {0};
+        for (int64_t n = 0; n < width; n += FRAGMENT, digit += 2) {
             const int64_t at = first + start + n;
             const v16 v = width - n < FRAGMENT ? some_of(x, at, width - n, dtype) : sixteen_of(x, at, dtype);
-            const d8 a = low(v), b = high(v);
+            const d8 a = low(v), b = high(v), signed_a = a * *(const d8 *)(signs + n), signed_b = b * *(const d8 *)(signs + n + 8);
+            e0 += signed_a, e1 += signed_b;
             square += a * a + b * b;
-            UNROLL for (int64_t j = 0; j < l->kinds; j++) {
-                const v16 weight = *(const v16 *)(w + j * padded + n);
-                sum[j] += a * low(weight) + b * high(weight);
+            if (l->kinds == KINDS) {
+                one += a + b;
+                hi += (signed_a + signed_b) * digit;
             }
         }
-        for (int64_t j = 0; j < l->kinds; j++) sums[g * l->kinds + j] = total(sum[j]);
+        sums[g * l->kinds + E] = total(e0 + e1);
+        if (l->kinds == KINDS) {
+            sums[g * l->kinds + ONE] = total(one);
+            sums[g * l->kinds + HI] = total(hi);
+            sums[g * l->kinds + LO] = total(e0 * lane0 + e1 * lane1);
+        }
         squares[g] = total(square);
     }
 }
@@ -155,7 +167,7 @@ void abft_bias(const abft_layout *l, const void *bias, float *sums, float *noise
         for (int64_t j = 0; j < l->kinds; j++) {
             const double s = room[g * l->kinds + j];
             sums[g * l->kinds + j] = (float)s;
-            noise += s * s / l->rms2[j];
+            noise += s * s * l->share[j];
         }
         noise2[g] = (float)noise;
     }

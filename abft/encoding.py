@@ -43,7 +43,7 @@ def _encoder_for(layout: Layout, k: int, dtype: torch.dtype) -> _Encoder:
     share = [checksum.weight_rms(kind, groups.width) ** -2 for kind in kinds]
     plan = _Layout(
         groups.columns, k, groups.width, groups.count, len(kinds), int(layout.shared_sketch), int(layout.form.ingress), DTYPES[dtype],
-        weights.ctypes.data, last.ctypes.data, coefficients.ctypes.data, signs.ctypes.data, last_signs.ctypes.data, (ctypes.c_double * 4)(*share),
+        *(table.ctypes.data for table in (weights, last, coefficients, signs, last_signs)), (ctypes.c_double * 4)(*share),
     )  # fmt: skip
     return _Encoder(ctypes.addressof(plan), (plan, weights, last, coefficients, signs, last_signs))
 

@@ -58,17 +58,17 @@ INLINE double group_sums(const void *y, int64_t start, int64_t width, const floa
 
 /* --- what is predicted from the input ----------------------------------------------------------------------- */
 
-/* raw (ROWS, ldr) += a (ROWS, depth) · packed (depth, ldp), for as many columns as V has lanes. */
-#define MULTIPLY(NAME, V)                                                                                            \
-    INLINE void NAME(const float *a, int64_t rs, int64_t ks, const float *packed, int64_t ldp, int64_t depth, float *raw, \
-                     int64_t ldr) {                                                                                  \
-        V sum[ROWS];                                                                                                 \
-        UNROLL for (int r = 0; r < ROWS; r++) sum[r] = *(const V *)(raw + r * ldr);                                         \
-        for (int64_t k = 0; k < depth; k++) {                                                                        \
-            const V p = *(const V *)(packed + k * ldp);                                                              \
-            UNROLL for (int r = 0; r < ROWS; r++) sum[r] += a[r * rs + k * ks] * p;                                         \
-        }                                                                                                            \
-        UNROLL for (int r = 0; r < ROWS; r++) *(V *)(raw + r * ldr) = sum[r];                                               \
+/* raw (ROWS, ldr) += a (ROWS, depth) · packed (depth, ldp), for as many columns as V has lanes. Summed apart from what is there:
+   short chains of additions round less than one long one. */
+#define MULTIPLY(NAME, V)                                                                                                  \
+    INLINE void NAME(const float *a, int64_t rs, int64_t ks, const float *packed, int64_t ldp, int64_t depth, float *raw,  \
+                     int64_t ldr) {                                                                                        \
+        V sum[ROWS] = {{0}};                                                                                               \
+        for (int64_t k = 0; k < depth; k++) {                                                                              \
+            const V p = *(const V *)(packed + k * ldp);                                                                    \
+            UNROLL for (int r = 0; r < ROWS; r++) sum[r] += a[r * rs + k * ks] * p;                                        \
+        }                                                                                                                  \
+        UNROLL for (int r = 0; r < ROWS; r++) *(V *)(raw + r * ldr) += sum[r];                                             \
     }
 MULTIPLY(multiply16, v16)
 MULTIPLY(multiply8, v8)
@@ -77,16 +77,16 @@ MULTIPLY(multiply4, v4)
 static int64_t columns_of(const abft_plan *p) { return p->groups * p->kinds + SKETCHES * (p->shared_sketch ? 1 : p->groups); }
 
 /* All columns of a task's rows, in steps of ROWS. One function for each way that a lies: its steps are then constants. */
-#define MULTIPLY_ROWS(NAME, ROW_STEP, K_STEP)                                                                             \
-    static __attribute__((noinline)) void NAME(const float *a, int64_t rs, int64_t rows, const float *packed, int64_t wide,   \
-                                               int64_t depth, float *raw) {                                                 \
-        (void)rs;                                                                                                         \
-        for (int64_t m = 0; m < rows; m += ROWS, a += ROWS * (ROW_STEP), raw += ROWS * wide) {                            \
-            int64_t c = 0;                                                                                                \
-            for (; c + 16 <= wide; c += 16) multiply16(a, ROW_STEP, K_STEP, packed + c, wide, depth, raw + c, wide);      \
-            for (; c + 8 <= wide; c += 8) multiply8(a, ROW_STEP, K_STEP, packed + c, wide, depth, raw + c, wide);         \
-            for (; c < wide; c += 4) multiply4(a, ROW_STEP, K_STEP, packed + c, wide, depth, raw + c, wide);              \
-        }                                                                                                                 \
+#define MULTIPLY_ROWS(NAME, ROW_STEP, K_STEP)                                                                              \
+    static __attribute__((noinline)) void NAME(const float *a, int64_t rs, int64_t rows, const float *packed, int64_t wide,\
+                                               int64_t depth, float *raw) {                                                \
+        (void)rs;                                                                                                          \
+        for (int64_t m = 0; m < rows; m += ROWS, a += ROWS * (ROW_STEP), raw += ROWS * wide) {                             \
+            int64_t c = 0;                                                                                                 \
+            for (; c + 16 <= wide; c += 16) multiply16(a, ROW_STEP, K_STEP, packed + c, wide, depth, raw + c, wide);       \
+            for (; c + 8 <= wide; c += 8) multiply8(a, ROW_STEP, K_STEP, packed + c, wide, depth, raw + c, wide);          \
+            for (; c < wide; c += 4) multiply4(a, ROW_STEP, K_STEP, packed + c, wide, depth, raw + c, wide);               \
+        }                                                                                                                  \
     }
 MULTIPLY_ROWS(multiply_as_it_lies, rs, 1)
 MULTIPLY_ROWS(multiply_columns, 1, TASK)
@@ -159,22 +159,22 @@ static void pack_pairs(const abft_plan *p, const float *panel, uint32_t *packed,
 }
 
 /* raw (ROWS, wide) += rows of a (ROWS, 2 · depth), `rs` pairs apart, times columns of V lanes; the second part lies `second` behind. */
-#define MULTIPLY_PAIRS(NAME, V, REGISTER, SET, DOT)                                                                      \
-    INLINE void NAME(const uint32_t *a, int64_t rs, const uint32_t *packed, int64_t slots, int64_t second, int64_t depth, \
-                     float *raw, int64_t ldr) {                                                                          \
-        REGISTER sum[ROWS];                                                                                              \
-        UNROLL for (int r = 0; r < ROWS; r++) sum[r] = (REGISTER)*(const V *)(raw + r * ldr);                            \
-        for (int64_t i = 0; i < depth; i++) {                                                                            \
-            const V first = *(const V *)(packed + i * slots);                                                            \
-            const V rest = second ? *(const V *)(packed + i * slots + second) : first;                                   \
-            UNROLL for (int r = 0; r < ROWS; r++) {                                                                      \
-                uint32_t pair;                                                                                           \
-                memcpy(&pair, a + r * rs + i, 4);                                                                        \
-                sum[r] = DOT(sum[r], SET(pair), first);                                                                  \
-                if (second) sum[r] = DOT(sum[r], SET(pair), rest);                                                       \
-            }                                                                                                            \
-        }                                                                                                                \
-        UNROLL for (int r = 0; r < ROWS; r++) *(V *)(raw + r * ldr) = (V)sum[r];                                         \
+#define MULTIPLY_PAIRS(NAME, V, REGISTER, SET, DOT)                                                                        \
+    INLINE void NAME(const uint32_t *a, int64_t rs, const uint32_t *packed, int64_t slots, int64_t second, int64_t depth,  \
+                     float *raw, int64_t ldr) {                                                                            \
+        REGISTER sum[ROWS];                                                                                                \
+        UNROLL for (int r = 0; r < ROWS; r++) sum[r] = (REGISTER)(V){0};                                                   \
+        for (int64_t i = 0; i < depth; i++) {                                                                              \
+            const V first = *(const V *)(packed + i * slots);                                                              \
+            const V rest = second ? *(const V *)(packed + i * slots + second) : first;                                     \
+            UNROLL for (int r = 0; r < ROWS; r++) {                                                                        \
+                uint32_t pair;                                                                                             \
+                memcpy(&pair, a + r * rs + i, 4);                                                                          \
+                sum[r] = DOT(sum[r], SET(pair), first);                                                                    \
+                if (second) sum[r] = DOT(sum[r], SET(pair), rest);                                                         \
+            }                                                                                                              \
+        }                                                                                                                  \
+        UNROLL for (int r = 0; r < ROWS; r++) *(V *)(raw + r * ldr) += (V)sum[r];                                          \
     }
 #define DOT16(s, a, b) _mm512_dpbf16_ps(s, (__m512bh)(a), (__m512bh)(b))
 #define DOT8(s, a, b) _mm256_dpbf16_ps(s, (__m256bh)(a), (__m256bh)(b))

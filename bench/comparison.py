@@ -90,8 +90,9 @@ def run(command: str, workloads: list[Workload], options: argparse.Namespace, *,
     ways = options.ways or (["eager", "graph"] if cuda else ["eager"])
     contenders = chosen_providers(options.providers or (providers.ON_GPU if cuda else providers.ON_CPU))
     cases = [Case(w, dtype, way) for w in workloads for dtype in dtypes for way in ways if _makes_sense(w, dtype, way, cuda)]
+    alone = "-1-thread" if device.type == "cpu" and options.threads == 1 else ""
     results = Results(
-        f"{name or f'time-{command}'}-{devices.device_name(device)}", fresh=options.fresh, folder=options.out,
+        f"{name or f'time-{command}'}-{devices.device_name(device)}{alone}", fresh=options.fresh, folder=options.out,
         rounds=options.rounds, seed=options.seed, lap_seconds=LAP_SECONDS[device.type],
         price_per_hour=options.gpu_price, threads=torch.get_num_threads(),
     )  # fmt: skip

@@ -59,7 +59,7 @@ def shown(records: Iterable[Record], command: str, device: str) -> list[Shown]:
     for r in records:
         if r.get("kind") == "timing" and (command != "linear" or r["workload"] in LINEAR):
             timed.setdefault((r["workload"], r["passes"]), {}).setdefault((r["dtype"], r["way"]), {})[r["provider"]] = r
-    place = "cpu" if device == "cpu" else "gpu"
+    place = "cpu" if device.startswith("cpu") else "gpu"
     out = []
     for (workload, passes), found in timed.items():
         wanted = ((dtype, way) for dtype in DTYPES[place] for way in WAYS[place])

@@ -56,7 +56,7 @@ class File:
     @property
     def machine(self) -> str:
         s = next(iter(reversed(self.kind("stamp"))), {})
-        if s.get("gpu") and self.name.startswith(("time-", "scaling-")) and not self.name.endswith("-cpu"):
+        if s.get("gpu") and self.name.startswith(("time-", "scaling-")) and "-cpu" not in self.name:
             return f"{s['gpu'].split(',')[0]}, torch {release(s.get('torch', '?'))}"
         threads = s.get("threads", 1)
         return f"{s.get('cpu', '?')}, {threads} thread{'s' * (threads != 1)}, torch {release(s.get('torch', '?'))}"

@@ -12,6 +12,7 @@ if not (_Path(__file__).parent / "triton_kernels").is_dir():
 __version__ = "0.1.0"
 
 from abft import inject
+from abft.attend import scaled_dot_product_attention
 from abft.covering import Coverage, ModuleCoverage, coverage
 from abft.errors import (
     AbftError,
@@ -69,6 +70,7 @@ __all__ = [
     "refresh",
     "report",
     "restore",
+    "scaled_dot_product_attention",
     "unprotect",
     "verify_deferred",
     "verify_matmul",

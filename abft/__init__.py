@@ -28,7 +28,7 @@ from abft.events import FaultEvent
 from abft.functional import addmm, bmm, int_mm, linear, matmul
 from abft.guarding import checkpoint_context, checkpoint_ops, context, protected
 from abft.ledger import Verdict
-from abft.nn import Linear
+from abft.nn import Linear, MultiheadAttention
 from abft.ops import flops as _flops  # noqa: F401  (registers the formula)
 from abft.pending import flush as verify_deferred
 from abft.policy import Policy
@@ -47,6 +47,7 @@ __all__ = [
     "FaultEvent",
     "Linear",
     "ModuleCoverage",
+    "MultiheadAttention",
     "NotInjected",
     "Policy",
     "PolicyError",

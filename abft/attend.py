@@ -78,6 +78,26 @@ def attention_at(
 _EMPTY = "nothing is multiplied"
 
 
+def attention_with_weights_at(
+    site: Tensor | None, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout_p: float, is_causal: bool,
+    *, own: Policy | None, name: str, weights: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(out, probabilities as dropout left them, or anything without ``weights``), of operands (B, heads, ..., d) that fit each other."""
+    if not weights:
+        out = attention_at(site, query, key, value, mask, dropout_p, is_causal, own=own, name=name)
+        return out, out
+    policy = scope.in_force(own)
+    query, key, value = (_autocast(t) for t in (query, key, value))
+    reason = _why_not(query, key, value, mask, dropout_p, is_causal, False, policy)
+    if reason is None:
+        return attend(site, query, key, value, mask, dropout_p, is_causal, None, False, policy, name, weights=True)
+
+    def by_torch() -> tuple[Tensor, Tensor]:
+        return torch.ops.aten._scaled_dot_product_attention_math(query, key, value, mask, dropout_p, is_causal)
+
+    return bypassed(reason, by_torch)  # type: ignore[return-value, arg-type]
+
+
 def attend(
     site: Tensor | None, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout_p: float, is_causal: bool,
     scale: float | None, enable_gqa: bool, policy: Policy, name: str, more: More | None = None, weights: bool = False,

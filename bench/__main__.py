@@ -13,6 +13,7 @@ COMMANDS = {
     "emulated-faults": "flips and nullifications in emulated tensor-core accumulators, weights and panels",
     "floors": "the smallest deviation found, per backend, dtype and K, beside threshold.expected_floor",
     "activations": "a real sentence encoder's activations and gradients, fault-free",
+    "attention": "fault-free attention: the largest residual of every check",
     "memory": "bytes of panels, per direction and group",
     "work": "what a repair computes again, of what the product computed: tiles counted in the interpreted kernels",
     "linear": "times of linear layers: torch, abft in every form, repetition, the unchecked kernel; each beside its evidence",

@@ -269,10 +269,23 @@ def test_compiled_whole(dynamo):
     assert set(abft.report().sites) == {"mha"} and abft.report().bypassed == {}
 
 
-def test_the_module_is_torchs_function():
-    """A scope hands F.multi_head_attention_forward's own arguments over, by position and by name."""
+BARE = {
+    "nothing": {}, "boolean": {"attn_mask": torch.arange(5)[:, None] < torch.arange(5)},
+    "boolean padding": {"key_padding_mask": torch.arange(5) >= torch.tensor([[5], [3]])},
+    "both boolean": {"attn_mask": torch.arange(5)[:, None] < torch.arange(5), "key_padding_mask": torch.arange(5) >= torch.tensor([[5], [3]])},
+    "one of each": {"attn_mask": causal(5), "key_padding_mask": torch.zeros(2, 5).masked_fill(torch.arange(5) >= torch.tensor([[5], [3]]), -torch.inf)},
+}
+
+
+@pytest.mark.parametrize("added", [False, True], ids=["", "a zero key"])
+@pytest.mark.parametrize("need_weights", [True, False], ids=["weights", "no weights"])
+@pytest.mark.parametrize("kind", BARE)
+def test_the_function_in_a_scope_is_torchs(kind, need_weights, added):
+    """The module turns boolean masks into floats before it calls the function; others do not."""
     x, w, o = query(5, 2, 8), torch.randn(24, 8), torch.randn(8, 8)
-    arguments = (x, x, x, 8, 2, w, None, None, None, False, 0.0, o, None)
-    expected = F.multi_head_attention_forward(*arguments)
-    with abft.protected():
-        torch.testing.assert_close(F.multi_head_attention_forward(*arguments), expected, **CLOSE)
+    arguments = (x, x, x, 8, 2, w, None, None, None, added, 0.0, o, None)
+    options = {"need_weights": need_weights, **BARE[kind]}
+    expected = F.multi_head_attention_forward(*arguments, **options)
+    with abft.protected() as scope:
+        agree(expected, F.multi_head_attention_forward(*arguments, **options))
+    assert scope.report().bypassed == {} and scope.report().checks == 2 * 10 + 2 * 20

@@ -1,7 +1,7 @@
 """The backward pass: the scores again, four products more, and sums that must vanish or agree.
 
     P  = exp(x - m) / l                rows sum to 1: the forward's exp, m and l once more
-    dP = dO Vᵀ,   dX = P ∘ (dP - δ)    scoregrad: Σ_t dX = 0
+    dP = dO Vᵀ,   dX = P ∘ (dP - δ)    Σ_t dX = 0, and a weighted sum (scoregrad)
     dV = Pᵀ dO                         1ᵀ dV = Σ_i (Σ_t P_it) dO_i
     dQ = dS K · scale
     dK = dSᵀ Q · scale                 1ᵀ dK = Σ_i (Σ_t dS_it) Q_i · scale
@@ -20,6 +20,8 @@ from abft.attention import judgement, keysums, products, scoregrad, softmax
 from abft.attention.forward import dropped
 from abft.attention.keysums import KeySum
 from abft.attention.problem import Plane, Problem, Tile
+from abft.attention.products import Panels, Strikes
+from abft.attention.softmax import Softmax
 from abft.attention.tally import Tally
 
 
@@ -94,65 +96,78 @@ def _plane(plane: Plane, given: Given, tally: Tally, out: Gradients, of_mask: bo
         KeySum("dK", plane, k.shape, k.dtype), KeySum("dV", plane, v.shape, v.dtype),
         None if like is None else torch.zeros_like(like, dtype=problem.wide),
     )  # fmt: skip
+    panels = Panels(tally)
     for tile in plane.tiles():
-        _tile(tile, tally, given, k[:, tile.keys], v[:, tile.keys], sums, out)
+        _tile(tile, tally, panels, given, k[:, tile.keys], v[:, tile.keys], sums, out)
     return sums
 
 
-def _tile(tile: Tile, tally: Tally, given: Given, k: Tensor, v: Tensor, sums: _Sums, out: Gradients) -> None:
-    problem = tile.plane.problem
-    q, d_out = tile.of_rows(problem.q), tile.of_rows(given.d_out)
-    maxima, l = (tile.of_rows(t.unsqueeze(-1)).squeeze(-1) for t in given.statistics)
-    scores = products.multiply(tally, "S", q, k)
-    hits = products.strikes(tally, "dV", (k.shape[0], k.shape[1], v.shape[2], q.shape[1]), q.dtype, places=("P",))
-    soft = softmax.remembered(scores.y, tile, maxima, l, hits)
-    s, _ = products.judge(tally, scores, tile.row_of)
-    if s is not scores.y:
-        soft = softmax.remembered(s, tile, maxima, l)
-
+def _tile(tile: Tile, tally: Tally, panels: Panels, given: Given, k: Tensor, v: Tensor, sums: _Sums, out: Gradients) -> None:
+    q, d_out = tile.of_rows(tile.plane.problem.q), tile.of_rows(given.d_out)
     kept = tile.kept() if tile.options.dropout else None
-    used = dropped(soft.probabilities, tile, kept)
-    clean = dropped(softmax.remembered(s, tile, maxima, l).probabilities, tile, kept).mT if hits else None
-    part = products.multiply(tally, "dV", used.mT, d_out.mT, hits, clean)
-    if tally.checks("pv"):
-        total = judgement.total(used, soft, tile, kept)
-        mended = judgement.settle(
-            tally, s, soft, total, tile, product="dP", again=lambda: softmax.remembered(s, tile, maxima, l), anew=False
-        )
-        if mended is not soft:
-            soft, used = mended, dropped(mended.probabilities, tile, kept)
-            part = products.anew(tally, part, used.mT)
-    sums.v.add(tally, part, tile, row_sums=used.sum(-1), sizes=used.sum(-1), right=d_out)
-
-    hits = products.strikes(tally, "dP", (*q.shape[:2], k.shape[1], v.shape[2]), q.dtype, places=("dS",))
-    product = products.multiply(tally, "dP", d_out, v, hits)
-    dp, _ = products.judge(tally, product, tile.row_of)
-    if given.d_weights is not None:
-        plane = tile.plane
-        above = given.d_weights[plane.batch, plane.heads, :, tile.rows, tile.keys]
-        dp = dp + above.reshape(dp.shape).to(dp.dtype)
-    dp = dropped(dp, tile, kept)
-
-    p = soft.probabilities
+    s, p = _probabilities(tile, tally, panels, given.statistics, kept, (q, k, d_out), sums.v)
+    dp, hits = _above(tile, tally, panels, given, kept, d_out, v)
     g = scoregrad.of_softmax(p, dp, hits)
     if any(hit.place == "dS" for hit in hits):
         tally.struck_by(hits, scoregrad.of_softmax(p, dp).dx, g.dx)
     ds = scoregrad.through_scores(g.dx, s, tile)
     dq = products.multiply(tally, "dQ", ds, k.mT)
     if tally.checks("pv"):
-        mended_g = scoregrad.settle(tally, g, p, dp, tile)
-        if mended_g is not g:
-            g = mended_g
+        mended = scoregrad.settle(tally, g, p, dp, tile)
+        if mended is not g:
+            g = mended
             ds = scoregrad.through_scores(g.dx, s, tile)
             dq = products.anew(tally, dq, ds)
-    y, _ = products.judge(tally, dq, tile.row_of)
+    y, _ = products.judge(tally, dq, tile.row_of, panels.of("dQ", k.mT, tile.keys))
     tile.write_rows(out.q, y * tile.options.scale)
-
-    part = products.multiply(tally, "dK", ds.mT, q.mT)
-    sums.k.add(tally, part, tile, row_sums=ds.sum(-1), sizes=g.size, right=q)  # a soft-cap only shrinks
+    # Of |dS| that of dX: a soft-cap only shrinks.
+    sums.k.add(tally, products.multiply(tally, "dK", ds.mT, q.mT), tile, row_sums=ds.sum(-1), sizes=g.size, right=q)
     if sums.mask is not None:
         whole = tile.masked_part_of(sums.mask)
         whole.add_(tile.view(g.dx).sum_to_size(whole.shape))
+
+
+def _probabilities(
+    tile: Tile, tally: Tally, panels: Panels, statistics: Tensor, kept: Tensor | None, operands: tuple[Tensor, Tensor, Tensor], dv: KeySum
+) -> tuple[Tensor, Tensor]:
+    """(S, P before dropout); their share of dV is added, as the product whose operand P is."""
+    q, k, d_out = operands
+    maxima, l = (tile.of_rows(t.unsqueeze(-1)).squeeze(-1) for t in statistics)
+
+    def remembered(scores: Tensor, hits: Strikes = ()) -> Softmax:
+        return softmax.remembered(scores, tile, maxima, l, hits)
+
+    scores = products.multiply(tally, "S", q, k)
+    hits = products.strikes(tally, "dV", (k.shape[0], k.shape[1], d_out.shape[2], q.shape[1]), q.dtype, places=("P",))
+    soft = remembered(scores.y, hits)
+    s, _ = products.judge(tally, scores, tile.row_of, panels.of("S", k, tile.keys))
+    if s is not scores.y:
+        soft = remembered(s)
+    used = dropped(soft.probabilities, tile, kept)
+    clean = dropped(remembered(s).probabilities, tile, kept).mT if hits else None
+    part = products.multiply(tally, "dV", used.mT, d_out.mT, hits, clean)
+    if tally.checks("pv"):
+        sums = judgement.total(used, soft, tile, kept)
+        mended = judgement.settle(tally, s, soft, sums, tile, product="dP", again=lambda: remembered(s), anew=False)
+        if mended is not soft:
+            soft, used = mended, dropped(mended.probabilities, tile, kept)
+            part = products.anew(tally, part, used.mT)
+    row_sums = used.sum(-1)
+    dv.add(tally, part, tile, row_sums=row_sums, sizes=row_sums, right=d_out)
+    return s, soft.probabilities
+
+
+def _above(
+    tile: Tile, tally: Tally, panels: Panels, given: Given, kept: Tensor | None, d_out: Tensor, v: Tensor
+) -> tuple[Tensor, Strikes]:
+    """(dP before dropout, faults that strike what is made of it)."""
+    hits = products.strikes(tally, "dP", (*d_out.shape[:2], v.shape[1], v.shape[2]), d_out.dtype, places=("dS",))
+    dp, _ = products.judge(tally, products.multiply(tally, "dP", d_out, v, hits), tile.row_of, panels.of("dP", v, tile.keys))
+    if given.d_weights is not None:
+        plane = tile.plane
+        above = given.d_weights[plane.batch, plane.heads, :, tile.rows, tile.keys]
+        dp = dp + above.reshape(dp.shape).to(dp.dtype)
+    return dropped(dp, tile, kept), hits
 
 
 def _mask_part(mask: Tensor, plane: Plane) -> Tensor:

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from abft.attention import judgement, products, softmax
-from abft.attention.problem import Plane, Problem, Tile
+from abft.attention.problem import Problem, Tile
+from abft.attention.products import Panels
 from abft.attention.softmax import Softmax
 from abft.attention.tally import Tally
-from abft.checksum import Panel
 
 
 @dataclass
@@ -36,11 +36,9 @@ def attend(problem: Problem, tally: Tally, weights: bool = False) -> Attended:
     tally.expect("S", problem.rows, problem.keys, q.shape[-1])
     tally.expect("O", problem.rows, v.shape[-1], problem.keys)
     for plane in problem.planes():
-        k_plane, v_plane = plane.of_keys(problem.k), plane.of_keys(problem.v)
-        panels = _Panels(plane, tally, k_plane, v_plane)
+        k_plane, v_plane, panels = plane.of_keys(problem.k), plane.of_keys(problem.v), Panels(tally)
         for tile in plane.tiles():
-            keys = k_plane[:, tile.keys], v_plane[:, tile.keys].mT
-            o, soft, p = _tile(tile, tally, tile.of_rows(q), *keys, *panels.of(tile))
+            o, soft, p = _tile(tile, tally, panels, tile.of_rows(q), k_plane[:, tile.keys], v_plane[:, tile.keys].mT)
             tile.write_rows(out, o)
             tile.write_rows(statistics[0], soft.maxima)
             tile.write_rows(statistics[1], soft.sums)
@@ -49,30 +47,14 @@ def attend(problem: Problem, tally: Tally, weights: bool = False) -> Attended:
     return Attended(out, statistics, full)
 
 
-class _Panels:
-    """The panels of K and V: one for all tiles that see the same keys."""
-
-    def __init__(self, plane: Plane, tally: Tally, k: Tensor, v: Tensor) -> None:
-        self._plane, self._tally, self._k, self._v = plane, tally, k, v
-        self._keys: slice | None = None
-        self._panels: tuple[Panel | None, Panel | None] = (None, None)
-
-    def of(self, tile: Tile) -> tuple[Panel | None, Panel | None]:
-        if tile.keys != self._keys:
-            k, v = self._k[:, tile.keys], self._v[:, tile.keys].mT
-            s, o = products.panel_for(self._tally, "S", k, k.shape[2]), products.panel_for(self._tally, "O", v, v.shape[2])
-            self._keys, self._panels = tile.keys, (s, o)
-        return self._panels
-
-
 def _tile(
-    tile: Tile, tally: Tally, q: Tensor, k: Tensor, v: Tensor, of_k: Panel | None, of_v: Panel | None
+    tile: Tile, tally: Tally, panels: Panels, q: Tensor, k: Tensor, v: Tensor
 ) -> tuple[Tensor, Softmax, Tensor]:
-    """(O, softmax, the probabilities that multiplied V)."""
+    """(O, softmax, the probabilities that multiplied V) of q (heads, rows, E), k (heads, keys, E), v (heads, D, keys)."""
     scores = products.multiply(tally, "S", q, k)
     hits = products.strikes(tally, "O", (*q.shape[:2], v.shape[1], v.shape[2]), q.dtype, places=("P", "l"))
     soft = softmax.softmax(scores.y, tile, hits)
-    s, _ = products.judge(tally, scores, tile.row_of, of_k)
+    s, _ = products.judge(tally, scores, tile.row_of, panels.of("S", k, tile.keys))
     if s is not scores.y:
         soft = softmax.softmax(s, tile)
     kept = tile.kept() if tile.options.dropout else None
@@ -84,7 +66,7 @@ def _tile(
         if mended is not soft:
             soft, used = mended, dropped(mended.probabilities, tile, kept)
             o = products.anew(tally, o, used)
-    y, _ = products.judge(tally, o, tile.row_of, of_v)
+    y, _ = products.judge(tally, o, tile.row_of, panels.of("O", v, tile.keys))
     return y, soft, used
 
 

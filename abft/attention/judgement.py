@@ -8,7 +8,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from abft import bits
 from abft.attention import softmax
 from abft.attention.problem import Tile
 from abft.attention.softmax import Evidence, Softmax
@@ -60,14 +59,16 @@ def _ask_fp64(tally: Tally, s: Tensor, soft: Softmax, rows: np.ndarray, e: Evide
     """Rows that stay suspect: fp64 agrees with what is there, or takes its place."""
     at = torch.from_numpy(rows)
     exact = softmax.exactly(s, tile, rows)
-    kept = [soft.probabilities.reshape(-1, s.shape[-1]), soft.maxima.reshape(-1), soft.sums.reshape(-1)]
-    explained = ((kept[0][at].double() - exact[0]).abs().sum(-1) <= e.bound).numpy()
+    # Copies: maxima and sums may be what the forward saved.
+    mended = Softmax(*(t.clone() for t in (soft.probabilities, soft.maxima, soft.sums)))
+    flat = mended.probabilities.view(-1, s.shape[-1]), mended.maxima.view(-1), mended.sums.view(-1)
+    explained = ((flat[0][at].double() - exact[0]).abs().sum(-1) <= e.bound).numpy()
     _find(tally, product, Verdict.FALSE_ALARM, rows[explained], e, tile)
     wrong = ~explained
     _find(tally, product, Verdict.RECONSTRUCTED, rows[wrong], e, tile, "persistent")
-    for values, right in zip(kept, exact, strict=True):
+    for values, right in zip(flat, exact, strict=True):
         values[at[wrong]] = right[wrong].to(values.dtype)
-    return soft
+    return mended
 
 
 def _find(tally: Tally, product: str, verdict: Verdict, rows: np.ndarray, e: Evidence, tile: Tile, cause: str = "unknown") -> None:
@@ -76,8 +77,3 @@ def _find(tally: Tally, product: str, verdict: Verdict, rows: np.ndarray, e: Evi
     residual = np.nan_to_num(e.residual[rows].max(-1), nan=np.inf)
     worst = int(residual.argmax())
     tally.find(product, verdict, len(rows), tile.row_of(int(rows[worst])), float(residual[worst]), e.bound, cause)
-
-
-def same_rows(a: Tensor, b: Tensor) -> np.ndarray:
-    """bool per row, over all leading dimensions: equal bit for bit."""
-    return bits.same(a, b).all(-1).reshape(-1).numpy()

@@ -98,13 +98,23 @@ def judge(tally: Tally, product: Multiplied, row_of: Callable[[int], int], panel
     return y, case.judgement
 
 
-def panel_for(tally: Tally, name: str, w: Tensor, depth: int) -> Panel | None:
-    """The panel of a right operand that several tiles share; None if its product is not checked."""
-    if not tally.checks(ROLES[name]):
-        return None
-    policy = tally.policy
-    p = plan(w.shape[1], depth, w.dtype, policy.panel, policy.group, name in OF_PROBABILITIES)
-    return reference.build_panel(w, p.layout)
+class Panels:
+    """The panels of what a plane's tiles multiply by; one for all tiles that see the same keys."""
+
+    def __init__(self, tally: Tally) -> None:
+        self._tally = tally
+        self._keys: dict[str, slice] = {}
+        self._panels: dict[str, Panel] = {}
+
+    def of(self, name: str, w: Tensor, keys: slice) -> Panel | None:
+        """The panel of w, the right operand of a product over these keys; None if the product is not checked."""
+        if not self._tally.checks(ROLES[name]):
+            return None
+        if self._keys.get(name) != keys:
+            policy = self._tally.policy
+            p = plan(w.shape[1], w.shape[2], w.dtype, policy.panel, policy.group, name in OF_PROBABILITIES)
+            self._keys[name], self._panels[name] = keys, reference.build_panel(w, p.layout)
+        return self._panels[name]
 
 
 def plan_for(call: Call, name: str) -> Plan:

@@ -143,12 +143,19 @@ def _probabilities(
     s, _ = products.judge(tally, scores, tile.row_of, panels.of("S", k, tile.keys))
     if s is not scores.y:
         soft = remembered(s)
+
+    def again() -> Softmax:
+        # The forward's sums are finer than the check of the scores: these may be wrong by less than it sees.
+        nonlocal s
+        s = products.anew(tally, scores, q).y
+        return remembered(s)
+
     used = dropped(soft.probabilities, tile, kept)
     clean = dropped(remembered(s).probabilities, tile, kept).mT if hits else None
     part = products.multiply(tally, "dV", used.mT, d_out.mT, hits, clean)
     if tally.checks("pv"):
         sums = judgement.total(used, soft, tile, kept)
-        mended = judgement.settle(tally, s, soft, sums, tile, product="dP", again=lambda: remembered(s), anew=False)
+        mended = judgement.settle(tally, s, soft, sums, tile, product="dP", again=again, anew=False)
         if mended is not soft:
             soft, used = mended, dropped(mended.probabilities, tile, kept)
             part = products.anew(tally, part, used.mT)

@@ -4,7 +4,7 @@
     dP = dO Vᵀ,   dX = P ∘ (dP - δ)    Σ_t dX = 0, and a weighted sum (scoregrad)
     dV = Pᵀ dO                         1ᵀ dV = Σ_i (Σ_t P_it) dO_i
     dQ = dS K · scale
-    dK = dSᵀ Q · scale                 1ᵀ dK = Σ_i (Σ_t dS_it) Q_i · scale
+    dK = dSᵀ (scale · Q)               1ᵀ dK = Σ_i (Σ_t dS_it) scale · Q_i
 
 dK and dV are added up over the tiles of a plane (keysums); where their sums are wrong the plane is computed again.
 """
@@ -65,7 +65,7 @@ def gradients(problem: Problem, given: Given, tally: Tally, of_mask: bool = Fals
                 keysums.decide(tally, first, second)
             sums = fresh
         part = out.k[plane.batch, plane.heads]
-        part.copy_((sums.k.total * problem.options.scale).view(part.shape))
+        part.copy_(sums.k.total.view(part.shape))
         part = out.v[plane.batch, plane.heads]
         part.copy_(sums.v.total.view(part.shape))
         if d_mask is not None and sums.mask is not None:
@@ -103,7 +103,7 @@ def _plane(plane: Plane, given: Given, tally: Tally, out: Gradients, of_mask: bo
 
 
 def _tile(tile: Tile, tally: Tally, panels: Panels, given: Given, k: Tensor, v: Tensor, sums: _Sums, out: Gradients) -> None:
-    q, d_out = tile.of_rows(tile.plane.problem.q), tile.of_rows(given.d_out)
+    q, d_out = tile.of_queries(), tile.of_rows(given.d_out)
     kept = tile.kept() if tile.options.dropout else None
     s, p = _probabilities(tile, tally, panels, given.statistics, kept, (q, k, d_out), sums.v)
     dp, hits = _above(tile, tally, panels, given, kept, d_out, v)
@@ -134,12 +134,12 @@ def _probabilities(
     q, k, d_out = operands
     maxima, l = (tile.of_rows(t.unsqueeze(-1)).squeeze(-1) for t in statistics)
 
-    def remembered(scores: Tensor, hits: Strikes = ()) -> Softmax:
-        return softmax.remembered(scores, tile, maxima, l, hits)
+    def remembered(scores: Tensor, hits: Strikes = (), out: Tensor | None = None) -> Softmax:
+        return softmax.remembered(scores, tile, maxima, l, hits, out)
 
     scores = products.multiply(tally, "S", q, k)
     hits = products.strikes(tally, "dV", (k.shape[0], k.shape[1], d_out.shape[2], q.shape[1]), q.dtype, places=("P",))
-    soft = remembered(scores.y, hits)
+    soft = remembered(scores.y, hits, out=tile.plane.problem.scratch("P", scores.y))
     s, _ = products.judge(tally, scores, tile.row_of, panels.of("S", k, tile.keys))
     if s is not scores.y:
         soft = remembered(s)

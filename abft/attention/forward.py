@@ -38,7 +38,7 @@ def attend(problem: Problem, tally: Tally, weights: bool = False) -> Attended:
     for plane in problem.planes():
         k_plane, v_plane, panels = plane.of_keys(problem.k), plane.of_keys(problem.v), Panels(tally)
         for tile in plane.tiles():
-            o, soft, p = _tile(tile, tally, panels, tile.of_rows(q), k_plane[:, tile.keys], v_plane[:, tile.keys].mT)
+            o, soft, p = _tile(tile, tally, panels, tile.of_queries(), k_plane[:, tile.keys], v_plane[:, tile.keys].mT)
             tile.write_rows(out, o)
             tile.write_rows(statistics[0], soft.maxima)
             tile.write_rows(statistics[1], soft.sums)
@@ -50,10 +50,10 @@ def attend(problem: Problem, tally: Tally, weights: bool = False) -> Attended:
 def _tile(
     tile: Tile, tally: Tally, panels: Panels, q: Tensor, k: Tensor, v: Tensor
 ) -> tuple[Tensor, Softmax, Tensor]:
-    """(O, softmax, the probabilities that multiplied V) of q (heads, rows, E), k (heads, keys, E), v (heads, D, keys)."""
+    """(O, softmax, the probabilities that multiplied V) of scaled q (heads, rows, E), k (heads, keys, E), v (heads, D, keys)."""
     scores = products.multiply(tally, "S", q, k)
     hits = products.strikes(tally, "O", (*q.shape[:2], v.shape[1], v.shape[2]), q.dtype, places=("P", "l"))
-    soft = softmax.softmax(scores.y, tile, hits)
+    soft = softmax.softmax(scores.y, tile, hits, out=tile.plane.problem.scratch("P", scores.y))
     s, _ = products.judge(tally, scores, tile.row_of, panels.of("S", k, tile.keys))
     if s is not scores.y:
         soft = softmax.softmax(s, tile)

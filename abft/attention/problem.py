@@ -6,7 +6,7 @@ Queries that share a key head (grouped queries, GQA) lie beside each other, as m
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -56,6 +56,17 @@ class Problem:
     mask: Tensor | None
     seed: int
     options: Options
+    _kept: dict[str, Tensor] = field(default_factory=dict, repr=False, compare=False)
+
+    def scratch(self, name: str, like: Tensor) -> Tensor:
+        """Memory for a matrix like ``like`` that the tiles of this problem share, one after the other.
+
+        A tile's matrices are of the size that allocators hand back to the system: fetching the pages again costs as much as an exponential.
+        """
+        flat = self._kept.get(name)
+        if flat is None or flat.numel() < like.numel():
+            flat = self._kept[name] = torch.empty(like.numel(), dtype=like.dtype, device=like.device)
+        return flat[: like.numel()].view(like.shape)
 
     @property
     def wide(self) -> torch.dtype:
@@ -139,6 +150,10 @@ class Tile:
         """The part of a (B, H, G, L, …), as one matrix per head, in the wide type."""
         part = t[self.plane.batch, self.plane.heads, :, self.rows]
         return part.flatten(2, 3).flatten(0, 1).to(self.plane.problem.wide)
+
+    def of_queries(self) -> Tensor:
+        """The part of q, scaled: fewer numbers than the scores."""
+        return self.of_rows(self.plane.problem.q) * self.options.scale
 
     def write_rows(self, t: Tensor, part: Tensor) -> None:
         """Put such a matrix, or a vector with a number per row, where it belongs in (B, H, G, L, …)."""

@@ -1,6 +1,6 @@
 """The matrix products of a tile: computed, judged and repaired as every other product of the ``reference`` backend.
 
-    S = Q Kᵀ    O = P V    dP = dO Vᵀ    dV = Pᵀ dO    dQ = dS K    dK = dSᵀ Q
+    S = (scale · Q) Kᵀ    O = P V    dP = dO Vᵀ    dV = Pᵀ dO    dQ = dS K    dK = dSᵀ (scale · Q)
 
 The panel is that of the right operand, built for the tile and dropped. P multiplies with the bound for softmax probabilities.
 """

@@ -56,7 +56,7 @@ def _weights(p: Tensor) -> Tensor:
 def through_scores(dx: Tensor, s: Tensor, tile: Tile) -> Tensor:
     """The gradient of scale · s: dX itself without a soft-cap."""
     o = tile.options
-    return dx if o.softcap is None else dx * (1.0 - torch.tanh(s * (o.scale / o.softcap)).square_())
+    return dx if o.softcap is None else dx * (1.0 - torch.tanh(s / o.softcap).square_())
 
 
 def settle(tally: Tally, found: SoftmaxGradient, p: Tensor, dp: Tensor, tile: Tile) -> SoftmaxGradient:

@@ -55,24 +55,30 @@ class Evidence:
         return float(self.residual[fine].max(initial=0.0)) / self.bound
 
 
-def logits(s: Tensor, tile: Tile, half: bool = False) -> Tensor:
-    """x (heads, rows, keys) of raw scores s, or exactly half of it; -inf where a key is not seen."""
-    o, factor = tile.options, 0.5 if half else 1.0
-    x = s * (o.scale * factor) if o.softcap is None else torch.tanh(s * (o.scale / o.softcap)).mul_(o.softcap * factor)
-    added, hidden = tile.added(), tile.hidden()
+def logits(s: Tensor, tile: Tile) -> Tensor:
+    """x (heads, rows, keys) of scaled scores s; -inf where a key is not seen. It is s itself where nothing is done to the scores."""
+    cap, added, hidden = tile.options.softcap, tile.added(), tile.hidden()
+    x = s if cap is None else torch.tanh(s / cap).mul_(cap)
     if added is not None:
-        tile.view(x).add_(added, alpha=factor)
+        x = (tile.view(x) + added).view(x.shape)
     if hidden is not None:
-        tile.view(x).masked_fill_(hidden, -torch.inf)
+        x = tile.view(x).masked_fill(hidden, -torch.inf).view(x.shape)
     return x
 
 
-def exponentials(s: Tensor, tile: Tile) -> tuple[Tensor, Tensor]:
-    """(p, m) of raw scores."""
+def shifted(x: Tensor, s: Tensor, maxima: Tensor, factor: float = 1.0, out: Tensor | None = None) -> Tensor:
+    """factor · (x - m), in ``out``, else written over x unless that is s. A factor of ½ gives exactly half of what 1 gives."""
+    if out is None:
+        out = torch.empty_like(x) if x is s else x
+    return torch.add((maxima * -factor).unsqueeze(-1), x, alpha=factor, out=out)
+
+
+def exponentials(s: Tensor, tile: Tile, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """(p, m) of scaled scores; p in ``out``, if given."""
     x = logits(s, tile)
     m = x.amax(-1)
     m = torch.where(m == -torch.inf, 0.0, m)  # a row that sees no key: exp(-inf - 0) = 0 throughout
-    return x.sub_(m.unsqueeze(-1)).exp_(), m
+    return shifted(x, s, m, out=out).exp_(), m
 
 
 def divided(p: Tensor, sums: Tensor) -> Tensor:
@@ -80,18 +86,20 @@ def divided(p: Tensor, sums: Tensor) -> Tensor:
     return p.div_(torch.where(sums == 0, 1.0, sums).unsqueeze(-1))
 
 
-def softmax(s: Tensor, tile: Tile, strikes: tuple[Strike, ...] = ()) -> Softmax:
-    """The softmax of raw scores; strikes in "P" hit its exponentials, those in "l" their sums."""
-    p, m = exponentials(s, tile)
+def softmax(s: Tensor, tile: Tile, strikes: tuple[Strike, ...] = (), out: Tensor | None = None) -> Softmax:
+    """The softmax of scaled scores, P in ``out``; strikes in "P" hit its exponentials, those in "l" their sums."""
+    p, m = exponentials(s, tile, out)
     strike(p, "P", strikes)
     sums = p.sum(-1)
     strike(sums.unsqueeze(-1), "l", strikes)
     return Softmax(divided(p, sums), m, sums)
 
 
-def remembered(s: Tensor, tile: Tile, maxima: Tensor, sums: Tensor, strikes: tuple[Strike, ...] = ()) -> Softmax:
+def remembered(
+    s: Tensor, tile: Tile, maxima: Tensor, sums: Tensor, strikes: tuple[Strike, ...] = (), out: Tensor | None = None
+) -> Softmax:
     """The same probabilities from the maxima and sums of an earlier softmax of these scores."""
-    p = logits(s, tile).sub_(maxima.unsqueeze(-1)).exp_()
+    p = shifted(logits(s, tile), s, maxima, out=out).exp_()
     strike(p, "P", strikes)
     return Softmax(divided(p, sums), maxima, sums)
 
@@ -106,7 +114,8 @@ def strike(values: Tensor, place: str, strikes: tuple[Strike, ...]) -> None:
 def squares(s: Tensor, tile: Tile, maxima: Tensor) -> Tensor:
     """Σ exp(½x - ½m)²: what l must be, computed another way."""
     # Not vector_norm, whose long chains lose what equal small numbers add: 500 units at 32,768 keys, against 10.
-    return logits(s, tile, half=True).sub_((maxima * 0.5).unsqueeze(-1)).exp_().square_().sum(-1)
+    x = logits(s, tile)
+    return shifted(x, s, maxima, 0.5, tile.plane.problem.scratch("squares", x)).exp_().square_().sum(-1)
 
 
 def evidence(s: Tensor, soft: Softmax, total: Tensor, tile: Tile, anew: bool = True) -> Evidence:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from abft import ledger, scope
 from abft import policy as policies
@@ -67,10 +68,7 @@ def attention_at(
         raise NotImplementedError(f"checked attention with {more} does not cover this call ({reason}), and torch has no such argument")
 
     def by_torch() -> Tensor:
-        # Not by F's name, which is intercepted inside a scope.
-        return torch._C._nn.scaled_dot_product_attention(
-            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
-        )
+        return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
 
     return by_torch() if reason == _EMPTY else bypassed(reason, by_torch)
 

@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from abft.native import library
+
 #: The signed integer type of the same width; torch has no unsigned arithmetic for all of them.
 INTEGER = {
     torch.float64: torch.int64,
@@ -17,6 +19,8 @@ INTEGER = {
     torch.int32: torch.int32,
     torch.int8: torch.int8,
 }
+#: Numbers in a matrix that a second thread is woken for.
+_WORTH_A_THREAD = 1 << 18
 WIDTH = {torch.float64: 64, torch.float32: 32, torch.float16: 16, torch.bfloat16: 16, torch.int32: 32, torch.int8: 8}
 
 
@@ -92,10 +96,28 @@ def _half_words(matrix: Tensor) -> Tensor:
 def fingerprint(matrix: Tensor) -> Fingerprint:
     """Fingerprint of a matrix (N, K), any strides; one pass over it. Names elements of up to 2**17 rows for certain."""
     if matrix.device.type == "cpu":
-        return _fingerprint_numpy(matrix)
+        return _fingerprint_compiled(matrix.detach()) or _fingerprint_numpy(matrix)
     halves = _halves(matrix.detach()).to(torch.int64)
     index = torch.arange(1, matrix.shape[0] + 1, device=matrix.device, dtype=torch.int64)
     return Fingerprint(halves.sum(1).to(torch.int32), (halves * index[:, None]).sum(1).to(torch.int32))
+
+
+def _fingerprint_compiled(matrix: Tensor) -> Fingerprint | None:
+    """The same without a copy of a transposed matrix (abft/native/fingerprint.c); None for what is not compiled."""
+    functions = library.functions()
+    size = matrix.element_size()
+    if functions is None or size not in (2, 4) or not matrix.numel() or 1 not in matrix.stride():
+        return None
+    row_stride, column_stride = matrix.stride()
+    rows, columns = matrix.shape
+    adjacent = column_stride != 1 or columns == 1  # rows are
+    if adjacent and row_stride != 1:
+        return None
+    plain, weighted = torch.empty((2, size // 2, columns), dtype=torch.int32).unbind()
+    step = column_stride if adjacent else row_stride
+    threads = torch.get_num_threads() if matrix.numel() > _WORTH_A_THREAD else 1
+    functions.abft_fingerprint(matrix.data_ptr(), rows, columns, step, adjacent, size, plain.data_ptr(), weighted.data_ptr(), threads)
+    return Fingerprint(plain, weighted)
 
 
 def _fingerprint_numpy(matrix: Tensor) -> Fingerprint:

@@ -25,7 +25,8 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from abft import bits
-from abft.checksum import Layout, Panel, bias_sums
+from abft.checksum import Layout, Panel
+from abft.encoding import bias_sums
 
 Build = Callable[[Tensor, Layout], Panel]
 

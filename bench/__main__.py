@@ -22,6 +22,8 @@ COMMANDS = {
     "layer": "… of a transformer layer",
     "model": "… of a whole model",
     "train": "… of a training step",
+    "scaling": "cost against K, N, M and G, beside what counting predicts",
+    "tune": "search launch shapes on a GPU, and write the table that the kernels read",
     "gpu": "the one call for a rented GPU: tests, calibration, times, campaigns, each in a process and a time of its own",
     "ceilings": "what the machine can do at best: copying memory, the vendor's product, issuing a call",
     "calibrate": "fault-free residuals over bounds on the device at hand, and how its matrix units accumulate",

@@ -56,12 +56,14 @@ class Case:
 
 
 #: What is audited; a new kernel takes one line here. m = n = k = 4096 with bias unless said otherwise. A short N has a narrow panel
-#: and narrow check tiles: 32 columns for 1024, 16 for 384. Up to 64 rows have tiles of their own.
+#: and narrow check tiles: of 16-bit operands 64 columns for 2048, 32 for 1024, 16 for 384. Up to 64 rows have tiles of their own.
+#: "second" and "third" are the other configs that a table entry names, whatever shapes they are for.
 CASES = (
     Case("full"),
     Case("lean", {"form": "lean"}),
     Case("transposed", {"transposed": True}),
     Case("short", {"n": 1024}),
+    Case("half", {"n": 2048}, ("bf16", "fp16")),
     Case("narrow", {"n": 384, "bias": False}),
     Case("fine", {"group": 32}),
     Case("ones", {"m": 1, "n": 1, "k": 1}),
@@ -69,6 +71,13 @@ CASES = (
     Case("single", {"m": 1, "n": 1024}, FLOATS),
     Case("deferred", {"m": 64, "n": 8192, "timing": "deferred"}, FLOATS),
     Case("deferred lean", {"m": 64, "n": 8192, "timing": "deferred", "form": "lean"}, FLOATS),
+    Case("second", {"candidate": 1}, ("bf16", "fp16", "tf32")),
+    Case("second lean", {"candidate": 1, "form": "lean"}, ("bf16",)),
+    Case("second transposed", {"candidate": 1, "transposed": True}, ("bf16", "tf32")),
+    Case("third", {"candidate": 2}, ("bf16", "fp16", "tf32")),
+    Case("third lean", {"candidate": 2, "form": "lean"}, ("bf16",)),
+    Case("third transposed", {"candidate": 2, "transposed": True}, ("bf16", "tf32")),
+    Case("short transposed", {"n": 1024, "transposed": True}, ("bf16", "tf32")),
 )
 #: For AMD only that the kernels build, with the configs of older GPUs: nothing is claimed of their arithmetic.
 AMD_CASES, AMD_OPERANDS = ("full",), ("bf16", "ieee")

@@ -77,8 +77,11 @@ def run_named(command: str, text: str | None, family: Callable[[Passes, bool], I
     return run(command, chosen, options)
 
 
-def run(command: str, workloads: list[Workload], options: argparse.Namespace) -> int:
-    """Time everything that was asked for; 1 if nothing could be timed, UNFINISHED if --seconds were over before."""
+def run(command: str, workloads: list[Workload], options: argparse.Namespace, *, name: str | None = None) -> int:
+    """Time everything that was asked for; 1 if nothing could be timed, UNFINISHED if --seconds were over before.
+
+    name: of the result file, before the device's; default: time-COMMAND.
+    """
     device = torch.device(options.device)
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -88,8 +91,9 @@ def run(command: str, workloads: list[Workload], options: argparse.Namespace) ->
     contenders = chosen_providers(options.providers or (providers.ON_GPU if cuda else providers.ON_CPU))
     cases = [Case(w, dtype, way) for w in workloads for dtype in dtypes for way in ways if _makes_sense(w, dtype, way, cuda)]
     results = Results(
-        f"time-{command}-{devices.device_name(device)}", fresh=options.fresh, folder=options.out, rounds=options.rounds, seed=options.seed,
-        lap_seconds=LAP_SECONDS[device.type], price_per_hour=options.gpu_price, threads=torch.get_num_threads(),
+        f"{name or f'time-{command}'}-{devices.device_name(device)}", fresh=options.fresh, folder=options.out,
+        rounds=options.rounds, seed=options.seed, lap_seconds=LAP_SECONDS[device.type],
+        price_per_hour=options.gpu_price, threads=torch.get_num_threads(),
     )  # fmt: skip
     deadline, status = time.monotonic() + options.seconds, 0
     for number, case in enumerate(cases, 1):

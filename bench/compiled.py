@@ -66,14 +66,29 @@ def recorded() -> Iterator[list[Launch]]:
 
 def launches_of(operands: str, architecture: int, *, m: int = 4096, n: int = 4096, k: int = 4096, form: str = "full",
                 group: int | None = None, transposed: bool = False, bias: bool = True, strike: bool = False,
-                batch: int | None = None, timing: str = "immediate",
+                batch: int | None = None, timing: str = "immediate", candidate: int = 0,
                 numbered: bool = True) -> list[Launch]:  # fmt: skip
     """The launches of one checked product with a weight, and before the product its unchecked twin (of int8 and of deferred checks
     there is none); of a deferred check also its judgement.
 
-    numbered: multiprocessors have numbers that device code can read.
+    candidate: which config of the table, whatever the shape; none is launched if there are fewer. numbered: multiprocessors have
+    numbers that device code can read.
     """
-    from abft.triton_kernels import decode, gemm, workspace
+    from abft.triton_kernels import configs, decode, gemm, workspace
+
+    kind = operands if operands in ("tf32", "ieee", "int8") else "16-bit"
+    if candidate:
+        table = configs.CONFIGS[architecture, kind][candidate : candidate + 1]
+        if not table:
+            return []
+        # Alone in the table, it would be the unit of groups, too; every candidate's columns divide the first one's.
+        unit = configs.unit(architecture, kind, group)
+        with mock.patch.dict(configs.CONFIGS, {(architecture, kind): table}), mock.patch.object(configs, "unit", lambda *_: unit):
+            backend.forget_plans()
+            found = launches_of(operands, architecture, m=m, n=n, k=k, form=form, group=group, transposed=transposed, bias=bias,
+                                strike=strike, batch=batch, timing=timing, numbered=numbered)  # fmt: skip
+        backend.forget_plans()
+        return found
 
     lead = () if batch is None else (batch,)
     dtype = OPERANDS[operands]
@@ -86,8 +101,8 @@ def launches_of(operands: str, architecture: int, *, m: int = 4096, n: int = 409
     source = torch.nn.Parameter(w, requires_grad=False) if batch is None else None
     call = Call(a, w, torch.empty(n, dtype=dtype) if bias else None, source, False, "fprop",
                 policy.Policy(panel=form, group=group, timing=timing), 0, strikes)  # type: ignore[arg-type]  # fmt: skip
-    height = decode.height(architecture, operands if operands in ("tf32", "ieee") else "16-bit", m)
-    plan = backend.plan(n, k, dtype, architecture, operands == "tf32", form, group, height)
+    rows = m if m <= decode.FEW_ROWS else None
+    plan = backend.plan(n, k, dtype, architecture, operands == "tf32", form, group, rows)
     words, site = torch.zeros(ledger.WORDS, dtype=torch.int64), torch.zeros((), dtype=torch.int64)
     checked = gemm.multiply
 

@@ -35,7 +35,7 @@ class Contender:
         once = self._pass(called)
         self.work: Callable[[], Any] = _in_turn(once, drawn)
         if way == "graph":
-            self.work = _captured(self.work)
+            self.work = captured(self.work)
 
     def results(self, inputs: tuple[Tensor, ...]) -> list[Tensor]:
         """The output, and with a backward the gradients, of these inputs, eagerly."""
@@ -127,7 +127,7 @@ def _in_turn(once: Callable[..., Any], inputs: list[tuple[Tensor, ...]]) -> Call
     return work
 
 
-def _captured(work: Callable[[], Any]) -> Callable[[], Any]:
+def captured(work: Callable[[], Any]) -> Callable[[], Any]:
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):

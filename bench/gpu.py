@@ -54,6 +54,9 @@ ON_GPU = (
     Part("clean-fp32", ("clean", "--backend", "triton", "--dtype", "fp32", "--rows", "1e8", *UNTIL), 3),
     Part("faults-fp16", ("campaign", "--backend", "triton", "--dtype", "fp16", "--trials", "5", *UNTIL), 3),
     Part("sanitizer", ("kernel-tests", "--sanitizer", *UNTIL), 4),
+    Part("scaling", ("scaling", *UNTIL), 3),
+    # Last: what it finds is for the next run. Its table is read once it lies beside triton_kernels/configs.py.
+    Part("tuning", ("tune", *UNTIL), 6),
 )
 _INTERPRETED = {"TRITON_INTERPRET": "1"}
 #: The same on a CPU, for trying it out: the kernels in Triton's interpreter, a few numbers each.
@@ -69,6 +72,7 @@ ON_CPU = (
     ),
     Part("clean-fp16", ("clean", "--backend", "interpreted", "--dtype", "fp16", "--rows", "2e3", *UNTIL), 2),
     Part("faults-fp16", ("campaign", "--backend", "interpreted", "--dtype", "fp16", "--trials", "1", "--place", "accumulator", *UNTIL), 2),
+    Part("tuning", ("tune", "--interpreted", "--shapes", "minilm-qkvo-16", "--tiles", "2", "--rounds", "6", *UNTIL), 2, _INTERPRETED),
 )  # fmt: skip
 
 

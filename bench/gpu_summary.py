@@ -7,12 +7,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from bench import intervals, timing_table
+from bench import intervals, timing_table, tuned_table
 from bench.results import read
 
 Record = dict[str, Any]
 #: Kinds of records that are measurements.
-MEASURED = ("ceiling", "test", "probe", "calibration", "timing", "cell", "class")
+MEASURED = ("ceiling", "test", "probe", "calibration", "timing", "cell", "class", "candidate")
 
 
 def measured(out: Path) -> bool:
@@ -23,7 +23,10 @@ def measured(out: Path) -> bool:
 def of(out: Path, parts: list[Record]) -> str:
     files = _files(out)
     every = [r for records in files.values() for r in records]
-    sections = (_machine(every), _parts(parts), _ceilings(every), _tests(every), _calibration(every), _campaigns(files), _times(every))
+    sections = (
+        _machine(every), _parts(parts), _ceilings(every), _tests(every), _calibration(every), _campaigns(files), _tuning(every),
+        _times(every),
+    )  # fmt: skip
     return "\n".join(line for section in sections for line in section)
 
 
@@ -86,6 +89,18 @@ def _campaigns(files: dict[str, list[Record]]) -> Iterator[str]:
                 sum(r.get(what, 0) for r in classes) for what in ("harmful", "harmful_detected", "detected", "repaired")
             )
             yield f"{name}: {found} of {harmful} harmful faults found, {repaired} of {detected} repaired bit for bit"
+
+
+def _tuning(every: list[Record]) -> Iterator[str]:
+    tried = [r for r in every if r["kind"] == "candidate"]
+    if tried:
+        timed, found = sum("ratio" in r for r in tried), tuned_table.entries(every)
+        counted = f"{timed} of {len(tried)} candidates × cases timed, the others left out"
+        yield f"launch shapes: {counted}; {len(found) or 'none'} to be preferred"
+        for entry in found:
+            shape = "every shape" if entry["n"] is None else f"N {entry['n']}, K {entry['k']}"
+            rows = "many rows" if entry["height"] is None else f"{entry['height']} rows"
+            yield f"  {entry['kind']}, {rows}, {shape}: {entry['config'] or 'built in'}, × {entry['ratio']:.3f}"
 
 
 def _times(every: list[Record]) -> Iterator[str]:

@@ -15,6 +15,8 @@ import numpy
 import scipy
 import torch
 
+from abft.native import library
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -28,6 +30,7 @@ def stamp() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
+        "native": library.why_not() or "compiled",  # how products on a CPU are judged
         "triton": _version("triton"),
         "gpu": gpu_model(),
         "numpy": numpy.__version__,
@@ -39,7 +42,7 @@ def stamp() -> dict[str, Any]:
 def sources() -> str:
     """A hash of the package's sources: which code was measured, whether or not it was committed."""
     digest = hashlib.sha256()
-    for path in sorted((ROOT / "abft").rglob("*.py")):
+    for path in sorted(path for path in (ROOT / "abft").rglob("*") if path.suffix in (".py", ".c", ".h")):
         digest.update(path.relative_to(ROOT).as_posix().encode())
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]

@@ -45,18 +45,32 @@ class _Linear(torch.autograd.Function):
         return dx, dw, rows.sum(0) if ctx.has_bias and wants_bias else None
 
 
-def multiply(a: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
-    """A Wᵀ (+ bias) as the checked kernel would compute it, in the configuration that it would take."""
-    from abft.triton_kernels import gemm
+def multiply(a: Tensor, w: Tensor, bias: Tensor | None, config: Any = None) -> Tensor:
+    """A Wᵀ (+ bias) in our kernel without its check, in the tiles of ``config``: by default those it would choose if it had no
+    check tiles to deal."""
+    from abft.triton_kernels import decode, gemm
 
     from bench import twin
 
-    p = backend.plan_for(Call(a, w, bias, None, False, "fprop", _POLICY, 0))
+    call = Call(a, w, bias, None, False, "fprop", _POLICY, 0)
+    p = backend.plan_for(call)
+    few = a.shape[-2] <= decode.FEW_ROWS  # which have one tile's height, and its width by what is read
+    if config is None:
+        config = p.config if few else _unchecked_config(p.layout.groups.width, *backend.situation(call))
     panel = _not_looked_at(p.layout.columns, a.shape[-1], a.dtype, a.device)
     weights = backend.column_weights(p.layout.groups, p.layout.form.kinds, a.device)
-    product = gemm.Product(a, w, bias, panel, weights, p.layout.groups.count, p.config, numbered=False)
+    product = gemm.Product(a, w, bias, panel, weights, p.layout.groups.count, config, numbered=False)
     with backend.quiet():
         return twin.multiply(product)
+
+
+@lru_cache(maxsize=1024)
+def _unchecked_config(width: int, n: int, k: int, dtype: torch.dtype, architecture: int | None, tf32: bool, form: str, group: int | None,
+                      rows: int, batch: int, programs: int) -> Any:  # fmt: skip
+    from abft.triton_kernels import configs
+
+    kind = "tf32" if tf32 else backend.KIND[dtype]
+    return configs.choose(architecture, kind, group, n, k, width, 0, rows=rows, batch=batch, programs=programs)
 
 
 _POLICY = abft.Policy()

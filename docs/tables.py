@@ -1,4 +1,4 @@
-"""Write the documentation's tables from the measurements: python docs/tables.py
+"""Write the documentation's tables, and its figure of times, from the measurements: python docs/tables.py
 
 A table stands between ``<!-- table:NAME -->`` and ``<!-- /table -->`` in a page; everything between the marks is
 replaced. A table whose measurement does not exist yet says so.
@@ -17,6 +17,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
+IMAGES = ROOT / "docs" / "images"
 BLOCK = re.compile(r"(<!-- table:([\w-]+) -->\n)(.*?)(<!-- /table -->)", re.S)
 ARITHMETICS = ("fp32", "tf32", "bf16", "fp16", "fp64")
 
@@ -55,6 +56,8 @@ class File:
     @property
     def machine(self) -> str:
         s = next(iter(reversed(self.kind("stamp"))), {})
+        if s.get("gpu") and self.name.startswith(("time-", "scaling-")) and not self.name.endswith("-cpu"):
+            return f"{s['gpu'].split(',')[0]}, torch {release(s.get('torch', '?'))}"
         threads = s.get("threads", 1)
         return f"{s.get('cpu', '?')}, {threads} thread{'s' * (threads != 1)}, torch {release(s.get('torch', '?'))}"
 
@@ -302,7 +305,7 @@ def times(page: str) -> str:
 
     found = [(f, case) for f in files("time-*") for case in dict.fromkeys(r["case"] for r in f.kind("timing"))]
     header = "case | torch | with abft × torch (95 %) | torch × torch (95 %) | DMR × | floor | harmful flips found | machine | file"
-    return table(header, [row(*one) for one in found], "python -m bench linear, layer, model, train")
+    return table(header, [row(*one) for one in found], TIMED)
 
 
 def _duration(seconds: float) -> str:
@@ -310,6 +313,77 @@ def _duration(seconds: float) -> str:
     from bench import timing_table
 
     return timing_table.duration(seconds)
+
+
+TIMED = "python -m bench linear, layer, model, train"
+
+
+def compared() -> dict[str, list[tuple[File, Any]]]:
+    """By device, the cases that are shown of ours beside repetition, each with its file; layers, then models, then steps."""
+    sys.path.insert(0, str(ROOT))
+    from bench import protection
+
+    found: dict[str, list[tuple[File, Any]]] = {}
+    for f in sorted(files("time-*"), key=lambda f: [f.name.startswith(f"time-{c}-") for c in protection.COMMANDS], reverse=True):
+        of = protection.device_of(f.name)
+        if of is not None:
+            found.setdefault(of[1], []).extend((f, row) for row in protection.shown(f.records, *of))
+    return {device: rows for device, rows in found.items() if rows}
+
+
+def protection(page: str) -> str:
+    """What protection costs beside repetition: the figures, and their numbers."""
+
+    def row(f: File, r: Any) -> tuple[object, ...]:
+        bars = [r.ours, *(r.others.get(name) for name in ("DMR", "TMR", "torch again"))]
+        ratios = [f"{b.ratio:.2f} ({b.low:.2f} to {b.high:.2f})" if b else "–" for b in bars]
+        return r.name, _duration(r.seconds), f"**{ratios[0]}**", *ratios[1:], small(r.expected_floor or 0), f.machine, f.link(page)
+
+    every = [one for rows in compared().values() for one in rows]
+    header = "× torch (95 %) | torch | abft | DMR | TMR | torch again | floor of abft | machine | file"
+    return "\n".join([*_pictures(page), table(header, [row(*one) for one in every], TIMED)])
+
+
+def protection_figure(page: str) -> str:
+    """The figures alone."""
+    return "\n".join(_pictures(page)) or table("", [], TIMED)
+
+
+def _pictures(page: str) -> list[str]:
+    """A line of Markdown for each device that was measured."""
+    words = "Times of torch, abft, DMR and TMR over torch's, by layer, model and training step"
+    return [f"![{words}; {device}]({os.path.relpath(picture(device), (ROOT / page).parent)})\n" for device in compared()]
+
+
+def picture(device: str) -> Path:
+    return IMAGES / f"cost_of_protection_{device}.png"
+
+
+def draw() -> None:
+    """Draw the figures that are not those of the results."""
+    sys.path.insert(0, str(ROOT))
+    from bench import protection
+
+    for device, rows in compared().items():
+        path, cases = picture(device), [r for _, r in rows]
+        if not path.exists() or protection.digest(cases).encode() not in path.read_bytes():
+            protection.draw(cases, path, "; ".join(dict.fromkeys(f.machine for f, _ in rows)))
+            print(f"drew {path.name}")
+    if not compared():
+        print("no figure of times: not measured yet")
+
+
+def scaling(page: str) -> str:
+    """Cost against K, N, M and G, beside what was counted."""
+
+    def row(f: File, r: Record) -> tuple[object, ...]:
+        held = ", ".join(f"{letter} {r[letter.lower()]:,}" for letter in "MNK" if letter != r["sweep"])
+        counted = ", ".join(f"{ratio:.2f} by {how}" for how, ratio in r["predicted"].items()) or "–"
+        times = f"**{r['ratio']:.2f}** ({float(r['low']):.2f} to {float(r['high']):.2f})"
+        return f"{r['sweep']} = {r['value']:,}", held, r["dtype"], r["against"], times, counted, f.machine, f.link(page)
+
+    rows = [row(f, r) for f in files("scaling-*") for r in f.kind("scaling")]
+    return table("swept | held | type | against | × (95 %) | counted | machine | file", rows, "python -m bench scaling")
 
 
 def memory(page: str) -> str:
@@ -326,11 +400,15 @@ def memory(page: str) -> str:
 def predictions(page: str) -> str:
     def row(f: File, r: Record) -> tuple[object, ...]:
         size = f"{r['m']:,} × {r['n']:,} × {r['k']:,}"
-        waves = f"{r['waves']:.2f} of {r['rounds']}"
-        return r["name"], size, r["group"], waves, f"{100 * r['of_sums']:.1f} %", f"**{r['ratio']:.3f}**", f.link(page)
+        waves, cycles = f"{r['waves']:.2f} of {r['rounds']}", f"{r['cycles'] / 1e3:,.0f} of {r['unchecked_cycles'] / 1e3:,.0f}"
+        tiles = r["tile"] if r["tile"] == r["unchecked_tile"] else f"{r['tile']}, {r['unchecked_tile']}"
+        return r["name"], size, tiles, waves, f"{100 * r['of_sums']:.1f} %", cycles, f"**{r['ratio']:.3f}**", f.link(page)
 
     rows = [row(f, r) for f in files("predictions*") for r in f.kind("prediction") if r["form"] == "full"]
-    header = "product | M × N × K | G | rounds with check tiles, of without | row sums | predicted × unchecked | file"
+    header = (
+        "product | M × N × K | tile (unchecked, if another) | rounds with check tiles, of without | row sums | "
+        "thousand cycles, of unchecked | predicted × unchecked | file"
+    )
     return table(header, rows, "python -m bench predict")
 
 
@@ -502,8 +580,7 @@ PICTURES = {
 
 def demo(page: str) -> str:
     """The demo's plots, if they were copied to docs/images, and its counts, if they were kept."""
-    folder = ROOT / "docs" / "images"
-    pictures = [(words, folder / name) for name, words in PICTURES.items() if (folder / name).exists()]
+    pictures = [(words, IMAGES / name) for name, words in PICTURES.items() if (IMAGES / name).exists()]
     parts = [f"![{words}]({os.path.relpath(path, (ROOT / page).parent)})\n" for words, path in pictures]
     for f in files("demo*"):
         arms = [a for a in f.kind("retrieval_arm") if a["rate"] > 0]
@@ -525,6 +602,17 @@ def _retrieval(f: File, arms: list[Record], page: str) -> str:
     return table(header, map(row, arms))
 
 
+# --- the commands -------------------------------------------------------------------------------------
+
+
+def commands(page: str) -> str:
+    """What ``python -m bench`` has."""
+    sys.path.insert(0, str(ROOT))
+    from bench import __main__ as bench
+
+    return table("`python -m bench …` | ", [(f"`{name}`", meaning.replace("|", "\\|")) for name, meaning in bench.COMMANDS.items()])
+
+
 TABLES: dict[str, Callable[[str], str]] = {
     "headline": headline,
     "demo": demo,
@@ -535,6 +623,10 @@ TABLES: dict[str, Callable[[str], str]] = {
     "floors": floors,
     "host": host,
     "times": times,
+    "protection": protection,
+    "protection-figure": protection_figure,
+    "scaling": scaling,
+    "commands": commands,
     "memory": memory,
     "predictions": predictions,
     "audit": audit,
@@ -549,6 +641,7 @@ def rewritten(text: str, page: str) -> str:
 
 
 def main() -> None:
+    draw()
     for path in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]:
         page = path.relative_to(ROOT).as_posix()
         text = path.read_text(encoding="utf-8")

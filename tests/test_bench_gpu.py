@@ -165,6 +165,17 @@ def test_the_summary_names_what_went_wrong(tmp_path) -> None:
     assert "2 alarms in 1,000 rows" in text and "not accepted: bf16 k64" in text
 
 
+def test_the_summary_names_launch_shapes_that_were_faster(tmp_path) -> None:
+    r = Results("tune-x", folder=tmp_path)
+    about = {"row": "16-bit", "height": None, "dtype": "bf16", "m": 8, "n": 16, "k": 32}
+    r.add("candidate", config={}, ratio=1.0, low=1.0, high=1.0, **about)
+    r.add("candidate", config={"bn": 256}, ratio=0.9, low=0.89, high=0.91, **about)
+    r.add("candidate", config={"bn": 64}, reason="checked_product spills", **about)
+    text = gpu_summary.of(tmp_path, [])
+    assert "2 of 3 candidates × cases timed, the others left out; 1 to be preferred" in text and "16-bit, many rows, every shape: {'bn': 256}, × 0.900" in text
+    assert gpu_summary.measured(tmp_path)
+
+
 def test_kernel_tests_go_on_where_they_died(tmp_path) -> None:
     """A recorder that finds a test begun and never ended writes it down, and begins it no more."""
     first = Results("kernel-tests", folder=tmp_path)

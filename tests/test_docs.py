@@ -182,6 +182,21 @@ def test_tables_are_those_of_the_results():
         assert tables.rewritten(_text(page), page) == _text(page), f"{page} is out of date: run python docs/tables.py"
 
 
+def test_figures_of_times_are_those_of_the_results():
+    """After a new measurement: python docs/tables.py"""
+    from bench import protection
+
+    tables = _tables()
+    for device, rows in tables.compared().items():
+        assert protection.digest([row for _, row in rows]).encode() in tables.picture(device).read_bytes(), f"{device}: run python docs/tables.py"
+
+
+def test_every_bench_command_is_named():
+    from bench.__main__ import COMMANDS
+
+    assert [name for name in COMMANDS if f"`{name}`" not in _text("docs/contributing.md")] == []
+
+
 def test_the_documentation_names_no_machine():
     for name in NAMES:
         assert not re.search(r"/work/|/root/|/home/|/tmp/|localhost|127\.0\.0\.1", _text(name)), name

@@ -85,7 +85,8 @@ def test_the_wheel_holds_every_source_file_and_nothing_else(wheel: Path) -> None
         held = {name for name in archive.namelist() if ".dist-info/" not in name}
     assert any(name.startswith("abft/triton_kernels/") for name in held)
     assert {name for name in held if name.endswith(".py")} == source_files()
-    assert {name for name in held if not name.endswith(".py")} <= {"abft/py.typed"}
+    beside = {f"abft/native/{path.name}" for path in (ROOT / "abft" / "native").glob("*.[ch]")}
+    assert {name for name in held if not name.endswith(".py")} <= {"abft/py.typed", "abft/triton_kernels/tuned.json", *beside}
 
 
 def test_listed_packages_are_the_folders_with_an_init() -> None:

@@ -188,7 +188,7 @@ def test_quick_and_general_judgement_agree():
             y, panel = reference.multiply(x, w, bias), reference.build_panel(w, p.layout)
             extra = None if bias is None else checksum.bias_sums(bias, p.layout)
             general = reference.judge(y, reference.sums(y, x, panel, extra, p), 96, p).worst
-            prepared = quick.prepare(panel, extra, 96, p)
+            prepared = quick.prepare(panel, extra, 96, p, dtype)
             assert prepared is not None
             fast = quick.worst(y, x, prepared)
             # Both are rounding noise over a bound: equal up to the noise of the sums themselves.

@@ -1,6 +1,8 @@
-"""Launch shapes, as data. The tile decides the order of summation, so it is part of the arithmetic that a bound holds for.
+"""Launch shapes, as data, and which of them a product takes: the one whose slowest program is estimated to be done first.
 
-Not tuned yet on hardware: chosen from compiled registers, spills and shared memory (bench/results/audit-*.jsonl).
+The candidates of an architecture and kind of operand differ in tiles, not in arithmetic: same unit, same step in K, same precision.
+Not tuned yet on hardware: compiled without spills (bench/results/audit-*.jsonl), compared by waves.py and tile_time.py. What
+``python -m bench tune`` measures takes their place (tuning.py).
 """
 
 from __future__ import annotations
@@ -10,6 +12,10 @@ from functools import lru_cache
 from typing import Any
 
 import torch
+
+from . import tuning
+from .tile_time import CHECK_BESIDES, tile_cycles
+from .waves import makespan
 
 #: Result columns under one check, near-equal in units of a tile. Wider costs less and sees less: the floor grows with its root.
 GROUP = 512
@@ -27,7 +33,9 @@ COMPARED_ROWS = 16
 #: Programs of the repair, which share its tiles: one for each multiprocessor of the largest common GPU. Any number is right.
 REPAIR_PROGRAMS = 132
 #: Warpgroup MMA needs 64 rows and 16 columns; narrower tiles would fall to other instructions, that is, to other bits.
-MIN_COLUMNS = 16
+MIN_COLUMNS, MAX_COLUMNS = 16, 256
+#: Columns of a check tile that narrow data tiles may have beside them, too.
+WIDE_CHECKS = 64
 
 
 @dataclass(frozen=True)
@@ -36,7 +44,9 @@ class Config:
 
     resident: programs that run on a multiprocessor at once. registers: what a thread may use; left to itself, the assembler
     weighs occupancy and would sometimes rather spill. descriptors: operands come through the copy engine where their layout allows.
-    repair_stages: of a repetition, if it has not the registers for as many as the product.
+    repair_stages, repair_bc: of a repetition, if it has not the registers for those of the product; they decide no bits: the same
+    unit multiplies in the same steps of K. judge_warps: of the kernels that judge and settle a block of rows.
+    check_cost: the time of a check tile in data tiles, by which check tiles are dealt.
     """
 
     bm: int
@@ -50,6 +60,9 @@ class Config:
     registers: int = MAX_REGISTERS
     descriptors: bool = False
     repair_stages: int = 0
+    repair_bc: int = 0
+    judge_warps: int = 4
+    check_cost: float = 1.0
 
     def launch(self) -> dict[str, Any]:
         """The keyword arguments of a launch. Fused multiply-add is said aloud: its default differs between Triton versions."""
@@ -60,32 +73,61 @@ class Config:
 
     def launch_repair(self) -> dict[str, Any]:
         """Those of a repetition: the same arithmetic."""
-        return self.launch() | {"num_stages": self.repair_stages or self.stages, "maxnreg": MAX_REGISTERS}
+        return self.launch() | {
+            "BC": self.repair_bc or self.bc, "num_stages": self.repair_stages or self.stages, "maxnreg": MAX_REGISTERS,
+        }  # fmt: skip
 
 
-#: (architecture, kind of operand) → config. Architectures: 80 stands for all before Hopper, 90, 100 for Blackwell's data centre.
+#: (architecture, kind of operand) → candidates. Architectures: 80 stands for all before Hopper, 90, 100 for Blackwell's data centre.
+#: The first has the tiles for many rows, and its columns are the unit of groups; the others, each half as large as the one before,
+#: keep more multiprocessors busy. bk and precision are the same for all: they decide the bits. (64 × 128 would spill in repetitions
+#: on sm_90, and its 64 rows take Blackwell's matrix units at half their rate.) Of 64 rows of transposed 16-bit operands, settling would
+#: spill if two threads shared a row.
 CONFIGS = {
-    (80, "16-bit"): Config(128, 128, 32, warps=8, stages=3),
-    (90, "16-bit"): Config(128, 128, 64, warps=8, stages=4, descriptors=True),
-    (100, "16-bit"): Config(128, 128, 64, warps=8, stages=4, descriptors=True),
-    (80, "tf32"): Config(128, 64, 32, warps=8, stages=3, precision="tf32"),
-    (90, "tf32"): Config(128, 128, 32, warps=8, stages=4, precision="tf32", descriptors=True),
-    (100, "tf32"): Config(128, 64, 32, warps=8, stages=4, precision="tf32", descriptors=True),
-    (80, "ieee"): Config(128, 64, 16, warps=8, stages=2, repair_stages=1),
-    (90, "ieee"): Config(128, 64, 16, warps=8, stages=2, repair_stages=1),
-    (100, "ieee"): Config(128, 64, 16, warps=8, stages=2, repair_stages=1),
-    (80, "int8"): Config(128, 128, 64, warps=8, stages=3),
+    (80, "16-bit"): (
+        Config(128, 128, 32, warps=8, stages=3),
+        Config(128, 64, 32, warps=8, stages=3),
+        Config(64, 64, 32, warps=4, stages=3, judge_warps=2),
+    ),
+    (90, "16-bit"): (
+        Config(128, 128, 64, warps=8, stages=4, descriptors=True),
+        Config(128, 64, 64, warps=8, stages=4, descriptors=True),
+        Config(64, 64, 64, warps=4, stages=4, descriptors=True, judge_warps=2),
+    ),
+    (100, "16-bit"): (
+        Config(128, 128, 64, warps=8, stages=4, descriptors=True),
+        Config(128, 64, 64, warps=8, stages=4, descriptors=True),
+        Config(64, 64, 64, warps=4, stages=4, descriptors=True, judge_warps=2),
+    ),
+    (80, "tf32"): (
+        Config(128, 64, 32, warps=8, stages=3, precision="tf32"),
+        Config(64, 64, 32, warps=4, stages=3, precision="tf32"),
+    ),
+    (90, "tf32"): (
+        # With two widths of instructions the repetition of transposed operands would spill.
+        Config(128, 128, 32, warps=8, stages=4, precision="tf32", descriptors=True, repair_bc=128),
+        Config(128, 64, 32, warps=8, stages=4, precision="tf32", descriptors=True),
+        Config(64, 64, 32, warps=4, stages=4, precision="tf32", descriptors=True),
+    ),
+    (100, "tf32"): (
+        Config(128, 64, 32, warps=8, stages=4, precision="tf32", descriptors=True),
+        Config(64, 64, 32, warps=4, stages=4, precision="tf32", descriptors=True),
+    ),
+    (80, "ieee"): (Config(128, 64, 16, warps=8, stages=2, repair_stages=1),),
+    (90, "ieee"): (Config(128, 64, 16, warps=8, stages=2, repair_stages=1),),
+    (100, "ieee"): (Config(128, 64, 16, warps=8, stages=2, repair_stages=1),),
+    (80, "int8"): (Config(128, 128, 64, warps=8, stages=3),),
     # Not 128 in K: without descriptors the repair would spill.
-    (90, "int8"): Config(128, 128, 64, warps=8, stages=4, descriptors=True),
-    (100, "int8"): Config(128, 128, 64, warps=8, stages=3),
+    (90, "int8"): (Config(128, 128, 64, warps=8, stages=4, descriptors=True),),
+    (100, "int8"): (Config(128, 128, 64, warps=8, stages=3),),
 }
 #: (architecture, kind of operand) → configs for few rows (decode.py), the lowest first. Such products are bound by reading W: shallow
 #: tiles, and as many steps of K in flight as hide the memory's latency. bk, precision and unit are those of CONFIGS, for they
 #: decide the bits; bn is the widest that decode.py may take. Warpgroup MMA wants 64 rows; elsewhere 16 do.
 DECODE = {
-    (80, "16-bit"): (Config(16, 64, 32, warps=4, stages=8), Config(64, 64, 32, warps=4, stages=6)),
-    (90, "16-bit"): (Config(64, 64, 64, warps=4, stages=8, descriptors=True),),
-    (100, "16-bit"): (Config(64, 64, 64, warps=4, stages=8, descriptors=True),),
+    (80, "16-bit"): (Config(16, 64, 32, warps=4, stages=8), Config(64, 64, 32, warps=4, stages=6, judge_warps=2)),
+    (90, "16-bit"): (Config(64, 64, 64, warps=4, stages=8, descriptors=True, judge_warps=2),),
+    (100, "16-bit"): (Config(64, 64, 64, warps=4, stages=8, descriptors=True, judge_warps=2),),
     (80, "tf32"): (Config(16, 64, 32, warps=4, stages=5, precision="tf32"), Config(64, 64, 32, warps=4, stages=4, precision="tf32")),
     (90, "tf32"): (Config(64, 64, 32, warps=4, stages=8, precision="tf32", descriptors=True),),
     (100, "tf32"): (Config(64, 64, 32, warps=4, stages=8, precision="tf32", descriptors=True),),
@@ -93,12 +135,14 @@ DECODE = {
     (90, "ieee"): (Config(16, 64, 16, warps=4, stages=5), Config(64, 32, 16, warps=4, stages=4)),
     (100, "ieee"): (Config(16, 64, 16, warps=4, stages=5), Config(64, 32, 16, warps=4, stages=4)),
 }
-#: Multiprocessors that decode tiles are made for: A100, H100 and H200, B200. Any number is right.
+#: Multiprocessors that tiles are chosen for where no device is asked: A100, H100 and H200, B200. Any number is right.
 PROGRAMS = {80: 108, 90: 132, 100: 148}
 #: Programs in the interpreter, which has no multiprocessors: a few, so that tiles are dealt there, too.
 INTERPRETED_PROGRAMS = 3
 #: The interpreter pays per operation, not per element.
-INTERPRETED = Config(128, 128, 256, warps=4, stages=1)
+INTERPRETED = (Config(128, 128, 256, warps=4, stages=1),)
+#: How much sooner another candidate than the first must be done: what is not counted speaks for large tiles, which ask less of the L2.
+ADVANTAGE = 0.1
 INTERPRETED_DECODE = (Config(16, 64, 256, warps=4, stages=1), Config(64, 64, 256, warps=4, stages=1))
 
 
@@ -135,14 +179,69 @@ def default_group(kind: str) -> int:
     return GROUP_TF32 if kind == "tf32" else GROUP
 
 
-def choose(architecture: int | None, kind: str, group: int | None, checksum_columns: int = 64) -> Config:
-    """The config of a product; ``architecture`` None: interpreted. A narrow ``group`` gets tiles that fit it."""
-    config = CONFIGS[architecture, kind] if architecture is not None else replace(INTERPRETED, precision="ieee")
-    if group is not None and group < config.bn:
-        config = replace(config, bn=max(MIN_COLUMNS, 1 << (group.bit_length() - 1)))
-    return replace(config, bc=check_width(checksum_columns))
+def unit(architecture: int | None, kind: str, group: int | None, shape: tuple[int, int] | None = None) -> int:
+    """Columns that groups are near-equal in units of: a panel is shared by products of any number of rows, so it knows one unit."""
+    return candidates(architecture, kind, group, shape)[0].bn
 
 
-def check_width(columns: int) -> int:
-    """Columns of a check tile: as few as hold the panel, at most 64."""
-    return min(64, max(MIN_COLUMNS, 1 << max(columns - 1, 1).bit_length()))
+def candidates(architecture: int | None, kind: str, group: int | None, shape: tuple[int, int] | None = None) -> tuple[Config, ...]:
+    """Configs for more rows than decode.py's; ``architecture`` None: interpreted. A narrow ``group`` gets tiles that fit it.
+
+    shape: (N, K). Where it was measured (tuning.py) there is one, whatever the rows.
+    """
+    table = CONFIGS[architecture, kind] if architecture is not None else tuple(replace(c, precision="ieee") for c in INTERPRETED)
+    fields = tuning.find(architecture, kind, shape=shape)
+    measured = None if fields is None else replace(table[0], **fields)
+    # A tile that does not divide the group would make it wider than was asked for, and its floor coarser.
+    if measured is not None and (group or default_group(kind)) % measured.bn == 0:
+        table = (measured,)
+    widest = MAX_COLUMNS if group is None else max(MIN_COLUMNS, 1 << (group.bit_length() - 1))
+    return tuple(dict.fromkeys(replace(c, bn=min(c.bn, widest)) for c in table))
+
+
+def choose(architecture: int | None, kind: str, group: int | None, n: int, k: int, width: int, checks: int, *,
+           rows: int | None = None, batch: int = 1, programs: int | None = None) -> Config:  # fmt: skip
+    """The config of a product whose N columns are checked in groups of ``width`` by a panel of ``checks`` columns (0: unchecked).
+
+    ``rows`` None: as many as keep any GPU busy. programs: multiprocessors, by default those of PROGRAMS. Same numbers, same config:
+    a recomputation under activation checkpointing sums in the order of the forward pass. Groups are whole tiles of any choice.
+    """
+    whole = [c for c in candidates(architecture, kind, group, (n, k)) if width >= n or width % c.bn == 0]
+    if rows is None:
+        return _with_check_tiles(whole[0], architecture, kind, k, checks)[0]
+    programs = programs or (PROGRAMS[architecture] if architecture is not None else INTERPRETED_PROGRAMS)
+
+    def time(c: Config) -> float:
+        return cycles(c, architecture, kind, n, k, checks, rows, batch, programs)
+
+    first, *others = (min(_with_check_tiles(c, architecture, kind, k, checks), key=time) for c in whole)  # of equals, the widest
+    quickest = min(others, key=time, default=first)  # of equals, the largest
+    return quickest if time(quickest) < (1 - ADVANTAGE) * time(first) else first
+
+
+def _with_check_tiles(c: Config, architecture: int | None, kind: str, k: int, checks: int) -> list[Config]:
+    """With check tiles as wide as the panel, but no wider than data tiles or 64; then, if it is narrower, 64.
+
+    The wider, the less often A is fetched; the narrower, the more evenly they can be dealt.
+    """
+    widest = min(max(c.bn, WIDE_CHECKS), max(MIN_COLUMNS, 1 << max(checks - 1, 1).bit_length()))
+    tile = tile_cycles(architecture, kind, c.bm, c.bn, c.bk, c.warps, k)
+    return [
+        replace(c, bc=bc, check_cost=tile_cycles(architecture, kind, c.bm, bc, c.bk, c.warps, k, CHECK_BESIDES) / tile)
+        for bc in ([widest, WIDE_CHECKS] if widest > WIDE_CHECKS else [widest])
+    ]
+
+
+def cycles(c: Config, architecture: int | None, kind: str, n: int, k: int, checks: int, rows: int, batch: int,
+           multiprocessors: int) -> float:  # fmt: skip
+    """Cycles until the slowest program is done."""
+    blocks = batch * -(-rows // c.bm)
+    data, check = blocks * -(-n // c.bn), blocks * -(-checks // c.bc)
+    programs = max(1, min(data + check, c.resident * multiprocessors))
+    return makespan(data, check, programs, c.check_cost) * tile_cycles(architecture, kind, c.bm, c.bn, c.bk, c.warps, k)
+
+
+def quickest_checks(c: Config, architecture: int | None, kind: str, n: int, k: int, checks: int, rows: int, multiprocessors: int) -> float:
+    """``cycles`` with the check tiles that suit these tiles best."""
+    ways = _with_check_tiles(c, architecture, kind, k, checks)
+    return min(cycles(way, architecture, kind, n, k, checks, rows, 1, multiprocessors) for way in ways)

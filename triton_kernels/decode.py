@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from . import tuning
 from .configs import DECODE, INTERPRETED_DECODE, MIN_COLUMNS, PROGRAMS, Config
 
 #: Rows up to which a product is bound by memory, and fits one block of warpgroup MMA.
@@ -31,9 +32,13 @@ def height(architecture: int | None, kind: str, rows: int) -> int | None:
     return next(c.bm for c in _configs(architecture, kind) if c.bm >= rows)
 
 
-def choose(architecture: int | None, kind: str, bm: int, n: int, checksum_columns: int, widest: int) -> Config:
-    """The config of tiles of ``bm`` rows; ``widest``: columns of the tiles for many rows, whose groups these must divide."""
+def choose(architecture: int | None, kind: str, bm: int, n: int, checksum_columns: int, widest: int, k: int | None = None) -> Config:
+    """The config of tiles of ``bm`` rows; ``widest``: columns of the tiles for many rows, whose groups these must divide.
+
+    k: as n, of a shape that may have been measured.
+    """
     config = next(c for c in _configs(architecture, kind) if c.bm == bm)
+    config = replace(config, **(tuning.find(architecture, kind, bm, None if k is None else (n, k)) or {}))
     programs = PROGRAMS.get(architecture, 1) if architecture is not None else 1
     widths = [bn for bn in (64, 32, 16) if bn <= min(config.bn, max(widest, MIN_COLUMNS))]
     bn = min(widths, key=lambda bn: slowest(n, checksum_columns, bn, bm, programs))  # of equals, the widest

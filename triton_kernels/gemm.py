@@ -45,7 +45,7 @@ from .tiles import (
     strike,
     tile_of,
 )
-from .waves import Deal, check_cost, deal
+from .waves import Deal, deal
 
 
 @triton.jit(do_not_specialize=["deal", "batches", "summary_words"])
@@ -162,7 +162,7 @@ class Product:
         """(programs, what each of them computes): as many as run at once, and no more than there are tiles."""
         data, checks = self.tiles
         programs = max(1, min(data + checks, self.config.resident * multiprocessors(self.a.device)))
-        return programs, deal(data, checks, programs, check_cost(self.config.bn, self.config.bc))
+        return programs, deal(data, checks, programs, self.config.check_cost)
 
     def workspace(self, planes: int) -> tuple[Tensor, Tensor]:
         """Uninitialised (partials (B, planes, tiles_n, M), raw (B, M, C)), fp32; per call, for two streams would race."""

@@ -77,7 +77,7 @@ def check(product: Product, evidence: Evidence, judge: Judge, words: Tensor, sit
     panel = matrix(product.panel), matrix(memory.integrity), matrix(memory.sketch), memory.rms
     order = {"KINDS": product.kinds, "PARTS": judge.parts, "BM": config.bm, "BN": config.bn, "OUT_LARGEST": torch.finfo(y.dtype).max}
     # Rarely more than an early exit: left to itself, the assembler would rather spill than take another register.
-    order |= {"num_warps": 4, "enable_fp_fusion": True, "maxnreg": MAX_REGISTERS}
+    order |= {"num_warps": config.judge_warps, "enable_fp_fusion": True, "maxnreg": MAX_REGISTERS}
     # Of a tracked weight, elements that changed in several groups are an edit.
     most_restored = groups if memory.frozen else 1
     verify[(max(1, batch * blocks * groups),)](

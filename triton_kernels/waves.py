@@ -12,12 +12,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-#: Columns at which a warpgroup's MMA is bound by multiplying rather than by reading its left operand: m64n32k16 takes 16 cycles.
-MMA_FLOOR = 32
-#: Columns at which a step in K is bound by multiplying rather than by issuing its instructions: 90 of each of 8 warps (``step`` of
-#: sm_90's tiles in bench/results/audit-*.jsonl), four a cycle, are 180 cycles, in which 45 columns of 128 rows × 64 are multiplied.
-ISSUE_FLOOR = 45
-
 
 class Deal(NamedTuple):
     """Check tiles by rank; program p has rank (p - behind) mod programs.
@@ -31,11 +25,6 @@ class Deal(NamedTuple):
     early_more: int
     share: int
     share_more: int
-
-
-def check_cost(bn: int, bc: int) -> float:
-    """Time of a check tile of bc columns in units of a data tile of bn columns (same rows, same K): multiplying, or issuing."""
-    return max(bc, ISSUE_FLOOR) / max(bn, ISSUE_FLOOR)
 
 
 def deal(data_tiles: int, check_tiles: int, programs: int, cost: float) -> Deal:
@@ -72,9 +61,3 @@ def loads(data_tiles: int, check_tiles: int, programs: int, cost: float) -> list
 def makespan(data_tiles: int, check_tiles: int, programs: int, cost: float) -> float:
     """When the last program is done, in data tiles."""
     return max(loads(data_tiles, check_tiles, programs, cost))
-
-
-def overhead(m: int, n: int, columns: int, *, bm: int, bn: int, bc: int, programs: int) -> float:
-    """Time of a checked product over that of the same one without check tiles, both dealt like this; epilogues not counted."""
-    data, checks = -(-m // bm) * -(-n // bn), -(-m // bm) * -(-columns // bc)
-    return makespan(data, checks, programs, check_cost(bn, bc)) / -(-data // programs)

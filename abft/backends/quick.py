@@ -1,8 +1,8 @@
 """The judgement of ``reference``, for the product that is almost always clean: as few calls as it takes.
 
-Small layers are bound by the number of calls, not by arithmetic: torch multiplies, sums and takes norms, numpy does the
-rest on arrays of a few numbers per row. What it says is what ``reference.judge`` says (a test compares them); rows it does
-not like are judged again there.
+Where a C compiler is found it is one call (``judging``). Else small layers are bound by the number of calls, not by
+arithmetic: torch multiplies, sums and takes norms, numpy does the rest on arrays of a few numbers per row. What either says
+is what ``reference.judge`` says (tests compare them); rows they do not like are judged again there.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from abft import checksum, threshold
+from abft.backends import judging
 from abft.backends.reference import Plan
 from abft.checksum import SKETCHES, Panel
 
@@ -24,8 +25,17 @@ FEW_ELEMENTS = 1 << 16
 
 
 @dataclass(frozen=True)
-class Quick:
-    """Everything about a product's judgement that does not depend on its rows."""
+class Compiled:
+    """A judgement by ``judging``: its judge, the panel, and what the bias adds to the panel's products and their squared noise."""
+
+    judge: judging.Judge
+    columns: Tensor
+    bias: tuple[Tensor, Tensor] | None
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Everything about a judgement by torch and numpy that does not depend on the product's rows."""
 
     columns: Tensor
     sums: Tensor  # (tested, width): the weights of the judged sums
@@ -48,8 +58,27 @@ class Quick:
     mixture: np.ndarray | None  # (C, tested), for one group: squares of the panel's products → their share of τ²
 
 
-def prepare(panel: Panel, bias: tuple[Tensor, Tensor] | None, k: int, p: Plan) -> Quick | None:
-    """The row-independent part, or None where only the general judgement fits (batches, ragged or split panels)."""
+Quick = Compiled | Prepared
+
+
+def prepare(panel: Panel, bias: tuple[Tensor, Tensor] | None, k: int, p: Plan, dtype: torch.dtype) -> Quick | None:
+    """The row-independent part, or None where only the general judgement fits."""
+    return compiled(panel, bias, k, p, dtype) or in_torch(panel, bias, k, p)
+
+
+def compiled(panel: Panel, bias: tuple[Tensor, Tensor] | None, k: int, p: Plan, dtype: torch.dtype) -> Compiled | None:
+    """… compiled; None without a compiler, or for other types than fp32, bf16 and fp16."""
+    judge = judging.judge_for(p, k, dtype) if panel.columns.dim() == 2 else None
+    if judge is None:
+        return None
+    if bias is not None:
+        sums, noise2 = bias
+        bias = sums.contiguous(), noise2.sum(0, keepdim=True) if panel.layout.shared_sketch else noise2.contiguous()
+    return Compiled(judge, panel.columns, bias)
+
+
+def in_torch(panel: Panel, bias: tuple[Tensor, Tensor] | None, k: int, p: Plan) -> Prepared | None:
+    """… for torch and numpy; None for batches, ragged or split panels."""
     layout = panel.layout
     groups = layout.groups
     if panel.columns.dim() != 2 or groups.ragged or layout.parts != 1 or panel.scales is not None:
@@ -65,7 +94,7 @@ def prepare(panel: Panel, bias: tuple[Tensor, Tensor] | None, k: int, p: Plan) -
         mixture = np.zeros((panel.columns.shape[0], tested), dtype)
         mixture[:tested] = np.diag(accumulate2)
         mixture[layout.checksum_columns :][:SKETCHES] = accumulate2 / SKETCHES
-    return Quick(
+    return Prepared(
         columns=panel.columns,
         sums=checksum.weights(p.tested, groups.width, torch.device("cpu"), p.sum_dtype),
         sum_dtype=p.sum_dtype,
@@ -90,6 +119,9 @@ def prepare(panel: Panel, bias: tuple[Tensor, Tensor] | None, k: int, p: Plan) -
 
 def worst(y: Tensor, a: Tensor, q: Quick) -> float:
     """The largest |residual| / bound over all rows of y (M, N) = a (M, K) Wᵀ; NaN if anything is not finite."""
+    if type(q) is Compiled:
+        return judging.worst(q.judge, q.columns, q.bias, y, a)
+    assert type(q) is Prepared
     if a.dtype != q.columns.dtype:
         a, y = a.to(q.columns.dtype), y.to(q.sum_dtype)
     if q.mixture is not None and y.numel() <= FEW_ELEMENTS:
@@ -106,7 +138,7 @@ def worst(y: Tensor, a: Tensor, q: Quick) -> float:
         return _ratio(raw.astype(np.float64), actual, seen * seen, q)
 
 
-def _worst_in_one_group(y: Tensor, a: Tensor, q: Quick, mixture: np.ndarray) -> float:
+def _worst_in_one_group(y: Tensor, a: Tensor, q: Prepared, mixture: np.ndarray) -> float:
     """The same where one group spans the row, which is what small layers in fp32 have."""
     raw = F.linear(a, q.columns, q.bias_columns).numpy().astype(np.float64)
     residual = F.linear(y, q.sums).numpy().astype(np.float64)
@@ -125,7 +157,7 @@ def _worst_in_one_group(y: Tensor, a: Tensor, q: Quick, mixture: np.ndarray) -> 
         return math.sqrt(residual.item(residual.argmax()))  # argmax stops at NaN, as max does, in a third of its time
 
 
-def _ratio(raw: np.ndarray, actual: np.ndarray, squares: np.ndarray, q: Quick) -> float:
+def _ratio(raw: np.ndarray, actual: np.ndarray, squares: np.ndarray, q: Prepared) -> float:
     rows = len(raw)
     predicted, sketches = raw[:, : q.checks], raw[:, q.checks : q.sketched]
     predicted = predicted.reshape(rows, q.groups, q.kinds)[:, :, : q.tested]

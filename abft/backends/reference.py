@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from abft import checksum, floating, threshold
+from abft import checksum, encoding, floating, threshold
 from abft.backends.call import Call
 from abft.checksum import FORMS, Groups, Kind, Layout, Panel, Sums
 from abft.faults import Strike, strike_checksums
@@ -24,7 +24,7 @@ from abft.faults import Strike, strike_checksums
 #: Columns under one check where the result is not rounded: the whole row costs least, and its floor is far below harm.
 WIDE_GROUP = 8192
 #: … and where it is: the floor falls with √(G/N), so narrow rows get narrow groups.
-ROUNDED_GROUP = 128
+ROUNDED_GROUP = 512
 ROUNDED_GROUPS_PER_ROW = 8
 
 
@@ -123,8 +123,9 @@ def strike_output(y: Tensor, strikes: tuple[Strike, ...]) -> None:
 
 
 def build_panel(matrix: Tensor, layout: Layout) -> Panel:
-    """The panel of W (N, K) or (B, N, K)."""
-    return checksum.encode(matrix.detach(), layout)
+    """The panel of W (N, K) or (B, N, K): ``checksum.encode``, compiled where that can be."""
+    matrix = matrix.detach()
+    return encoding.encode(matrix, layout) or checksum.encode(matrix, layout)
 
 
 def sums(

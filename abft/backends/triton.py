@@ -113,38 +113,73 @@ class Plan:
 
 @lru_cache(maxsize=8192)
 def plan(n: int, k: int, dtype: torch.dtype, architecture: int | None, tf32: bool, form: str, group: int | None,
-         height: int | None = None) -> Plan:  # fmt: skip
-    """The plan of a product; ``architecture`` as in the table of configs, None: interpreted. ``height``: of decode tiles, if they fit.
+         rows: int | None = None, batch: int = 1, programs: int | None = None) -> Plan:  # fmt: skip
+    """The plan of a product; ``architecture`` as in the table of configs, None: interpreted. ``rows`` None: as many as keep any GPU
+    busy. programs: multiprocessors, by default those of a common GPU of the architecture.
 
-    Groups, and with them the panel, do not depend on the rows: prompts and decoding share it.
+    Groups, and with them the panel, do not depend on the rows: prompts of every length and decoding share it.
     """
     from abft.triton_kernels import configs, decode
 
     kind = "tf32" if tf32 else KIND[dtype]
     arithmetic = ARITHMETIC.get((architecture, kind), threshold.FMA_32)  # type: ignore[arg-type]
-    bn = configs.choose(architecture, kind, group).bn
-    groups = Groups.near_equal(n, group or configs.default_group(kind), unit=bn)
-    layout = Layout(groups, FORMS[form], dtype, TF32_PARTS if tf32 else floating.PARTS[dtype])
-    config = configs.choose(architecture, kind, group, layout.columns)
-    if height is not None:
-        config = decode.choose(architecture, kind, height, n, layout.columns, bn)
+    layout = _layout(n, k, dtype, architecture, kind, form, group)
+    groups = layout.groups
+    height = None if rows is None else decode.height(architecture, kind, rows)
+    if height is None:
+        config = configs.choose(
+            architecture, kind, group, n, k, groups.width, layout.columns, rows=rows, batch=batch, programs=programs
+        )
+    else:
+        config = decode.choose(architecture, kind, height, n, layout.columns, configs.unit(architecture, kind, group, (n, k)), k)
     coefficients = threshold.coefficients(arithmetic, k, FORMS[form].kinds, groups.width)
     return Plan(config, arithmetic, layout, coefficients, -(-groups.width // config.bn))
 
 
+@lru_cache(maxsize=8192)
+def _layout(n: int, k: int, dtype: torch.dtype, architecture: int | None, kind: str, form: str, group: int | None) -> Layout:
+    """How the panel of a weight is laid out: one object for all its products, by which the panel is found (abft.panels)."""
+    from abft.triton_kernels import configs
+
+    groups = Groups.near_equal(n, group or configs.default_group(kind), unit=configs.unit(architecture, kind, group, (n, k)))
+    return Layout(groups, FORMS[form], dtype, TF32_PARTS if kind == "tf32" else floating.PARTS[dtype])
+
+
+def forget_plans() -> None:
+    """For whoever changes what plans are made from."""
+    plan.cache_clear()
+    _layout.cache_clear()
+
+
 def plan_for(call: Call) -> Plan:
     """The plan of a call on its own device."""
-    architecture = None if call.a.device.type == "cpu" else family_of(call.a.device)
-    tf32 = architecture is not None and call.a.dtype == torch.float32 and _tf32_allowed()
-    height = _height(architecture, "tf32" if tf32 else KIND[call.a.dtype], call.a.shape[-2])
-    return plan(call.w.shape[-2], call.a.shape[-1], call.a.dtype, architecture, tf32, call.policy.panel, call.policy.group, height)
+    return plan(*situation(call))
 
 
-@lru_cache(maxsize=1024)
-def _height(architecture: int | None, kind: str, rows: int) -> int | None:
+def situation(call: Call) -> tuple[Any, ...]:
+    """The arguments of ``plan`` for a call on its own device."""
+    device, a = call.a.device, call.a
+    architecture = None if device.type == "cpu" else family_of(device)
+    tf32 = architecture is not None and a.dtype == torch.float32 and _tf32_allowed()
+    rows = _rows(architecture, "tf32" if tf32 else KIND[a.dtype], a.shape[-2])
+    batch = a.shape[0] if a.dim() == 3 else 1
+    policy = call.policy
+    return call.w.shape[-2], a.shape[-1], a.dtype, architecture, tf32, policy.panel, policy.group, rows, batch, _programs(device)
+
+
+@lru_cache(maxsize=8192)
+def _rows(architecture: int | None, kind: str, rows: int) -> int:
+    """Rows as far as they decide about tiles, so that prompts of nearly the same length share a plan."""
     from abft.triton_kernels import decode
 
-    return decode.height(architecture, kind, rows)
+    return decode.height(architecture, kind, rows) or -(-rows // decode.FEW_ROWS) * decode.FEW_ROWS
+
+
+@lru_cache(maxsize=64)
+def _programs(device: torch.device) -> int:
+    from abft.triton_kernels import configs
+
+    return configs.multiprocessors(device)
 
 
 def _tf32_allowed() -> bool:

@@ -32,9 +32,11 @@ def plan(n: int, architecture: int | None, form: str, group: int | None) -> Plan
     """The plan of a product; ``architecture`` as in the table of configs, None: interpreted."""
     from abft.triton_kernels import configs
 
-    bn = configs.choose(architecture, "int8", group).bn
-    layout = digits.layout(n, form, group or integer.GROUP, unit=bn)
-    return Plan(configs.choose(architecture, "int8", group, layout.columns), layout, -(-layout.groups.width // bn))
+    layout = digits.layout(n, form, group or integer.GROUP, unit=configs.unit(architecture, "int8", group))
+    width = layout.groups.width
+    # K does not matter for what many rows take.
+    config = configs.choose(architecture, "int8", group, n, digits.DEPTH, width, layout.columns)
+    return Plan(config, layout, -(-width // config.bn))
 
 
 def plan_for(call: Call) -> Plan:

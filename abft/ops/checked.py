@@ -285,10 +285,16 @@ def _check(call: Call, y: Tensor, outcome: Outcome, backend: str) -> Tensor:
     bias = panels.bias_sums_for(entry, call.bias_source, call.bias, p.layout, frozen=call.policy.weights == "frozen")
     as_remembered = entry is None or panels.unchanged(entry, call.w, call.bias)
     quickly = as_remembered and not faults.in_checksums(call.strikes)  # which the quick judgement computes on its own
-    judge = _quickly_clean(call, y, entry, bias, p, outcome) if entry is not None and quickly else None
-    if entry is not None and judge is not None:
-        lane.open_for(call, backend, entry, judge)
-        return y
+    if entry is not None:
+        judge = _quickly_clean(call, y, entry, bias, p, outcome) if quickly else None
+        if judge is not None:
+            lane.open_for(call, backend, entry, judge)
+            return y
+    elif quickly and call.a.dim() == 2:
+        fresh = quick.compiled(panel, bias, call.a.shape[-1], p, call.a.dtype)
+        if fresh is not None and (worst := quick.worst(y, call.a, fresh)) <= 1.0:
+            outcome.worst = worst
+            return y
     judgement = reference.examine(y, call, panel, bias, p, call.strikes)
     if judgement.clean and as_remembered and (entry is None or entry.uses % lane.PANEL_AUDIT or panels.intact(entry)):
         outcome.worst = judgement.worst
@@ -306,7 +312,7 @@ def _quickly_clean(
         return None
     q = entry.quick
     if q is None:
-        q = entry.quick = quick.prepare(entry.panel, bias, call.a.shape[-1], p) or False
+        q = entry.quick = quick.prepare(entry.panel, bias, call.a.shape[-1], p, call.a.dtype) or False
     if q is False or call.a.dim() != 2:
         return None
     worst = quick.worst(y, call.a, q)

@@ -25,13 +25,13 @@ def by_tile(monkeypatch):
     genuine = gemm.Product.operands
 
     def switch(on):
-        monkeypatch.setattr(configs, "INTERPRETED", replace(configs.INTERPRETED, descriptors=on))
+        monkeypatch.setattr(configs, "INTERPRETED", tuple(replace(c, descriptors=on) for c in configs.INTERPRETED))
         monkeypatch.setattr(decode, "INTERPRETED_DECODE", tuple(replace(c, descriptors=on) for c in configs.INTERPRETED_DECODE))
         monkeypatch.setattr(decode, "DECODE", {k: tuple(replace(c, descriptors=on) for c in cs) for k, cs in configs.DECODE.items()})
-        monkeypatch.setattr(configs, "CONFIGS", {k: replace(c, descriptors=on) for k, c in configs.CONFIGS.items()})
+        monkeypatch.setattr(configs, "CONFIGS", {k: tuple(replace(c, descriptors=on) for c in cs) for k, cs in configs.CONFIGS.items()})
         from abft.backends import triton
 
-        triton.plan.cache_clear()
+        triton.forget_plans()
 
     def operands(self):
         found = genuine(self)
@@ -49,7 +49,7 @@ def by_tile(monkeypatch):
     monkeypatch.undo()
     from abft.backends import triton
 
-    triton.plan.cache_clear()
+    triton.forget_plans()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])

@@ -1,0 +1,84 @@
+"""The judgement of a product on a CPU in one pass over each operand (abft/native/judge.c)."""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from abft import checksum, encoding, threshold
+from abft.native import library
+
+if TYPE_CHECKING:
+    from abft.backends.reference import Plan
+
+#: Of the comparison in judge.c, which goes through groups × kinds so many at a time.
+LANES = 8
+
+
+class _Plan(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("n", "k", "width", "groups", "kinds", "shared_sketch", "dtype", "padded")),
+        *((name, ctypes.c_void_p) for name in ("signs", "last_signs", "accumulate2", "round2", "absolute2")),
+        ("largest2", ctypes.c_double),
+    ]
+
+
+class _Product(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("panel", "bias", "bias_noise", "y", "a")),
+        *((name, ctypes.c_int64) for name in ("ldy", "rs", "ks", "rows")),
+    ]
+
+
+@dataclass(frozen=True)
+class Judge:
+    """What shapes, dtype and policy say about a product's judgement, as judge.c wants it."""
+
+    address: int
+    worst: Any  # abft_worst
+    work: int  # multiplications per row
+    kept: tuple[object, ...]  # what the address leads to
+
+
+def judge_for(p: Plan, k: int, dtype: torch.dtype) -> Judge | None:
+    """The judge of a product over k, or None where it has to be judged in torch."""
+    return _judge(p, k, dtype, threshold.coefficients(threshold.with_wide_squares(p.arithmetic), k, p.tested, p.layout.groups.width))
+
+
+@lru_cache(maxsize=4096)
+def _judge(p: Plan, k: int, dtype: torch.dtype, c: threshold.Coefficients) -> Judge | None:
+    functions = library.functions()
+    layout = p.layout
+    if functions is None or dtype not in encoding.DTYPES or layout.dtype != torch.float32 or layout.parts != 1 or not k:
+        return None
+    groups, kinds = layout.groups, len(p.tested)
+    each = groups.count * kinds
+    repeat = next(times for times in (1, 2, 4, 8) if times * each % LANES == 0)
+    squares = [np.tile(np.square(values, dtype=np.float64), groups.count * repeat) for values in (c.accumulate, c.round, c.absolute)]
+    signs, last = encoding.padded(checksum.signs(groups.width)), encoding.padded(checksum.signs(groups.ragged or groups.width))
+    plan = _Plan(
+        groups.columns, k, groups.width, groups.count, kinds, int(layout.shared_sketch), encoding.DTYPES[dtype], repeat * each,
+        signs.ctypes.data, last.ctypes.data, *(array.ctypes.data for array in squares), float(c.largest) ** 2,
+    )  # fmt: skip
+    work = layout.columns * k + 5 * groups.columns
+    return Judge(ctypes.addressof(plan), functions.abft_worst, work, (plan, signs, last, squares))
+
+
+def worst(judge: Judge, panel: Tensor, bias: tuple[Tensor, Tensor] | None, y: Tensor, a: Tensor) -> float:
+    """The largest |residual| / bound over all rows of y (M, N) = a (M, K) Wᵀ; NaN if anything is not finite.
+
+    ``panel`` (C, K) fp32; ``bias``: what it adds to the predictions (groups × kinds) and to the squares of the noise, fp32.
+    """
+    rows = a.shape[0]
+    row_stride, column_stride = a.stride()
+    product = _Product(
+        panel.data_ptr(), bias and bias[0].data_ptr(), bias and bias[1].data_ptr(), y.data_ptr(), a.data_ptr(),
+        y.stride(0), row_stride, column_stride, rows,
+    )  # fmt: skip
+    return judge.worst(judge.address, ctypes.byref(product), torch.get_num_threads() if rows * judge.work > encoding.WORTH_A_THREAD else 1)

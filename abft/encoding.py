@@ -1,0 +1,87 @@
+"""Panels of matrices on a CPU in one pass (abft/native/encode.c): what ``checksum.encode`` and ``bias_sums`` compute."""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from abft import checksum
+from abft.checksum import FRAGMENT, Layout, Panel
+from abft.native import library
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+#: Multiplications that a second thread is woken for.
+WORTH_A_THREAD = 1 << 18
+
+
+class _Layout(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("n", "k", "width", "groups", "kinds", "shared_sketch", "ingress", "dtype")),
+        *((name, ctypes.c_void_p) for name in ("weights", "last_weights", "coefficients", "signs", "last_signs")),
+        ("share", ctypes.c_double * 4),
+    ]
+
+
+@dataclass(frozen=True)
+class _Encoder:
+    address: int
+    kept: tuple[object, ...]
+
+
+@lru_cache(maxsize=4096)
+def _encoder_for(layout: Layout, k: int, dtype: torch.dtype) -> _Encoder:
+    groups, kinds = layout.groups, layout.form.kinds
+    widths = groups.width, groups.ragged or groups.width
+    weights, last = (padded(np.stack([checksum.column_weights(kind, width) for kind in kinds])) for width in widths)
+    coefficients = np.ascontiguousarray(checksum.sketch_coefficients(k, torch.device("cpu")).numpy())
+    signs, last_signs = (table[0].astype(np.float64) for table in (weights, last))
+    share = [checksum.weight_rms(kind, groups.width) ** -2 for kind in kinds]
+    plan = _Layout(
+        groups.columns, k, groups.width, groups.count, len(kinds), int(layout.shared_sketch), int(layout.form.ingress), DTYPES[dtype],
+        *(table.ctypes.data for table in (weights, last, coefficients, signs, last_signs)), (ctypes.c_double * 4)(*share),
+    )  # fmt: skip
+    return _Encoder(ctypes.addressof(plan), (plan, weights, last, coefficients, signs, last_signs))
+
+
+def padded(weights: np.ndarray) -> np.ndarray:
+    """Weights (…, width) with zeros up to a whole fragment."""
+    filled = np.zeros((*weights.shape[:-1], -(-weights.shape[-1] // FRAGMENT) * FRAGMENT), np.float32)
+    filled[..., : weights.shape[-1]] = weights
+    return filled
+
+
+def encode(matrix: Tensor, layout: Layout) -> Panel | None:
+    """``checksum.encode`` of a matrix (N, K) on a CPU; None where that has to be done in torch."""
+    if (
+        matrix.device.type != "cpu" or matrix.dim() != 2 or matrix.dtype not in DTYPES or not matrix.numel()
+        or layout.dtype != torch.float32 or layout.parts != 1 or (functions := library.functions()) is None
+    ):  # fmt: skip
+        return None
+    rows, columns = matrix.stride()
+    n, k = matrix.shape
+    if columns != 1 and rows != 1:
+        return None
+    along_n = columns != 1 or k == 1
+    if along_n and rows != 1:
+        return None
+    out = torch.empty((layout.columns, k), dtype=torch.float32)
+    threads = torch.get_num_threads() if n * k * 5 > WORTH_A_THREAD else 1
+    encoder = _encoder_for(layout, k, matrix.dtype)
+    failed = functions.abft_encode(encoder.address, matrix.data_ptr(), columns if along_n else rows, int(along_n), out.data_ptr(), threads)
+    return None if failed else Panel(layout, out, None)
+
+
+def bias_sums(bias: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
+    """``checksum.bias_sums``, compiled where that can be."""
+    functions = library.functions()
+    if bias.device.type != "cpu" or bias.dtype not in DTYPES or layout.dtype != torch.float32 or functions is None or bias.stride(0) != 1:
+        return checksum.bias_sums(bias, layout)
+    sums = torch.empty((layout.groups.count, len(layout.form.kinds)))
+    noise2 = torch.empty(layout.groups.count)
+    functions.abft_bias(_encoder_for(layout, 1, bias.dtype).address, bias.data_ptr(), sums.data_ptr(), noise2.data_ptr())
+    return sums, noise2

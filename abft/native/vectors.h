@@ -1,0 +1,121 @@
+/* Sixteen numbers at a time, of any floating type, in the vectors of GCC and clang: whatever the processor has. */
+#ifndef ABFT_VECTORS_H
+#define ABFT_VECTORS_H
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+#if defined(__SSE3__)
+#include <immintrin.h>
+#endif
+
+#define INLINE static inline __attribute__((always_inline))
+#define UNROLL _Pragma("GCC unroll 8")
+
+typedef float v16 __attribute__((vector_size(64), aligned(4), may_alias));
+typedef float v8 __attribute__((vector_size(32), aligned(4), may_alias));
+typedef float v4 __attribute__((vector_size(16), aligned(4), may_alias));
+typedef double d8 __attribute__((vector_size(64), aligned(8), may_alias));
+typedef uint32_t u16x32 __attribute__((vector_size(64), aligned(4), may_alias));
+typedef uint16_t u16x16 __attribute__((vector_size(32), aligned(2), may_alias));
+typedef int64_t m8 __attribute__((vector_size(64)));
+
+enum { FP32, BF16, FP16 };
+enum { E, ONE, HI, LO, KINDS };
+enum { FRAGMENT = 16, SKETCHES = 4, ROWS = 8, TASK = 32, TASKS = 4, DEPTH = 128, FEW = 16, LANES = 8 };
+
+INLINE float one_of(const void *p, int64_t i, int dtype) {
+    if (dtype == FP32) return ((const float *)p)[i];
+    uint16_t h = ((const uint16_t *)p)[i];
+    if (dtype == BF16) {
+        uint32_t bits = (uint32_t)h << 16;
+        float f;
+        memcpy(&f, &bits, 4);
+        return f;
+    }
+    _Float16 half;
+    memcpy(&half, &h, 2);
+    return (float)half;
+}
+
+INLINE v16 sixteen_of(const void *p, int64_t i, int dtype) {
+    if (dtype == FP32) return *(const v16 *)((const float *)p + i);
+    const uint16_t *h = (const uint16_t *)p + i;
+    if (dtype == BF16) {
+        u16x32 wide = __builtin_convertvector(*(const u16x16 *)h, u16x32) << 16;
+        return (v16)wide;
+    }
+#if defined(__AVX512F__)
+    return (v16)_mm512_cvtph_ps(_mm256_loadu_si256((const void *)h));
+#elif defined(__F16C__)
+    v16 out;
+    ((v8 *)&out)[0] = (v8)_mm256_cvtph_ps(_mm_loadu_si128((const void *)h));
+    ((v8 *)&out)[1] = (v8)_mm256_cvtph_ps(_mm_loadu_si128((const void *)(h + 8)));
+    return out;
+#else
+    v16 out;
+    for (int lane = 0; lane < 16; lane++) out[lane] = one_of(h, lane, FP16);
+    return out;
+#endif
+}
+
+INLINE v16 some_of(const void *p, int64_t i, int64_t count, int dtype) {
+    v16 out = {0};
+    for (int lane = 0; lane < count; lane++) out[lane] = one_of(p, i + lane, dtype);
+    return out;
+}
+
+INLINE double sum16(v16 v) {
+    v8 a = ((v8 *)&v)[0] + ((v8 *)&v)[1];
+    v4 b = ((v4 *)&a)[0] + ((v4 *)&a)[1];
+    return (double)((b[0] + b[2]) + (b[1] + b[3]));
+}
+
+typedef double d4 __attribute__((vector_size(32), aligned(8), may_alias));
+
+INLINE v4 fold(v16 v) {
+    v8 a = ((v8 *)&v)[0] + ((v8 *)&v)[1];
+    return ((v4 *)&a)[0] + ((v4 *)&a)[1];
+}
+
+/* The sums of four vectors. */
+INLINE v4 sums16(v16 a, v16 b, v16 c, v16 d) {
+#ifdef __SSE3__
+    return (v4)_mm_hadd_ps(_mm_hadd_ps((__m128)fold(a), (__m128)fold(b)), _mm_hadd_ps((__m128)fold(c), (__m128)fold(d)));
+#else
+    return (v4){(float)sum16(a), (float)sum16(b), (float)sum16(c), (float)sum16(d)};
+#endif
+}
+
+/* Memory of a thread that grows and stays: fresh pages at every call would cost more than the sums. */
+static __attribute__((unused)) float *scratch(int which, size_t floats) {
+    static __thread float *kept[3];
+    static __thread size_t size[3];
+    if (size[which] < floats) {
+        free(kept[which]);
+        size[which] = 0;
+        kept[which] = aligned_alloc(64, (floats * sizeof(float) + 63) / 64 * 64);
+        if (kept[which]) size[which] = floats;
+    }
+    return kept[which];
+}
+
+INLINE int thread_number(void) {
+#ifdef _OPENMP
+    return omp_get_thread_num();
+#else
+    return 0;
+#endif
+}
+
+INLINE int thread_count(void) {
+#ifdef _OPENMP
+    return omp_get_num_threads();
+#else
+    return 1;
+#endif
+}
+#endif

@@ -12,6 +12,7 @@ if not (_Path(__file__).parent / "triton_kernels").is_dir():
 __version__ = "0.1.0"
 
 from abft import inject
+from abft.attend import scaled_dot_product_attention
 from abft.covering import Coverage, ModuleCoverage, coverage
 from abft.errors import (
     AbftError,
@@ -27,7 +28,7 @@ from abft.events import FaultEvent
 from abft.functional import addmm, bmm, int_mm, linear, matmul
 from abft.guarding import checkpoint_context, checkpoint_ops, context, protected
 from abft.ledger import Verdict
-from abft.nn import Linear
+from abft.nn import Linear, MultiheadAttention
 from abft.ops import flops as _flops  # noqa: F401  (registers the formula)
 from abft.pending import flush as verify_deferred
 from abft.policy import Policy
@@ -46,6 +47,7 @@ __all__ = [
     "FaultEvent",
     "Linear",
     "ModuleCoverage",
+    "MultiheadAttention",
     "NotInjected",
     "Policy",
     "PolicyError",
@@ -69,6 +71,7 @@ __all__ = [
     "refresh",
     "report",
     "restore",
+    "scaled_dot_product_attention",
     "unprotect",
     "verify_deferred",
     "verify_matmul",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,8 +13,9 @@ from torch.utils._pytree import tree_leaves
 from abft import panels, protection, scope
 from abft import policy as policies
 from abft.nn.checked import Checked, ScopedForward
+from abft.ops.attention import attention, attention_backward
 from abft.ops.checked import product
-from abft.ops.flops import int_product_flops
+from abft.ops.flops import attention_parts, int_product_flops
 from abft.ops.integer import int_product
 
 
@@ -61,12 +62,12 @@ def coverage(model: nn.Module, *args: Any, **kwargs: Any) -> Coverage:
     """Report every module of ``model`` that multiplies matrices. With inputs, one forward and backward is counted.
 
     The counting pass leaves parameters' ``.grad``, buffers and random states as they were; it does add to the ledger.
-    Attention and anything computed by functions rather than modules shows in ``flop_share`` only.
+    Anything computed by functions rather than modules, attention included, shows in ``flop_share`` only.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"coverage needs a torch.nn.Module; got {type(model).__name__}")
-    hidden = protection.hidden_linears(model)
-    modules = tuple(_describe(name, m, m in hidden) for name, m in model.named_modules() if _multiplies(m))
+    readers = {m.out_proj: m for m in model.modules() if isinstance(m, nn.MultiheadAttention)}
+    modules = tuple(_describe(name, m, readers.get(m)) for name, m in model.named_modules() if _multiplies(m))
     share = _flop_share(model, args, kwargs) if args or kwargs else None
     return Coverage(modules, sum(m.covered for m in modules), len(modules), share)
 
@@ -84,9 +85,14 @@ def _multiplies(module: nn.Module) -> bool:
     )
 
 
-def _describe(name: str, module: nn.Module, hidden: bool) -> ModuleCoverage:
+def _describe(name: str, module: nn.Module, reader: nn.Module | None) -> ModuleCoverage:
+    """reader: the module above it that reads its weight without calling it, and is covered for it."""
     kind = type(module).__dict__.get("_abft_base", type(module)).__name__
+    if reader is not None and isinstance(reader, Checked):
+        above = _describe(name, reader, None)
+        return replace(above, type=kind, how="in the module above it" if above.covered else "")
     if not isinstance(module, Checked):
+        hidden = reader is not None
         reason = "its weight is read by the module above it, not through its forward" if hidden else protection.why_not(module)
         if reason is None:
             reason = "not protected"
@@ -94,7 +100,8 @@ def _describe(name: str, module: nn.Module, hidden: bool) -> ModuleCoverage:
             reason = f"{kind} is not checked yet"
         return ModuleCoverage(name, kind, False, "", "", "", reason)
     policy = scope.in_force(module._abft_policy)
-    weight = getattr(module, "weight", None)
+    heads = module if isinstance(module, nn.MultiheadAttention) else None
+    weight = getattr(module if heads is None else heads.out_proj, "weight", None)
     if (
         isinstance(weight, Tensor)
         and type(weight) not in (Tensor, nn.Parameter)
@@ -105,6 +112,8 @@ def _describe(name: str, module: nn.Module, hidden: bool) -> ModuleCoverage:
     if policy.level == "off" and policy.redundancy == "none":
         return ModuleCoverage(name, kind, False, "", "", "", "level off")
     how = "products inside its own forward" if isinstance(module, ScopedForward) else "its products"
+    if heads is not None:
+        how = "projections and attention" if isinstance(weight, Tensor) and not weight.is_cuda else "projections, attention left to torch"
     roles = "" if policy.roles == policies.ROLES else f", roles {'+'.join(sorted(policy.roles))}"
     text = f"level {policy.level}{roles}" + ("" if policy.redundancy == "none" else f", {policy.redundancy}")
     return ModuleCoverage(name, kind, True, how, _backend(policy, weight), text, "")
@@ -163,12 +172,25 @@ class _FlopShare(TorchDispatchMode):
         if formula is not None:
             flops = formula(*args, **(kwargs or {}), out_val=out)
             self.total += flops
-            if func is product or func is int_product:
-                policy = policies.decode(args[-1])
-                role = args[-2] if func is product else "fprop"
-                if (policy.level != "off" and role in policy.roles) or policy.redundancy != "none":
-                    self.checked += flops
+            self.checked += sum(_shares(func, args, flops))
         return out
+
+
+def _shares(func: Any, args: tuple[Any, ...], flops: int) -> list[int]:
+    """The checked parts of a checked operator's FLOPs."""
+    if func not in (product, int_product, attention, attention_backward):
+        return []
+    policy = policies.decode(args[-1])
+    if policy.redundancy != "none":
+        return [flops]
+    if policy.level == "off":
+        return []
+    if func in (product, int_product):
+        return [flops] if (args[-2] if func is product else "fprop") in policy.roles else []
+    direction, first = ("fprop", 0) if func is attention else ("dgrad", 2)
+    query, key, value = args[first : first + 3]
+    parts = attention_parts(query.shape, key.shape, value.shape, backward=func is attention_backward)
+    return [part for role, part in parts.items() if policy.roles & {role, direction}]
 
 
 def _flop_share(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float | None:

@@ -15,8 +15,10 @@ from torch import Tensor
 
 from abft import bits
 
-Place = Literal["accumulator", "operand", "output", "checksum", "panel", "weight"]
+Place = Literal["accumulator", "operand", "output", "checksum", "panel", "weight", "S", "P", "l", "O", "dP", "dS", "dV", "dQ", "dK"]
 PLACES: tuple[Place, ...] = ("accumulator", "operand", "output", "checksum", "panel", "weight")
+#: Places inside attention, by the letters of its equations: see abft.attention.
+ATTENTION_PLACES: tuple[Place, ...] = ("S", "P", "l", "O", "dP", "dS", "dV", "dQ", "dK")
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,8 @@ class Strike:
     For ``place="operand"`` the region lies in the left operand (rows of A × its k), and the wrong
     values are seen by the result columns [tile0, tile1) only, as one wrong shared-memory tile would be.
     For ``checksum`` it lies in the accumulators of the check: rows of A × columns of the panel, what every row must sum to.
+    Inside attention S, O, dP, dQ are the accumulators of that product, dK and dV their sums over tiles, P the exponentials, l their sums
+    (one column), dS the gradient of the softmax.
     For ``panel`` it lies in the panel's columns (C, K), for ``weight`` in the weight.
     """
 
@@ -96,6 +100,7 @@ class Target:
     output: torch.dtype | None = None  # of the result, where it is not the operands'
     checks: int = 0  # columns of the panel, remembered or not
     check: torch.dtype = torch.float32  # of the check's accumulators
+    places: tuple[str, ...] = ()  # inside attention: which of ATTENTION_PLACES belong to it
 
 
 #: Asked once per product; None outside ``abft.inject.faults``. Set by the injector only.

@@ -11,6 +11,7 @@ from abft import events, pending, reporting, scope
 from abft import policy as policies
 from abft.ledger import Point
 from abft.modes import ProductMode
+from abft.ops.attention import attention
 from abft.ops.checked import product
 from abft.ops.integer import int_product
 from abft.policy import Policy
@@ -18,12 +19,13 @@ from abft.reporting import Report
 
 
 class protected:
-    """``with abft.protected(policy) as scope:`` — linear, matmul, bmm, mm, addmm and _int_mm inside are checked; so is their backward.
+    """``with abft.protected(policy) as scope:`` — linear, matmul, bmm, mm, addmm, _int_mm and attention inside are checked; so is their
+    backward.
 
     policy: a Policy, a preset's name, or None (the policy in force outside). ``scope.report()`` is what happened since entering.
     Products under ``timing="deferred"`` are judged at exit, in one launch, and in ``scope.report()``.
     Under ``on_uncorrected="raise"`` an unrepaired fault raises inside the call on a CPU, at the latest at exit on a GPU.
-    Products hidden from interception (einsum, attention kernels, convolutions) are counted in ``bypassed``.
+    Products hidden from interception (einsum, convolutions) are counted in ``bypassed``.
     """
 
     def __init__(self, policy: policies.PolicyLike = None) -> None:
@@ -65,7 +67,7 @@ def context(**labels: str) -> Iterator[None]:
 
 
 #: For selective activation checkpointing: save the results of these operators instead of recomputing them.
-checkpoint_ops = [product, int_product]
+checkpoint_ops = [product, int_product, attention]
 
 
 def checkpoint_context() -> tuple[Any, Any]:

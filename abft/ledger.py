@@ -50,7 +50,7 @@ RECORD = len(RECORD_NAMES)
 RING_AT = HEADER + sites.CAPACITY * COUNTERS
 WORDS = RING_AT + RING * RECORD
 
-ROLE_NAMES = ("fprop", "dgrad", "wgrad")
+ROLE_NAMES = ("fprop", "dgrad", "wgrad", "qk", "pv")
 BACKEND_NAMES = ("reference", "vendor", "triton")
 CAUSES = ("unknown", "transient", "persistent", "weight", "panel")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int8)

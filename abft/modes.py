@@ -1,6 +1,6 @@
 """Interception: inside a mode, torch's own matrix products are checked products.
 
-Products that a mode cannot see into (einsum, bilinear, attention kernels, convolutions) are computed by torch and
+Products that a mode cannot see into (einsum, bilinear, convolutions) are computed by torch and
 counted under their names.
 """
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from abft import functional
+from abft import attend, functional, multihead
 from abft.policy import Policy
 
 
@@ -74,6 +74,15 @@ def _int_mm(mode: ProductMode, input: Tensor, mat2: Tensor, *, out: Tensor | Non
     return functional.int_mm_at(mode.site, input, mat2, mode.policy)
 
 
+def _attention(mode: ProductMode, *args: Any, **kwargs: Any) -> Tensor:
+    return attend.attention_at(mode.site, *args, own=mode.policy, **kwargs)
+
+
+def _multihead(mode: ProductMode, *args: Any, **kwargs: Any) -> Any:
+    found = multihead.attend_or_none(mode.site, mode.policy, *args, **kwargs)
+    return functional.bypassed(multihead.NAME, lambda: F.multi_head_attention_forward(*args, **kwargs)) if found is None else found
+
+
 _CHECKED: dict[Any, Callable[..., Tensor]] = {
     F.linear: _linear,
     torch.matmul: _matmul,
@@ -88,6 +97,8 @@ _CHECKED: dict[Any, Callable[..., Tensor]] = {
     torch.addmm: _addmm,
     Tensor.addmm: _addmm,
     torch._int_mm: _int_mm,
+    F.scaled_dot_product_attention: _attention,
+    F.multi_head_attention_forward: _multihead,
 }
 
 #: Products hidden from interception, by the name they are counted under.
@@ -129,8 +140,6 @@ _COUNTED: dict[Any, str] = {
     torch._VF.rnn_relu_cell: "rnn",
     torch.chain_matmul: "chain_matmul",
     torch.linalg.multi_dot: "multi_dot",
-    F.scaled_dot_product_attention: "scaled_dot_product_attention",
-    F.multi_head_attention_forward: "multi_head_attention_forward",
     F.conv1d: "conv1d",
     F.conv2d: "conv2d",
     F.conv3d: "conv3d",

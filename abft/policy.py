@@ -17,6 +17,7 @@ Backend = Literal["auto", "triton", "reference", "vendor"]
 Redundancy = Literal["none", "dmr", "tmr"]
 Role = Literal["fprop", "dgrad", "wgrad"]
 ROLES: frozenset[str] = frozenset(get_args(Role))
+#: Attention's own products, which the three above include by their direction.
 ATTENTION_ROLES = frozenset({"qk", "pv"})
 OnUncorrected = Literal["record", "warn", "raise"] | Callable[[Any], None]
 
@@ -71,7 +72,8 @@ class Policy:
     redundancy: dmr runs a product twice and lets a third decide bitwise; tmr runs three and votes. Independent of level.
     panel: checksum columns; lean costs half and is half-blind to equal pairs.
     group: result columns under one check; None takes the backend's table.
-    roles: which of the three products of a layer are checked.
+    roles: which products are checked: fprop, dgrad, wgrad of a layer; attention's in the forward with fprop, in the backward with dgrad,
+        or by themselves, in both, as qk (scores and their gradients) and pv (softmax, values and theirs).
     timing: immediate judges (and repairs) a product before anybody reads it; deferred judges many products together, later (at the
         exit of ``protected``, in ``report`` and in ``StepGuard.attempt``), and repairs nothing: a wrong row is uncorrected.
     weights: tracked follows announced changes; frozen treats any change without ``abft.refresh`` as a memory fault.
@@ -124,12 +126,9 @@ class Policy:
         if isinstance(self.roles, str) or not isinstance(self.roles, Iterable) or not all(isinstance(role, str) for role in self.roles):
             raise PolicyError(f"Policy.roles must be a set of role names; got {self.roles!r}")
         object.__setattr__(self, "roles", frozenset(self.roles))
-        if self.roles & ATTENTION_ROLES:
-            raise NotImplementedError(
-                f"Policy.roles {sorted(self.roles & ATTENTION_ROLES)} need checked attention, which has not landed yet"
-            )
-        if self.roles - ROLES:
-            raise PolicyError(f"Policy.roles must be among {sorted(ROLES)}; got {sorted(self.roles - ROLES)}")
+        unknown = self.roles - ROLES - ATTENTION_ROLES
+        if unknown:
+            raise PolicyError(f"Policy.roles must be among {sorted(ROLES | ATTENTION_ROLES)}; got {sorted(unknown)}")
 
     def _check_group(self) -> None:
         if self.group is None:

@@ -1,4 +1,4 @@
-"""``protect`` and ``unprotect``: a model's linear layers become checked ones, in place, and back."""
+"""``protect`` and ``unprotect``: a model's linear layers and attention modules become checked ones, in place, and back."""
 
 from __future__ import annotations
 
@@ -23,14 +23,15 @@ _FAST_PATH = "_abft_fast_path"
 def protect(
     model: Model, policy: PolicyLike | Mapping[str, Any] = None, *, filter_fn: FilterFn | None = None, name: str | None = None
 ) -> Model:
-    """Check every product of the ``nn.Linear`` layers of ``model``, in place; returns the model.
+    """Check every product of the ``nn.Linear`` and ``nn.MultiheadAttention`` modules of ``model``, in place; returns the model.
 
     policy: a Policy, a preset's name, None (the policy in force when a layer runs), or a mapping from module names
     to either, where exact names win over ``"re:…"`` keys and a None value means unprotected.
     filter_fn(module, fqn): True = protect. name: prefix of the sites' names. Idempotent; a second call may change policies.
 
-    Parameters, hooks, tying, state-dict keys and ``isinstance`` stay. Not covered (see ``abft.coverage``): attention,
-    convolutions, embeddings, and layers whose weights another module reads by itself. Raises TypeError for something that is no
+    Parameters, hooks, tying, state-dict keys and ``isinstance`` stay. Not covered (see ``abft.coverage``):
+    attention that a model calls as a function (use ``protected``), convolutions, embeddings, and layers whose weights another module reads
+    by itself. Raises TypeError for something that is no
     module, or a mapping together with filter_fn; PolicyError (a ValueError) for a mapping key that matches nothing.
     """
     if not isinstance(model, nn.Module):
@@ -103,7 +104,7 @@ def restore(model: nn.Module) -> int:
 
 def why_not(module: nn.Module) -> str | None:
     """Why a module cannot be protected by exchanging its class; None if it can."""
-    if not isinstance(module, nn.Linear):
+    if not isinstance(module, nn.Linear | nn.MultiheadAttention):
         return "not an nn.Linear"
     if isinstance(module, nn.modules.lazy.LazyModuleMixin):
         return "uninitialised lazy module: run one forward first"
@@ -115,7 +116,7 @@ def why_not(module: nn.Module) -> str | None:
 
 
 def hidden_linears(model: nn.Module) -> set[nn.Module]:
-    """Linear layers whose weights another module reads without calling them (nn.MultiheadAttention's out_proj)."""
+    """Linear layers whose weights another module reads without calling them: nn.MultiheadAttention's out_proj, checked with it."""
     return {m.out_proj for m in model.modules() if isinstance(m, nn.MultiheadAttention)}
 
 

@@ -56,6 +56,7 @@ class Arithmetic:
     base: float = KAPPA_BASE  # κ₀
     output_roundoff: float = 0.0  # u_out, if the result arrives rounded
     output_spacing: float = 0.0  # … and the spacing of that type's subnormal numbers
+    softmax_operand: bool = False  # whether the left operand is a softmax probability
     wide_squares: bool = False  # whether squares of fp32 sums are taken in fp64, where they do not underflow
 
     @property
@@ -88,6 +89,12 @@ def with_wide_squares(arithmetic: Arithmetic) -> Arithmetic:
     return replace(arithmetic, wide_squares=True)
 
 
+@lru_cache(maxsize=256)
+def of_probabilities(arithmetic: Arithmetic) -> Arithmetic:
+    """The same arithmetic, for products whose left operand is a softmax probability."""
+    return replace(arithmetic, softmax_operand=True)
+
+
 def rounded(arithmetic: Arithmetic, dtype: torch.dtype) -> Arithmetic:
     """The same accumulation whose result arrives as ``dtype``."""
     if dtype not in (torch.float16, torch.bfloat16):
@@ -104,7 +111,7 @@ def rounded(arithmetic: Arithmetic, dtype: torch.dtype) -> Arithmetic:
 def kappa(arithmetic: Arithmetic, k: int, kind: Kind = "e", *, width: int = KAPPA_WIDTH, softmax_operand: bool = False) -> float:
     """κ for a product over ``k`` products per element, summed over groups of ``width`` columns."""
     slope = KAPPA_SLOPE_ONE if kind == "one" else KAPPA_SLOPE
-    if softmax_operand:
+    if softmax_operand or arithmetic.softmax_operand:
         slope = max(slope, KAPPA_SLOPE_SOFTMAX)
     base = arithmetic.base * max(1.0, math.sqrt(width / KAPPA_WIDTH))
     if kind == "one":

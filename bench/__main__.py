@@ -13,6 +13,9 @@ COMMANDS = {
     "emulated-faults": "flips and nullifications in emulated tensor-core accumulators, weights and panels",
     "floors": "the smallest deviation found, per backend, dtype and K, beside threshold.expected_floor",
     "activations": "a real sentence encoder's activations and gradients, fault-free",
+    "attention": "fault-free attention: the largest residual of every check",
+    "attention-faults": "random faults in every place inside attention: detected, repaired, missed",
+    "attention-times": "checked attention beside the unchecked reference and torch's, on a CPU",
     "memory": "bytes of panels, per direction and group",
     "work": "what a repair computes again, of what the product computed: tiles counted in the interpreted kernels",
     "linear": "times of linear layers: torch, abft in every form, repetition, the unchecked kernel; each beside its evidence",
@@ -35,6 +38,8 @@ MODULES = {
     "emulated-clean": "emulated_clean",
     "emulated-faults": "emulated_faults",
     "kernel-tests": "kernel_tests",
+    "attention-faults": "attention_faults",
+    "attention-times": "attention_times",
 }
 
 

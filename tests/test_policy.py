@@ -23,9 +23,9 @@ DEFAULTS = dict(  # noqa: C408
 CHOICES = {
     "level": ["off", "detect", "correct"], "backend": ["auto", "triton", "reference", "vendor"], "redundancy": ["none", "dmr", "tmr"],
     "panel": ["lean", "full"], "group": [16, 128, 512], "weights": ["tracked", "frozen"], "max_floor": [1e-3, 1],
-    "on_uncorrected": ["record", "warn", "raise"], "roles": [frozenset(), frozenset({"fprop"}), {"dgrad", "wgrad"}, ["fprop"], ("wgrad",)],
+    "on_uncorrected": ["record", "warn", "raise"], "roles": [frozenset(), frozenset({"fprop"}), {"dgrad", "wgrad"}, ["fprop"], ("wgrad",), {"fprop", "qk"}, {"pv"}],
 }  # fmt: skip
-NOT_LANDED = [("detector", "statistical"), ("detector", "both"), ("roles", {"fprop", "qk"}), ("roles", {"pv"})]
+NOT_LANDED = [("detector", "statistical"), ("detector", "both")]
 WRONG = [
     ("level", "on"), ("level", None), ("level", True), ("backend", "cuda"), ("backend", None), ("redundancy", "qmr"), ("redundancy", 2),
     ("panel", "fat"), ("group", 0), ("group", -16), ("group", 24), ("group", 8), ("group", 128.0), ("group", True), ("group", "128"),

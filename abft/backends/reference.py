@@ -148,8 +148,9 @@ def sums(
 
 
 def _predict(a: Tensor, columns: Tensor) -> Tensor:
-    # F.linear, never a @ P: the transposed panel is 2 to 3 times faster on a CPU.
-    return F.linear(a, columns) if columns.dim() == 2 else torch.bmm(a, columns.mT)
+    # F.linear, never a @ P: the transposed panel is 2 to 3 times faster on a CPU. In a batch, where a may be a transposed view,
+    # the few columns stand on the left: up to 20 times faster.
+    return F.linear(a, columns) if columns.dim() == 2 else torch.bmm(columns, a.mT).mT
 
 
 @dataclass(frozen=True)

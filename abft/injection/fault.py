@@ -12,8 +12,8 @@ import torch
 
 from abft import bits
 from abft.errors import PolicyError
-from abft.faults import BitOperation, Place, Region, Strike, Target
-from abft.policy import ROLES
+from abft.faults import ATTENTION_PLACES, BitOperation, Place, Region, Strike, Target
+from abft.policy import ATTENTION_ROLES, ROLES
 
 KINDS = ("nullify", "bitflip", "carry", "nan", "inf", "-inf", "near_inf", "nonfinite", "scale", "stuck_at")
 INTEGER_KINDS = ("nullify", "bitflip", "carry", "stuck_at")
@@ -33,8 +33,9 @@ class Fault:
     scale (by a power of two) · stuck_at (one bit, at 0 or 1). An int8 product knows nullify, bitflip, carry and stuck_at only.
     where: accumulator · operand (a tile of A in shared memory) · output (after the product was rounded; the fused kernel
     has taken its sums by then) · checksum (the check's own accumulators: rows × columns of the panel) · panel (the remembered
-    checksums) · weight (its bits in memory, undone at exit).
-    site: shell pattern of site names; role: fprop, dgrad, wgrad or "*".
+    checksums) · weight (its bits in memory, undone at exit). Inside attention also, by the letters of its equations: S, dQ, dK (role qk) ·
+    P (after exp), l (its row sums), O, dP, dS, dV (role pv); there a block of queries is a product.
+    site: shell pattern of site names; role: fprop, dgrad, wgrad, qk, pv or "*".
     pattern: element · row · warp2/4/8/16 (every n-th column of a row in one tile; "warp" draws n) · fragment (16 × 8) · tile (128 × 128).
     index: (row, column) of the first struck element, drawn if None. bits: how many bits a bitflip turns; bit: exactly which one;
     weighting: how bits are drawn ("lsb" favours low ones). call: fires once, at the call-th matching product, unless
@@ -56,7 +57,8 @@ class Fault:
 
     def __post_init__(self) -> None:
         for name, allowed in (
-            ("what", KINDS), ("where", get_args(Place)), ("pattern", PATTERNS), ("role", (*sorted(ROLES), "*")), ("weighting", WEIGHTINGS),
+            ("what", KINDS), ("where", get_args(Place)), ("pattern", PATTERNS),
+            ("role", (*sorted(ROLES | ATTENTION_ROLES), "*")), ("weighting", WEIGHTINGS),
         ):  # fmt: skip
             if getattr(self, name) not in allowed:
                 raise PolicyError(f"Fault.{name} must be one of {', '.join(allowed)}; got {getattr(self, name)!r}")
@@ -71,12 +73,14 @@ class Fault:
 
     def matches(self, target: Target) -> bool:
         """Whether a product is one this fault may strike."""
-        return self.matches_one(target.site, target.role, target.weight is not None)
+        return self.matches_one(target.site, target.role, target.weight is not None, target.places)
 
-    def matches_one(self, site: str, role: str, of_weight: bool) -> bool:
-        """The same, of a product known by its site, its role and whether a weight is in it."""
+    def matches_one(self, site: str, role: str, of_weight: bool, places: tuple[str, ...] = ()) -> bool:
+        """The same, of a product known by its site, its role, whether a weight is in it, and its own places."""
         if self.role not in ("*", role) or not fnmatch.fnmatchcase(site, self.site):
             return False
+        if self.where in ATTENTION_PLACES:
+            return self.where in places
         return self.where not in ("weight", "panel") or of_weight
 
     def replace(self, **changes: Any) -> Fault:
@@ -96,10 +100,13 @@ def strike_of(fault: Fault, target: Target, rng: np.random.Generator) -> Strike:
         assert target.panel is not None
         shape, dtype, batch = (target.panel.shape[-2], target.panel.shape[-1]), target.panel.dtype, 0
     else:
-        columns = {"operand": target.depth, "checksum": target.checks}.get(fault.where, target.columns)
+        columns = {"operand": target.depth, "checksum": target.checks, "l": 1}.get(fault.where, target.columns)
         output = target.output or target.dtype
         dtypes = {"operand": target.dtype, "accumulator": target.accumulator, "output": output, "checksum": target.check}
-        shape, dtype = (target.rows, columns), dtypes[fault.where]
+        shape = (target.rows, columns)
+        if fault.where == "P":  # queries × keys, the left operand of O, and transposed that of dV
+            shape = (target.rows, target.depth) if "O" in target.places else (target.depth, target.rows)
+        dtype = dtypes.get(fault.where, target.accumulator)
         batch = int(rng.integers(target.batch))
     region = _region(fault, shape, batch, rng)
     operation = _operation(fault, dtype, rng)

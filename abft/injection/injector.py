@@ -203,8 +203,8 @@ class _PerEvent(_Schedule):
         self._attempts = False
         self._within = False  # an event; never between the attempts of a StepGuard
         self._kind: tuple[object, ...] = ()
-        self._products: dict[tuple[object, ...], list[tuple[str, str, bool]]] = {}  # of the last event of each kind
-        self._now: list[tuple[str, str, bool]] = []
+        self._products: dict[tuple[object, ...], list[tuple[str, str, bool, tuple[str, ...]]]] = {}  # of the last event of each kind
+        self._now: list[tuple[str, str, bool, tuple[str, ...]]] = []
         self._fault: Fault | None = None
         self._at = self._matched = 0
         self._drawn: list[Fault] = []
@@ -254,7 +254,7 @@ class _PerEvent(_Schedule):
     def due(self, target: Target) -> Iterable[tuple[Fault, np.random.Generator]]:
         if not self._within:
             return
-        self._now.append((target.site, target.role, target.weight is not None))
+        self._now.append((target.site, target.role, target.weight is not None, target.places))
         if self._fault is not None and self._fault.matches(target):
             number, self._matched = self._matched, self._matched + 1
             if number >= self._at:

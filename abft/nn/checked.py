@@ -72,7 +72,7 @@ class CheckedForward(Checked):
 
 
 class ScopedForward(Checked):
-    """For subclasses of nn.Linear with a forward of their own: the products inside it are intercepted."""
+    """For nn.MultiheadAttention, and subclasses of nn.Linear with a forward of their own: the products inside it are intercepted."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         with ProductMode(self._abft_site, self._abft_policy):

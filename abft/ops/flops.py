@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.abc
 import importlib.util
+import math
 import sys
 from importlib.machinery import ModuleSpec
 from types import ModuleType
@@ -33,9 +34,28 @@ def int_product_flops(a_shape: Any, b_shape: Any, tb: bool, *args: Any, out_shap
     return product_flops(a_shape, False, b_shape, tb)
 
 
+def attention_parts(q_shape: Any, k_shape: Any, v_shape: Any, *, backward: bool) -> dict[str, int]:
+    """Role → 2 · rows · keys · width for each of its products, causal or not (as torch counts): two forward, five backward."""
+    rows = math.prod(q_shape[:-1])
+    qk, pv = (2 * rows * k_shape[2] * width for width in (q_shape[-1], v_shape[-1]))
+    return {"qk": 3 * qk, "pv": 2 * pv} if backward else {"qk": qk, "pv": pv}
+
+
+def attention_flops(q_shape: Any, k_shape: Any, v_shape: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    return sum(attention_parts(q_shape, k_shape, v_shape, backward=False).values())
+
+
+def attention_backward_flops(
+    d_out_shape: Any, d_weights_shape: Any, q_shape: Any, k_shape: Any, v_shape: Any, *args: Any, out_shape: Any = None, **kwargs: Any
+) -> int:
+    return sum(attention_parts(q_shape, k_shape, v_shape, backward=True).values())
+
+
 def _register(counter: ModuleType) -> None:
     counter.register_flop_formula(torch.ops.abft.product)(product_flops)
     counter.register_flop_formula(torch.ops.abft.int_product)(int_product_flops)
+    counter.register_flop_formula(torch.ops.abft.attention)(attention_flops)
+    counter.register_flop_formula(torch.ops.abft.attention_backward)(attention_backward_flops)
 
 
 class _AtImport(importlib.abc.MetaPathFinder):

@@ -20,7 +20,7 @@ INTEGER = {
     torch.int8: torch.int8,
 }
 #: Numbers in a matrix that a second thread is woken for.
-_WORTH_A_THREAD = 1 << 18
+_WORTH_A_THREAD = 1 << 15
 WIDTH = {torch.float64: 64, torch.float32: 32, torch.float16: 16, torch.bfloat16: 16, torch.int32: 32, torch.int8: 8}
 
 

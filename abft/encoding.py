@@ -55,8 +55,8 @@ def padded(weights: np.ndarray) -> np.ndarray:
     return filled
 
 
-def encode(matrix: Tensor, layout: Layout) -> Panel | None:
-    """``checksum.encode`` of a matrix (N, K) on a CPU; None where that has to be done in torch."""
+def encode(matrix: Tensor, layout: Layout, into: Panel | None = None) -> Panel | None:
+    """``checksum.encode`` of a matrix (N, K) on a CPU; None where that has to be done in torch. ``into``: an earlier panel, filled anew."""
     if (
         matrix.device.type != "cpu" or matrix.dim() != 2 or matrix.dtype not in DTYPES or not matrix.numel()
         or layout.dtype != torch.float32 or layout.parts != 1 or (functions := library.functions()) is None
@@ -69,11 +69,12 @@ def encode(matrix: Tensor, layout: Layout) -> Panel | None:
     along_n = columns != 1 or k == 1
     if along_n and rows != 1:
         return None
-    out = torch.empty((layout.columns, k), dtype=torch.float32)
+    out = torch.empty((layout.columns, k), dtype=torch.float32) if into is None else into.columns
+    assert out.shape == (layout.columns, k) and out.is_contiguous()
     threads = torch.get_num_threads() if n * k * 5 > WORTH_A_THREAD else 1
     encoder = _encoder_for(layout, k, matrix.dtype)
     failed = functions.abft_encode(encoder.address, matrix.data_ptr(), columns if along_n else rows, int(along_n), out.data_ptr(), threads)
-    return None if failed else Panel(layout, out, None)
+    return None if failed else into or Panel(layout, out, None)
 
 
 def bias_sums(bias: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:

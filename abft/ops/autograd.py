@@ -9,10 +9,26 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import _profiler_enabled
 
 from abft import sites
 from abft.backends.lane import Lane
-from abft.ops.checked import bypass, product, take
+from abft.ops.checked import bypass, directly, take
+from abft.ops.checked import product as product_operator
+
+
+def _nobody_watches(g: Tensor, a: Tensor, b: Tensor) -> bool:
+    """Whether nobody could tell if gradients on a CPU went through the operator or not: it costs as much as a small product."""
+    return (
+        type(g) is type(a) is Tensor
+        and type(b) in (Tensor, torch.nn.Parameter)
+        and g.is_cpu and a.is_cpu and b.is_cpu
+        and torch._C._has_storage(g) and torch._C._has_storage(a) and torch._C._has_storage(b)
+        and torch._C._len_torch_dispatch_stack() == torch._C._len_torch_function_stack() == 0
+        and not torch._C._are_functorch_transforms_active()
+        and torch._C._get_tracing_state() is None
+        and not _profiler_enabled()
+    )  # fmt: skip
 
 
 class CheckedProduct(torch.autograd.Function):
@@ -29,7 +45,7 @@ class CheckedProduct(torch.autograd.Function):
         ctx.tb, ctx.policy, ctx.bias_dtype = tb, policy, None if bias is None else bias.dtype
         if fitting is not None:
             return take(fitting, a, b, tb, bias, "fprop", sites.number_of(site))
-        return product(a, False, b, tb, bias, ledger, site, "fprop", policy)
+        return product_operator(a, False, b, tb, bias, ledger, site, "fprop", policy)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
@@ -44,6 +60,8 @@ class CheckedProduct(torch.autograd.Function):
             if ctx.needs_input_grad[1]:
                 db = (a.mT @ g if tb else g.mT @ a).to(b.dtype)
         else:
+            # Dynamo traces this and knows the first answer; it could not trace the second question.
+            product = product_operator if torch.compiler.is_compiling() or not _nobody_watches(g, a, b) else directly
             if ctx.needs_input_grad[0]:
                 da = product(g, False, b, not tb, None, ledger, site, "dgrad", policy)
             if ctx.needs_input_grad[1]:

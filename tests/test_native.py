@@ -196,6 +196,19 @@ def test_ragged_groups_are_judged_by_their_own_weights():
 
 
 @needs_compiler
+def test_panels_too_wide_to_be_copied_for_each_call_are_left_to_torch():
+    wide, narrow = (reference.plan(n, 64, torch.float32, "full", 16) for n in (4096, 1024))
+    assert judging.judge_for(wide, 64, torch.float32) is None and judging.judge_for(narrow, 64, torch.float32) is not None
+    layer = abft.Linear(64, 4096, policy=abft.Policy(group=16))
+    x = _random(20, 64)
+    with torch.no_grad():
+        clean = layer(x)
+        with abft.inject.faults(abft.inject.Fault("nullify", pattern="row")):
+            assert torch.equal(layer(x), clean)
+    assert abft.report().corrected == 1
+
+
+@needs_compiler
 @DTYPES
 def test_ratios_are_those_of_the_specification(dtype):
     """Of a fault far above the noise; the compiled bound leaves out cross products, so its ratio is never the smaller one."""

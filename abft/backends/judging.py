@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 #: Of the comparison in judge.c, which goes through groups × kinds so many at a time.
 LANES = 8
+#: Of a panel that is copied, transposed, for every call: wider ones (very narrow groups of very wide layers) are judged in torch.
+MOST_COLUMNS = 1024
 
 
 class _Plan(ctypes.Structure):
@@ -56,6 +58,8 @@ def _judge(p: Plan, k: int, dtype: torch.dtype, c: threshold.Coefficients) -> Ju
     functions = library.functions()
     layout = p.layout
     if functions is None or dtype not in encoding.DTYPES or layout.dtype != torch.float32 or layout.parts != 1 or not k:
+        return None
+    if layout.columns > MOST_COLUMNS:
         return None
     groups, kinds = layout.groups, len(p.tested)
     each = groups.count * kinds

@@ -39,6 +39,18 @@ def on_host(values: Tensor) -> np.ndarray:
     return np.from_dlpack(values)
 
 
+def readable(values: Tensor) -> bool:
+    """Whether compiled code may read numbers where ``data_ptr`` says: no subclass, no wrapper, nothing whose numbers are only implied."""
+    return (
+        type(values) in (Tensor, torch.nn.Parameter)
+        and values.is_cpu
+        and torch._C._has_storage(values)
+        and not torch._C._are_functorch_transforms_active()
+        and not values._is_zerotensor()
+        and not values.is_neg()
+    )
+
+
 def total(values: Tensor) -> int:
     """The sum of a tensor's 64-bit words modulo 2**64, in host memory: any one changed bit changes it. The cheapest look."""
     dense = values if values.is_contiguous() else values.mT if values.mT.is_contiguous() else values.contiguous()
@@ -106,14 +118,14 @@ def _fingerprint_compiled(matrix: Tensor) -> Fingerprint | None:
     """The same without a copy of a transposed matrix (abft/native/fingerprint.c); None for what is not compiled."""
     functions = library.functions()
     size = matrix.element_size()
-    if functions is None or size not in (2, 4) or not matrix.numel() or 1 not in matrix.stride():
+    if functions is None or size not in (2, 4) or not matrix.numel() or 1 not in matrix.stride() or not readable(matrix):
         return None
     row_stride, column_stride = matrix.stride()
     rows, columns = matrix.shape
     adjacent = column_stride != 1 or columns == 1  # rows are
     if adjacent and row_stride != 1:
         return None
-    plain, weighted = torch.empty((2, size // 2, columns), dtype=torch.int32).unbind()
+    plain, weighted = torch.empty((2, size // 2, columns), dtype=torch.int32, device="cpu").unbind()
     step = column_stride if adjacent else row_stride
     threads = torch.get_num_threads() if matrix.numel() > _WORTH_A_THREAD else 1
     functions.abft_fingerprint(matrix.data_ptr(), rows, columns, step, adjacent, size, plain.data_ptr(), weighted.data_ptr(), threads)

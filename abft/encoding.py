@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from abft import checksum
+from abft import bits, checksum
 from abft.checksum import FRAGMENT, Layout, Panel
 from abft.native import library
 
@@ -21,7 +21,7 @@ WORTH_A_THREAD = 1 << 18
 
 class _Layout(ctypes.Structure):
     _fields_ = [
-        *((name, ctypes.c_int64) for name in ("n", "k", "width", "groups", "kinds", "shared_sketch", "ingress", "dtype")),
+        *((name, ctypes.c_int64) for name in ("n", "k", "width", "groups", "kinds", "shared_sketch", "ingress", "dtype", "step")),
         *((name, ctypes.c_void_p) for name in ("weights", "last_weights", "coefficients", "signs", "last_signs")),
         ("share", ctypes.c_double * 4),
     ]
@@ -36,16 +36,23 @@ class _Encoder:
 @lru_cache(maxsize=4096)
 def _encoder_for(layout: Layout, k: int, dtype: torch.dtype) -> _Encoder:
     groups, kinds = layout.groups, layout.form.kinds
-    widths = groups.width, groups.ragged or groups.width
-    weights, last = (padded(np.stack([checksum.column_weights(kind, width) for kind in kinds])) for width in widths)
-    coefficients = np.ascontiguousarray(checksum.sketch_coefficients(k, torch.device("cpu")).numpy())
-    signs, last_signs = (table[0].astype(np.float64) for table in (weights, last))
+    (weights, signs), (last, last_signs) = (_weights(kinds, width) for width in (groups.width, groups.ragged or groups.width))
+    # A view of one table for each power of two: the rows of wgrad's panels are tokens, of which there may be any number.
+    coefficients = checksum.sketch_coefficients(k, torch.device("cpu")).numpy()
     share = [checksum.weight_rms(kind, groups.width) ** -2 for kind in kinds]
     plan = _Layout(
         groups.columns, k, groups.width, groups.count, len(kinds), int(layout.shared_sketch), int(layout.form.ingress), DTYPES[dtype],
+        coefficients.strides[0] // coefficients.itemsize,
         *(table.ctypes.data for table in (weights, last, coefficients, signs, last_signs)), (ctypes.c_double * 4)(*share),
     )  # fmt: skip
     return _Encoder(ctypes.addressof(plan), (plan, weights, last, coefficients, signs, last_signs))
+
+
+@lru_cache(maxsize=256)
+def _weights(kinds: tuple[checksum.Kind, ...], width: int) -> tuple[np.ndarray, np.ndarray]:
+    """The weights of a group (kinds, padded width), and those of e in fp64."""
+    weights = padded(np.stack([checksum.column_weights(kind, width) for kind in kinds]))
+    return weights, weights[0].astype(np.float64)
 
 
 def padded(weights: np.ndarray) -> np.ndarray:
@@ -58,18 +65,16 @@ def padded(weights: np.ndarray) -> np.ndarray:
 def encode(matrix: Tensor, layout: Layout, into: Panel | None = None) -> Panel | None:
     """``checksum.encode`` of a matrix (N, K) on a CPU; None where that has to be done in torch. ``into``: an earlier panel, filled anew."""
     if (
-        matrix.device.type != "cpu" or matrix.dim() != 2 or matrix.dtype not in DTYPES or not matrix.numel()
+        matrix.dim() != 2 or matrix.dtype not in DTYPES or not bits.readable(matrix) or not matrix.numel()
         or layout.dtype != torch.float32 or layout.parts != 1 or (functions := library.functions()) is None
     ):  # fmt: skip
         return None
-    rows, columns = matrix.stride()
     n, k = matrix.shape
-    if columns != 1 and rows != 1:
-        return None
-    along_n = columns != 1 or k == 1
-    if along_n and rows != 1:
-        return None
-    out = torch.empty((layout.columns, k), dtype=torch.float32) if into is None else into.columns
+    if matrix.stride(1) != 1 and matrix.stride(0) != 1:
+        matrix = matrix.contiguous()  # the panel of a copy has to have the same bits
+    rows, columns = matrix.stride()
+    along_n = columns != 1
+    out = torch.empty((layout.columns, k), dtype=torch.float32, device="cpu") if into is None else into.columns
     assert out.shape == (layout.columns, k) and out.is_contiguous()
     threads = torch.get_num_threads() if n * k * 5 > WORTH_A_THREAD else 1
     encoder = _encoder_for(layout, k, matrix.dtype)
@@ -80,9 +85,10 @@ def encode(matrix: Tensor, layout: Layout, into: Panel | None = None) -> Panel |
 def bias_sums(bias: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
     """``checksum.bias_sums``, compiled where that can be."""
     functions = library.functions()
-    if bias.device.type != "cpu" or bias.dtype not in DTYPES or layout.dtype != torch.float32 or functions is None or bias.stride(0) != 1:
+    bias = bias.detach()
+    if bias.dtype not in DTYPES or not bits.readable(bias) or layout.dtype != torch.float32 or functions is None or bias.stride(0) != 1:
         return checksum.bias_sums(bias, layout)
-    sums = torch.empty((layout.groups.count, len(layout.form.kinds)))
-    noise2 = torch.empty(layout.groups.count)
+    sums = torch.empty((layout.groups.count, len(layout.form.kinds)), dtype=torch.float32, device="cpu")
+    noise2 = torch.empty(layout.groups.count, dtype=torch.float32, device="cpu")
     functions.abft_bias(_encoder_for(layout, 1, bias.dtype).address, bias.data_ptr(), sums.data_ptr(), noise2.data_ptr())
     return sums, noise2

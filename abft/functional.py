@@ -113,6 +113,9 @@ def _is_ordinary(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     return (
         type(input) is Tensor
         and type(weight) is torch.nn.Parameter
+        and not input.is_nested
+        and not input._is_zerotensor()
+        and not input.is_neg()
         and torch._C._has_storage(input)  # not so sparse ones, and functorch's wrappers, which say that they are plain tensors
         and (dtype := input.dtype) is weight.dtype
         and (bias is None or (type(bias) is torch.nn.Parameter and bias.dtype is dtype))
@@ -305,6 +308,8 @@ def why_not(*operands: Tensor, dtypes: Collection[torch.dtype] = floating.UNIT_R
                 return f"tensor subclass {type(t).__name__}"
         if t.layout != torch.strided:
             return f"layout {str(t.layout)[6:]}"
+        if t.is_nested:
+            return "nested tensor"
         if t.dtype not in dtypes:
             return f"dtype {str(t.dtype)[6:]}"
         if device is None:

@@ -103,6 +103,7 @@ _CHECKED: dict[Any, Callable[..., Tensor]] = {
 
 #: Products hidden from interception, by the name they are counted under.
 _COUNTED: dict[Any, str] = {
+    torch.ops.higher_order.flex_attention: "flex_attention",
     torch.einsum: "einsum",
     F.bilinear: "bilinear",
     torch.tensordot: "tensordot",

@@ -268,7 +268,7 @@ def integrity(panel: Panel) -> Tensor:
     """A number that changes when any bit of the panel does (sum of its bit patterns, modulo 2**64)."""
     if panel.columns.is_cpu and panel.scales is None and panel.columns.dtype == torch.float32:
         # The same by numpy, in a third of the time: of a training step's weights this is computed for each.
-        return torch.tensor(int(panel.columns.numpy().view(np.int32).sum(dtype=np.int64)))
+        return torch.tensor(int(panel.columns.numpy().view(np.int32).sum(dtype=np.int64)), device="cpu")
     total = bits.as_integers(panel.columns).sum(dtype=torch.int64)
     return total if panel.scales is None else total + bits.as_integers(panel.scales).sum(dtype=torch.int64)
 

@@ -18,6 +18,10 @@ Model = TypeVar("Model", bound=nn.Module)
 FilterFn = Callable[[nn.Module, str], bool]
 
 _FAST_PATH = "_abft_fast_path"
+#: … of which classes, by which attribute, and its value without them.
+_FAST_PATHS: tuple[tuple[type[nn.Module], str, object], ...] = (
+    (nn.TransformerEncoderLayer, "activation_relu_or_gelu", 0), (nn.TransformerEncoder, "use_nested_tensor", False),
+)  # fmt: skip
 
 
 def protect(
@@ -141,12 +145,14 @@ def _plain_name(module: nn.Module) -> str:
 
 
 def _switch_fast_paths(model: nn.Module, *, on: bool) -> None:
-    # nn.TransformerEncoderLayer's inference fast path reads its layers' weights in one fused kernel that no check sees.
+    # nn.TransformerEncoderLayer's inference fast path reads its layers' weights in one fused kernel that no check sees, and
+    # nn.TransformerEncoder hands its layers nested tensors, which only that path takes.
     for module in model.modules():
-        if not isinstance(module, nn.TransformerEncoderLayer):
-            continue
-        if not on and _FAST_PATH not in module.__dict__:
-            module.__dict__[_FAST_PATH] = module.activation_relu_or_gelu
-            module.activation_relu_or_gelu = 0
-        elif on and _FAST_PATH in module.__dict__:
-            module.activation_relu_or_gelu = module.__dict__.pop(_FAST_PATH)
+        for kind, attribute, off in _FAST_PATHS:
+            if not isinstance(module, kind) or not hasattr(module, attribute):
+                continue
+            if not on and _FAST_PATH not in module.__dict__:
+                module.__dict__[_FAST_PATH] = getattr(module, attribute)
+                setattr(module, attribute, off)
+            elif on and _FAST_PATH in module.__dict__:
+                setattr(module, attribute, module.__dict__.pop(_FAST_PATH))

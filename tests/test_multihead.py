@@ -289,3 +289,43 @@ def test_the_function_in_a_scope_is_torchs(kind, need_weights, added):
     with abft.protected() as scope:
         agree(expected, F.multi_head_attention_forward(*arguments, **options))
     assert scope.report().bypassed == {} and scope.report().checks == 2 * 10 + 2 * 20
+
+
+# --- what torch does around its layers ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("only", [None, nn.Linear, nn.MultiheadAttention], ids=["all", "linear", "attention"])
+def test_an_encoder_takes_padded_batches_as_before(only):
+    """Torch's encoder makes them nested for its fast path, which is switched off."""
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 2).eval()
+    x, padding = torch.randn(2, 5, 16), torch.tensor([[0, 0, 0, 0, 1], [0, 0, 0, 0, 0]]).bool()
+    with torch.no_grad():
+        expected = encoder(x, src_key_padding_mask=padding)
+        abft.protect(encoder, filter_fn=None if only is None else lambda module, name: isinstance(module, only))
+        found = encoder(x, src_key_padding_mask=padding)
+        report = abft.report()
+        abft.unprotect(encoder)
+        again = encoder(x, src_key_padding_mask=padding)
+    torch.testing.assert_close(found[~padding], expected[~padding], rtol=1e-4, atol=1e-5)
+    assert report.checks and not report.detected and not report.bypassed
+    assert torch.equal(again, expected) and encoder.use_nested_tensor
+
+
+def test_nested_tensors_and_flex_attention_are_torchs_own_and_counted():
+    nested = torch.nested.nested_tensor([torch.randn(2, 8), torch.randn(3, 8)])
+    heads = torch.nested.nested_tensor([torch.randn(2, 3, 8), torch.randn(2, 4, 8)])
+    weight = torch.randn(5, 8)
+    with abft.protected() as scope:
+        assert torch.equal(F.linear(nested, weight).unbind()[1], F.linear(nested.unbind()[1], weight))
+        F.scaled_dot_product_attention(heads, heads, heads)
+    assert sum(count for reason, count in scope.report().bypassed.items() if "nested" in reason) >= 2
+    layer = abft.Linear(8, 5)
+    layer(nested)
+    assert abft.report().bypassed["nested tensor"] >= 1
+
+    from torch.nn.attention.flex_attention import flex_attention
+
+    q = torch.randn(1, 2, 16, 16)
+    with abft.protected() as scope:
+        flex_attention(q, q, q)
+    assert scope.report().bypassed["flex_attention"] >= 1

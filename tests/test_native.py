@@ -78,11 +78,10 @@ def test_equal_rows_do_not_round_the_same_way_again_and_again():
 
 
 @needs_compiler
-def test_a_matrix_with_gaps_in_both_directions_is_left_to_torch():
+def test_a_matrix_with_gaps_in_both_directions_has_the_panel_of_its_copy():
     w = _random(64, 64)[::2, ::2]
     layout = reference.plan(32, 32, torch.float32, "full", None).layout
-    assert encoding.encode(w, layout) is None
-    assert torch.equal(reference.build_panel(w, layout).columns, checksum.encode(w, layout).columns)
+    assert torch.equal(encoding.encode(w, layout).columns, encoding.encode(w.contiguous(), layout).columns)
 
 
 @needs_compiler
@@ -250,6 +249,118 @@ def test_threads_that_call_at_once_keep_their_own_scratch():
     for thread in threads:
         thread.join()
     assert not failed
+
+
+# --- what surrounds a product ---------------------------------------------------------------------
+
+
+@needs_compiler
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16, torch.float16], ids=str)
+def test_another_default_dtype_changes_nothing(default):
+    """Model loaders set it; what C writes into must not be as long as it says."""
+    torch.set_default_dtype(default)
+    try:
+        for dtype in (torch.float32, torch.bfloat16):
+            layer = abft.protect(torch.nn.Linear(256, 4096, dtype=dtype))
+            layout = reference.plan(4096, 256, dtype, "full", None).layout
+            for _ in range(10):
+                sums, noise2 = encoding.bias_sums(layer.bias.detach(), layout)
+                expected = checksum.bias_sums(layer.bias.detach(), layout)
+                torch.testing.assert_close(sums, expected[0], rtol=1e-4, atol=1e-4)
+                torch.testing.assert_close(noise2, expected[1], rtol=1e-4, atol=0)
+            x = _random(20, 256, dtype=dtype)
+            with torch.no_grad():
+                clean = layer(x)
+                with abft.inject.faults(abft.inject.Fault("nullify", pattern="row")):
+                    assert torch.equal(layer(x), clean)
+        assert abft.report().corrected == 2
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@needs_compiler
+def test_another_default_device_changes_nothing():
+    layer = abft.protect(torch.nn.Linear(128, 64))
+    x = _random(4, 128)
+    with torch.no_grad():
+        layer(x)
+        with torch.device("meta"):
+            assert abft.restore(layer) == 0
+        layer.weight.data[3, 5] *= 3
+        with torch.device("meta"):
+            assert abft.restore(layer) == 1
+
+
+@needs_compiler
+def test_tensors_whose_numbers_are_only_implied():
+    w = torch.nn.Parameter(_random(48, 64))
+    x = _random(32, 64)
+    zeros = torch._efficientzerotensor
+    for _ in range(3):
+        y = abft.linear(x, w)
+    y.backward(zeros((32, 48)))
+    assert not w.grad.any()
+    with torch.no_grad():
+        assert not abft.linear(zeros((32, 64)), w).any()
+        negative = torch._neg_view(x)
+        assert torch.equal(abft.linear(negative, w), F.linear(negative, w))
+    assert abft.verify_matmul(x[:8], zeros((64, 48)), torch.zeros(8, 48)).ok
+    assert abft.report().detected == 0
+
+
+@needs_compiler
+def test_verification_under_vmap():
+    a, b = _random(3, 8, 64), _random(3, 64, 48, seed=1)
+    c = a @ b
+    c[1, 5, 7] += 1
+    suspect = torch.func.vmap(lambda a, b, c: abft.verify_matmul(a, b, c).suspect)(a, b, c)
+    assert suspect.nonzero().tolist() == [[1, 5]]
+
+
+@needs_compiler
+def test_a_weight_with_gaps_is_restored():
+    layer = torch.nn.Linear(128, 64, bias=False)
+    layer.weight = torch.nn.Parameter(_random(64, 256)[:, ::2])
+    abft.protect(layer)
+    before = layer.weight.detach().clone()
+    with torch.no_grad():
+        layer(_random(4, 128))
+        layer.weight.data[3, 5] *= 3
+    assert abft.restore(layer) == 1 and torch.equal(layer.weight, before)
+
+
+@needs_compiler
+def test_threads_that_end_leave_nothing():
+    w = torch.nn.Parameter(_random(64, 4096, dtype=torch.bfloat16))
+    x = _random(256, 4096, dtype=torch.bfloat16)
+
+    def resident():
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    def several(count):
+        for _ in range(count):
+            thread = threading.Thread(target=lambda: abft.linear(x, w.detach()))
+            thread.start()
+            thread.join()
+
+    several(20)
+    before = resident()
+    several(100)
+    assert resident() - before < 20 << 20  # each thread's scratch is about a megabyte
+
+
+@needs_compiler
+def test_lengths_that_never_come_again_leave_little():
+    w = torch.nn.Parameter(_random(16, 32))
+    table = torch.device("cpu")
+    for rows in range(8200, 8300):
+        abft.linear(_random(rows, 32), w).sum().backward()
+    tables = {checksum.sketch_coefficients(rows, table).data_ptr() for rows in range(8200, 8300)}
+    assert len(tables) == 1
+
+
+def test_sources_are_read_whatever_the_locale(tmp_path):
+    assert _run(LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0", ABFT_CACHE=str(tmp_path)) == repr(library.why_not())
 
 
 # --- where nothing can be compiled ----------------------------------------------------------------

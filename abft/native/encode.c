@@ -12,10 +12,10 @@ enum { WIDE = 32 };
 
 /* Where W's columns of checksums go, and by what they are weighted. */
 typedef struct {
-    int64_t n, k, width, groups, kinds, shared_sketch, ingress, dtype;
+    int64_t n, k, width, groups, kinds, shared_sketch, ingress, dtype, step;
     const float *weights;      /* (kinds, padded width) w_j[n] of a group, padded by zeros to FRAGMENT */
     const float *last_weights; /* of the last group, if it is narrower */
-    const float *coefficients; /* (SKETCHES, k) */
+    const float *coefficients; /* (SKETCHES, k), rows `step` apart */
     const double *signs;       /* (padded width) w_e, for sums along a row */
     const double *last_signs;
     double share[KINDS];       /* 1 / w̄_j² */
@@ -36,7 +36,7 @@ INLINE void put(const abft_layout *l, float *out, int64_t k, const double *sums,
         if (!l->shared_sketch || g == l->groups - 1) {
             const int64_t first = sketches + (l->shared_sketch ? 0 : g * SKETCHES);
             const float nu = (float)sqrt(nu2);
-            for (int i = 0; i < SKETCHES; i++) out[(first + i) * l->k + k] = nu * l->coefficients[i * l->k + k];
+            for (int i = 0; i < SKETCHES; i++) out[(first + i) * l->k + k] = nu * l->coefficients[i * l->step + k];
         }
     }
     if (l->ingress) {

@@ -26,7 +26,7 @@ from pathlib import Path
 
 FILES = ("vectors.h", "judge.c", "encode.c", "fingerprint.c")
 #: No -ffast-math: a NaN has to stay one.
-FLAGS = ("-O2", "-march=native", "-fopenmp", "-fno-math-errno", "-fPIC", "-shared", "-std=gnu11")
+FLAGS = ("-O2", "-march=native", "-fopenmp", "-fno-math-errno", "-fPIC", "-shared", "-pthread", "-std=gnu11")
 _POINTER, _SIZE, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 #: What each function returns and takes.
 SIGNATURES = {
@@ -65,14 +65,15 @@ def _library() -> Library:
         return Library(None, f"not tried on {sys.platform}, {8 * ctypes.sizeof(ctypes.c_void_p)} bit")
     try:
         functions = ctypes.CDLL(str(_compiled()))
-    except (OSError, subprocess.SubprocessError) as error:
+        for name, (result, *arguments) in SIGNATURES.items():
+            function = getattr(functions, name)
+            function.restype, function.argtypes = result, arguments
+    except (OSError, subprocess.SubprocessError, ValueError, AttributeError) as error:
+        # Whatever is wrong with it: a product is checked all the same.
         said = (getattr(error, "stderr", None) or b"").decode(errors="replace").strip().splitlines()
         reason = f"{type(error).__name__}: {said[0] if said else error}"
         _log.info("abft checks CPU products with torch alone, which costs more time: %s", reason)
         return Library(None, reason)
-    for name, (result, *arguments) in SIGNATURES.items():
-        function = getattr(functions, name)
-        function.restype, function.argtypes = result, arguments
     return Library(functions, "")
 
 
@@ -91,7 +92,7 @@ def _compiled() -> Path:
     compiler = next((found for name in (os.environ.get("CC"), "cc", "gcc", "clang") if name and (found := shutil.which(name))), None)
     if compiler is None:
         raise FileNotFoundError("no C compiler (cc, gcc, clang, or the one that $CC names)")
-    sources = {name: (resources.files("abft.native") / name).read_text() for name in FILES}
+    sources = {name: (resources.files("abft.native") / name).read_bytes() for name in FILES}
     said = subprocess.run([compiler, "--version"], capture_output=True, check=True, timeout=60).stdout
     key = hashlib.sha256(repr((sources, FLAGS, compiler, said, platform.machine(), _processor())).encode()).hexdigest()[:16]
     folder = _folder()
@@ -100,7 +101,7 @@ def _compiled() -> Path:
         return target
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         for name, text in sources.items():
-            (Path(scratch) / name).write_text(text)
+            (Path(scratch) / name).write_bytes(text)
         made = Path(scratch) / "native.so"
         files = [name for name in FILES if name.endswith(".c")]
         subprocess.run([compiler, *FLAGS, "-o", made.name, *files, "-lm"], cwd=scratch, capture_output=True, check=True, timeout=300)
@@ -112,7 +113,7 @@ def _processor() -> str:
     """What -march=native depends on: a home folder may be shared by different machines."""
     wanted = ("model name", "flags", "Features", "CPU part")
     try:
-        lines = Path("/proc/cpuinfo").read_text().split("\n\n", 1)[0].splitlines()
+        lines = Path("/proc/cpuinfo").read_text(errors="replace").split("\n\n", 1)[0].splitlines()
     except OSError:
         return platform.processor()
     return "\n".join(line for line in lines if line.startswith(wanted))

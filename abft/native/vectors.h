@@ -2,6 +2,7 @@
 #ifndef ABFT_VECTORS_H
 #define ABFT_VECTORS_H
 #include <math.h>
+#include <pthread.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
@@ -90,17 +91,38 @@ INLINE v4 sums16(v16 a, v16 b, v16 c, v16 d) {
 #endif
 }
 
-/* Memory of a thread that grows and stays: fresh pages at every call would cost more than the sums. */
+/* Memory of a thread that grows and stays until the thread ends: fresh pages at every call would cost more than the sums. */
+enum { SLOTS = 3 };
+typedef struct {
+    float *kept[SLOTS];
+    size_t size[SLOTS];
+} slots;
+
+static pthread_key_t slots_of_thread;
+static pthread_once_t slots_once = PTHREAD_ONCE_INIT;
+static __attribute__((unused)) void free_slots(void *all) {
+    for (int i = 0; i < SLOTS; i++) free(((slots *)all)->kept[i]);
+    free(all);
+}
+static __attribute__((unused)) void make_slots(void) { pthread_key_create(&slots_of_thread, free_slots); }
+
 static __attribute__((unused)) float *scratch(int which, size_t floats) {
-    static __thread float *kept[3];
-    static __thread size_t size[3];
-    if (size[which] < floats) {
-        free(kept[which]);
-        size[which] = 0;
-        kept[which] = aligned_alloc(64, (floats * sizeof(float) + 63) / 64 * 64);
-        if (kept[which]) size[which] = floats;
+    pthread_once(&slots_once, make_slots);
+    slots *mine = pthread_getspecific(slots_of_thread);
+    if (!mine) {
+        mine = calloc(1, sizeof(slots));
+        if (!mine || pthread_setspecific(slots_of_thread, mine)) {
+            free(mine);
+            return NULL;
+        }
     }
-    return kept[which];
+    if (mine->size[which] < floats) {
+        free(mine->kept[which]);
+        mine->size[which] = 0;
+        mine->kept[which] = aligned_alloc(64, (floats * sizeof(float) + 63) / 64 * 64);
+        if (mine->kept[which]) mine->size[which] = floats;
+    }
+    return mine->kept[which];
 }
 
 INLINE int thread_number(void) {

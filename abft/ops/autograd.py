@@ -23,7 +23,7 @@ def _nobody_watches(g: Tensor, a: Tensor, b: Tensor) -> bool:
         type(g) is type(a) is Tensor
         and type(b) in (Tensor, torch.nn.Parameter)
         and g.is_cpu and a.is_cpu and b.is_cpu
-        and torch._C._has_storage(g) and torch._C._has_storage(a) and torch._C._has_storage(b)
+        and all(torch._C._has_storage(t) and not t._is_zerotensor() and not t.is_neg() for t in (g, a, b))
         and torch._C._len_torch_dispatch_stack() == torch._C._len_torch_function_stack() == 0
         and not torch._C._are_functorch_transforms_active()
         and torch._C._get_tracing_state() is None

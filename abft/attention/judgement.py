@@ -52,11 +52,15 @@ def settle(
     second = softmax.evidence(s, fresh, fresh.probabilities.sum(-1), tile, anew)
     still = rows[second.suspects()[rows]]
     _find(tally, product, Verdict.RECOMPUTED, np.setdiff1d(rows, still), first, tile, "transient")
-    return _ask_fp64(tally, s, fresh, still, second, tile, product) if len(still) else fresh
+    return _ask_fp64(tally, s, fresh, still, second, tile, product, anew) if len(still) else fresh
 
 
-def _ask_fp64(tally: Tally, s: Tensor, soft: Softmax, rows: np.ndarray, e: Evidence, tile: Tile, product: str) -> Softmax:
-    """Rows that stay suspect: fp64 agrees with what is there, or takes its place."""
+def _ask_fp64(tally: Tally, s: Tensor, soft: Softmax, rows: np.ndarray, e: Evidence, tile: Tile, product: str, anew: bool) -> Softmax:
+    """Rows that stay suspect: fp64 agrees with what is there, or takes its place.
+
+    In a backward (not ``anew``) what disagrees are the forward's maxima and sums and today's scores. Either may have changed in memory
+    since, q and k too, and nothing tells which: rows of fp64 are delivered, and called UNCORRECTED, so that the step is done again.
+    """
     at = torch.from_numpy(rows)
     exact = softmax.exactly(s, tile, rows)
     # Copies: maxima and sums may be what the forward saved.
@@ -65,7 +69,8 @@ def _ask_fp64(tally: Tally, s: Tensor, soft: Softmax, rows: np.ndarray, e: Evide
     explained = ((flat[0][at].double() - exact[0]).abs().sum(-1) <= e.bound).numpy()
     _find(tally, product, Verdict.FALSE_ALARM, rows[explained], e, tile)
     wrong = ~explained
-    _find(tally, product, Verdict.RECONSTRUCTED, rows[wrong], e, tile, "persistent")
+    verdict, cause = (Verdict.RECONSTRUCTED, "persistent") if anew else (Verdict.UNCORRECTED, "unknown")
+    _find(tally, product, verdict, rows[wrong], e, tile, cause)
     for values, right in zip(flat, exact, strict=True):
         values[at[wrong]] = right[wrong].to(values.dtype)
     return mended

@@ -4,9 +4,9 @@
  *     actual[m, g, j] = Σ_{n in g} w_j[n] Y[m, n]                w_j: e, one, hi, lo (abft/checksum.py)
  *     ratio²          = (actual - predicted)² / τ²,   τ² = a_j² (ΣY² + predicted² + sketch²) + ρ_j² ΣY² + b_j²
  *
- * τ² leaves out the cross products of the bound's three terms, so it is never above the square of the bound: what passes
- * here passes in abft/threshold.py, and what does not is judged again there. Sums are fp32, as torch's are, or fp64 in
- * panels; the comparison is fp64, where no square of an fp32 number under- or overflows.
+ * τ² leaves out the cross products of the bound's three terms, so it is never above the square of the bound: but for the
+ * rounding of the sums, which the bound is made of, what passes here passes in abft/threshold.py; what does not is judged
+ * again there. Sums are fp32, as torch's are; the comparison is fp64, where no square of an fp32 number under- or overflows.
  *
  * Vectors are those of GCC and clang, 16 lanes wide, whatever the processor has. No library, no headers of torch.
  */

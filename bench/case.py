@@ -109,6 +109,7 @@ def _prepared(case: Case, provider: Provider, model: nn.Module, inputs: tuple[Te
         reason = "torch.compile does not see into it"
     try:
         if reason is None:
+            gc.collect()  # panels of models that are garbage are nobody's here: freed meanwhile, they would be taken from this row
             held = panels.live_bytes()
             contender = Contender(provider, case.workload, model, case.way, device, dtype)
             found: dict[str, Any] = {"error": evidence.error(contender.results(inputs), right)}

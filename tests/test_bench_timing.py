@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import math
 from collections.abc import Iterator
 
@@ -12,6 +13,7 @@ import torch
 from torch import nn
 
 import abft
+from abft import panels
 from bench import comparison, evidence, intervals, linear, providers, shapes, stamp, timing, timing_table, workloads
 from bench.contender import Contender, results
 from bench.results import Results, read
@@ -286,6 +288,24 @@ def test_every_time_stands_beside_its_evidence(tmp_path, one_thread, capsys) -> 
     shown = capsys.readouterr().out
     assert all(name in shown for name in rows) and "small fp32 backward eager" in shown
     assert records[0]["kind"] == "stamp" and records[0]["configuration"]["rounds"] == 6
+
+
+def test_panels_of_garbage_are_nobodys(tmp_path, one_thread, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A collection that falls between two looks at the memory took earlier models' panels from the row being measured."""
+    layer = abft.Linear(96, 64)
+    layer(torch.randn(24, 96))
+    held = panels.live_bytes()
+    layer.__dict__["itself"] = layer  # a cycle: only a collection frees it
+    gc.disable()
+    monkeypatch.setattr(evidence, "error", lambda *given, original=evidence.error: (gc.collect(), original(*given))[1])
+    try:
+        del layer
+        assert panels.live_bytes() == held
+        comparison.run("test", [workloads.linear(SMALL, "forward")], options(tmp_path, "--providers", "abft"))
+    finally:
+        gc.enable()
+    rows = {r["provider"]: r for r in read(tmp_path / "time-test-cpu.jsonl") if r["kind"] == "timing"}
+    assert rows["torch"]["panel_bytes"] == 0 == rows["torch-again"]["panel_bytes"] < rows["abft"]["panel_bytes"]
 
 
 def test_a_stopped_comparison_goes_on_with_the_next_case(tmp_path, one_thread) -> None:

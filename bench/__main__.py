@@ -13,15 +13,15 @@ COMMANDS = {
     "emulated-faults": "flips and nullifications in emulated tensor-core accumulators, weights and panels",
     "floors": "the smallest deviation found, per backend, dtype and K, beside threshold.expected_floor",
     "activations": "a real sentence encoder's activations and gradients, fault-free",
-    "attention": "fault-free attention: the largest residual of every check",
+    "attention-clean": "fault-free attention: the largest residual of every check",
     "attention-faults": "random faults in every place inside attention: detected, repaired, missed",
-    "attention-times": "checked attention beside the unchecked reference and torch's, on a CPU",
     "memory": "bytes of panels, per direction and group",
     "work": "what a repair computes again, of what the product computed: tiles counted in the interpreted kernels",
     "linear": "times of linear layers: torch, abft in every form, repetition, the unchecked kernel; each beside its evidence",
     "layer": "… of a transformer layer",
     "model": "… of a whole model",
     "train": "… of a training step",
+    "attention": "… of attention alone, beside each of torch's kernels",
     "scaling": "cost against K, N, M and G, beside what counting predicts",
     "tune": "search launch shapes on a GPU, and write the table that the kernels read",
     "gpu": "the one call for a rented GPU: tests, calibration, times, campaigns, each in a process and a time of its own",
@@ -39,7 +39,7 @@ MODULES = {
     "emulated-faults": "emulated_faults",
     "kernel-tests": "kernel_tests",
     "attention-faults": "attention_faults",
-    "attention-times": "attention_times",
+    "attention-clean": "attention_clean",
 }
 
 

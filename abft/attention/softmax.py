@@ -20,7 +20,7 @@ from abft.attention.problem import Tile
 from abft.faults import Strike
 from abft.floating import ACCUMULATOR
 
-#: Bound of (1) and (2) relative to l, in units of 2⁻²³ (2⁻⁵²): largest measured 6.0, see bench/results/attention.jsonl.
+#: Bound of (1) and (2) relative to l, in units of 2⁻²³ (2⁻⁵²): largest measured 6.0, see bench/results/attention-clean.jsonl.
 KAPPA_SOFTMAX = 48.0
 #: The largest p is exp(0) = 1; the range of (3) is wider than any rounding. design: 1 - 2e-3 <= l <= N.
 RANGE = 2.0**-9

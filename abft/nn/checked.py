@@ -1,7 +1,7 @@
 """What makes an existing module a checked one: a subclass built from the module's own class.
 
 ``module.__class__`` is exchanged in place, so Parameters, hooks, tying, optimizer references, ``isinstance`` and wrappers
-around the module stay as they are. The state abft keeps on the module is the three attributes below; none is a
+around the module stay as they are. The state abft keeps on the module is the attributes below; none is a
 parameter, a buffer or a key of the state dict.
 """
 
@@ -20,7 +20,7 @@ from abft.functional import bypassed, linear_at
 from abft.modes import ProductMode
 from abft.policy import Policy
 
-ATTRIBUTES = ("_abft_site", "_abft_policy", "_abft_name")
+ATTRIBUTES = ("_abft_site", "_abft_policy", "_abft_name", "_abft_attended")
 
 
 class Checked:

@@ -58,7 +58,7 @@ def attention_forward(
             return as_transformers(how)
 
     if site is None:
-        before = getattr(getattr(module.config, "_attn_implementation", None), "before", None)
+        before = getattr(getattr(getattr(module, "config", None), "_attn_implementation", None), "before", None)
         if before is not None:
             return as_transformers(before)  # protect was told to leave this module out
     elif not torch.compiler.is_compiling():

@@ -206,6 +206,27 @@ def test_greedy_generation_with_a_cache_is_that_of_the_unprotected_model(kind, c
     silent()
 
 
+def test_relative_positions_and_attention_to_an_encoder():
+    """T5: a bias of positions, learned, is added to the mask; the decoder also sees the encoder, padding left out."""
+    torch.manual_seed(0)
+    config = transformers.T5Config(d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, vocab_size=101, decoder_start_token_id=0, dropout_rate=0.0)
+    model = transformers.T5ForConditionalGeneration(config)
+
+    def step(model):
+        out = model(input_ids=tokens(), attention_mask=padded("bert"), labels=tokens(3, 6))
+        out.loss.backward()
+        found = [out.logits.detach()] + [p.grad for p in model.parameters()]
+        model.zero_grad()
+        return found
+
+    theirs, exact = step(model), step(in_fp64(model))
+    agree(step(abft.protect(model, name="m")), theirs, exact)
+    assert silent().sites["m.decoder.block.1.layer.1.EncDecAttention"].products == 7
+    arguments = {"attention_mask": padded("bert"), "max_new_tokens": 4, "do_sample": False}
+    ours = model.eval().generate(tokens(), **arguments)
+    assert silent() and torch.equal(ours, abft.unprotect(model).generate(tokens(), **arguments))
+
+
 def test_several_tokens_after_a_cache_see_it_and_what_came_before_them():
     model = make("llama")
     arguments = {"attention_mask": padded("llama")}

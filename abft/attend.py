@@ -96,6 +96,18 @@ def attention_with_weights_at(
     return bypassed(reason, by_torch)  # type: ignore[return-value, arg-type]
 
 
+def attention_or_none(
+    site: Tensor | None, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout_p: float, is_causal: bool,
+    scale: float | None, enable_gqa: bool, *, own: Policy | None, more: More, weights: bool, name: str = NAME,
+) -> tuple[Tensor, Tensor] | None:  # fmt: skip
+    """``attend`` with autocast and the policy in force; None where the caller has to compute this otherwise, and to count it."""
+    policy = scope.in_force(own)
+    query, key, value = (_autocast(t) for t in (query, key, value))
+    if _why_not(query, key, value, mask, dropout_p, is_causal, enable_gqa, policy) is not None:
+        return None
+    return attend(site, query, key, value, mask, dropout_p, is_causal, scale, enable_gqa, policy, name, more, weights)
+
+
 def attend(
     site: Tensor | None, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout_p: float, is_causal: bool,
     scale: float | None, enable_gqa: bool, policy: Policy, name: str, more: More | None = None, weights: bool = False,

@@ -20,9 +20,9 @@ from torch import Tensor
 from abft import policy, redundancy, sites, threshold
 from abft.attention import products
 from abft.attention.backward import Given, Gradients, gradients
-from abft.attention.forward import Attended, attend
+from abft.attention.forward import attend
 from abft.attention.plain import plain
-from abft.attention.problem import Options, Problem
+from abft.attention.problem import Attended, Options, Problem
 from abft.attention.tally import Tally
 from abft.errors import DeviceError, PolicyError
 from abft.ledger import Verdict

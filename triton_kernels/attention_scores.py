@@ -2,8 +2,8 @@
 
     x₂ = log₂e · (cap · tanh(scale · s / cap) + mask)        p = exp2(x₂ - m₂)        hidden keys: -inf
 
-Query i stands at position i + offset among the keys: it sees none behind it if CAUSAL, and of the others only the last ``window``. A mask of
-booleans hides, one of floats is added. Dropout is abft.attention.dropout's hash of (seed, head, query, key), in 32-bit integers: whoever
+Query i stands at position i + offset among the keys: it sees none behind it if CAUSAL, and of the others only the last ``window``. A mask
+of booleans hides, one of floats is added. Dropout is abft.attention.dropout's hash of (seed, head, query, key), in 32-bit integers: whoever
 computes a probability again keeps or drops it again.
 
 Exponents are powers of two, for that is what the unit computes; statistics are kept as abft::attention has them, of base e. Between them
@@ -54,6 +54,7 @@ class Scores(NamedTuple):
     dropped: Any  # of 2³² values of the hash, those that drop; None: no dropout
     seed_low: Any
     seed_high: Any
+    undropped: Any  # 1 / (1 - dropout)
 
 
 # --- where ----------------------------------------------------------------------------------------
@@ -190,7 +191,7 @@ def _mix(x):
 @triton.jit
 def sign_of_block(block):
     """±1: blocks of keys repeat their signs, times this."""
-    return 1.0 - 2.0 * ((_mix(block.to(tl.uint32)) >> 8) & 1).to(tl.float32)
+    return 1.0 - 2.0 * ((_mix(tl.cast(block, tl.uint32)) >> 8) & 1).to(tl.float32)
 
 
 @triton.jit
@@ -225,7 +226,10 @@ def scores_of(
     """
     _, heads_, group, length, _ = q.shape
     scaled = scale > 0 and cap is None and (mask_ is None or mask_.dtype == torch.bool)
-    drops = (round(dropout * 2.0**32), as_int32(seed & 0xFFFFFFFF), as_int32(seed >> 32 & 0xFFFFFFFF)) if dropout else (None, None, None)
+    drops: tuple[Any, ...] = (None,) * 4
+    if dropout:
+        share = 1.0 - dropout
+        drops = round(dropout * 2.0**32), as_int32(seed & 0xFFFFFFFF), as_int32(seed >> 32 & 0xFFFFFFFF), 1.0 / share if share else 0.0
     scores = Scores(length, k.shape[2], heads_, group, scale, scale * LOG2E.value, offset, window, cap, mask(mask_), *drops)
     return scores, scaled
 

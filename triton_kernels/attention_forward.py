@@ -74,7 +74,7 @@ class Limits(NamedTuple):
 
     scores: Any  # U κ of (1)
     shift: Any  # of (1): U κ √keys, times |m|
-    values: Any  # (3,): U κ w̄ of (2)
+    output: Any  # (3,): U κ w̄ of (2)
     sums: Any  # of (3), relative to ℓ
 
 
@@ -108,11 +108,11 @@ def checked_attention(q, k, v, out, statistics, sums, weights, scores, limits, w
     number, block = tl.program_id(0) // blocks, blocks - 1 - tl.program_id(0) % blocks  # under a causal mask the last takes longest
     y, m, l, qk, pv = attend_block(q, k, v, sums, weights, scores, limits, number, block, E, D, FAULT, CAUSAL, SCALED, CHECKED,
                                    EXPONENTIALS, PARTS, BM, BN, BE, BD, PRECISION)  # fmt: skip
-    store_rows(out, statistics, y, m, l, scores, number, block, D, rows_total, FAULT, BM, BD)
+    rows = block * BM + tl.arange(0, BM)
+    inside, row = rows < scores.length, tl.cast(number, tl.int64) * scores.length + rows
+    store_rows(out, statistics, y, m, l, scores, number, rows, D, rows_total, inside, FAULT, BD)
     if CHECKED:
         note_unit(units, number * blocks + block)
-        rows = block * BM + tl.arange(0, BM)
-        inside, row = rows < scores.length, tl.cast(number, tl.int64) * scores.length + rows
         code = tl.where(inside, suspects(qk, pv, roles), 0)
         tl.store(status + row, code.to(tl.int8), mask=inside)
         gravest = tl.max(code, 0)
@@ -149,17 +149,16 @@ def _remember(details, finding, row, rows_total, tile, mask):
 
 
 @triton.jit
-def store_rows(out, statistics, y, m, l, scores, number, block, D, rows_total, FAULT, BM: tl.constexpr, BD: tl.constexpr):
-    """O (contiguous), rounded, and the statistics (2, rows) of a block."""
-    rows, cols = block * BM + tl.arange(0, BM), tl.arange(0, BD)
-    row, inside = tl.cast(number, tl.int64) * scores.length + rows, rows < scores.length
-    tl.store(out + row[:, None] * D + cols[None, :], y.to(out.dtype.element_ty), mask=inside[:, None] & (cols[None, :] < D))
+def store_rows(out, statistics, y, m, l, scores, number, rows, D, rows_total, mask, FAULT, BD: tl.constexpr):
+    """O (contiguous), rounded, and the statistics (2, rows) of some rows of a head."""
+    cols, row = tl.arange(0, BD), tl.cast(number, tl.int64) * scores.length + rows
+    tl.store(out + row[:, None] * D + cols[None, :], y.to(out.dtype.element_ty), mask=mask[:, None] & (cols[None, :] < D))
     m, l = natural(m, l)
     if FAULT is not None:
         m = _strike_rows(m, FAULT, STATISTICS, scores, number, rows, 0)
         l = _strike_rows(l, FAULT, STATISTICS, scores, number, rows, 1)
-    tl.store(statistics + row, m, mask=inside)
-    tl.store(statistics + tl.cast(rows_total, tl.int64) + row, l, mask=inside)
+    tl.store(statistics + row, m, mask=mask)
+    tl.store(statistics + tl.cast(rows_total, tl.int64) + row, l, mask=mask)
 
 
 # --- a block of rows ------------------------------------------------------------------------------
@@ -207,8 +206,9 @@ def attend_block(q, k, v, sums, weights, scores, limits, number, block, E, D, FA
     if CHECKED:
         qk = _judge_scores(queries, signed, m, first, sums, weights, scores, limits, way, begin, end, E, FAULT, PARTS, BM, BN, BE, PRECISION)
         pv = _judge_values(y, l, m, check, first, fall, wrong, held, left, weights, scores, limits, way, end - begin, D, FAULT, PARTS, BD)
-    else:
-        qk, pv = None, None
+    else:  # nobody asks
+        qk = Finding(l == l, l != l, l, l)
+        pv = qk
     if scores.dropped is not None:
         y = y * scores.undropped
     return y, m, l, qk, pv
@@ -406,10 +406,10 @@ def _judge_values(y, l, m, check, first, fall, wrong, held, left, weights, score
     for kind in tl.static_range(KINDS):
         mine = (which >= kind * PARTS) & (which < kind * PARTS + PARTS)
         c = tl.sum(tl.where(mine[None, :], divided, 0.0), 1)
-        weight = tl.load(weights.values + kind * D + cols, mask=cols < D, other=0.0)
+        weight = tl.load(weights.columns + kind * D + cols, mask=cols < D, other=0.0)
         own = tl.sum(y * weight[None, :], 1) - c
         size = tl.sqrt(squares + (c / unit) * (c / unit)) * unit
-        fine, residual, tau = _and(fine, residual, tau, own, limits.values[kind] * size + TINY)
+        fine, residual, tau = _and(fine, residual, tau, own, limits.output[kind] * size + TINY)
     return Finding(fine, poisoned, residual, tau)
 
 

@@ -39,11 +39,11 @@ SLICE = tl.constexpr(32)
 
 
 class Weights(NamedTuple):
-    """What is counted how: signs (BN,) of the keys of a block; values (3, D) of kinds e, hi, lo; coefficients of V's sketches (4, S) and
+    """What is counted how: signs (BN,) of the keys of a block; columns (3, D) of kinds e, hi, lo; coefficients of V's sketches (4, S) and
     of K's (4, E), with their row strides; w̄ of the kinds."""
 
     signs: Any
-    values: Any
+    columns: Any
     sketch: Any
     sketch_row: Any
     keys_sketch: Any
@@ -116,7 +116,7 @@ def _sum_values(v, weights, panel, scales, plane, heads_each, block, blocks, S, 
 
 @triton.jit
 def _weighted(x, weights, KIND: tl.constexpr, cols, D):
-    return tl.sum(x * tl.load(weights.values + KIND * D + cols, mask=cols < D, other=0.0)[None, :], 1)
+    return tl.sum(x * tl.load(weights.columns + KIND * D + cols, mask=cols < D, other=0.0)[None, :], 1)
 
 
 @triton.jit

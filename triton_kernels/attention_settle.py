@@ -1,0 +1,86 @@
+"""Settle an attention: compute blocks of suspect rows again, before anyone reads O, and say what became of each row.
+
+    suspect at first; after the repetition
+        explained                                   RECOMPUTED     a transient fault
+        not, its prediction not being finite        INPUT          an operand held NaN or Inf
+        not, otherwise                              UNCORRECTED
+
+At level detect nothing is written, and RECOMPUTED and UNCORRECTED are OBSERVED. Rows of O whose scores were suspect, and that are
+explained with the right ones, count with their scores only.
+
+The same device function in the same configuration on the same operands: without a fault a repetition has the bits that the first
+execution should have had. Every block at most once: the work is bounded by one more attention. Only rows that were suspect are written.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .attention_forward import PV, QK, Attention, Evidence, attend_block, store_rows, suspects
+from .configs import REPAIR_PROGRAMS
+from .gemm import fault_argument, note_unit
+from .judgement import ratio_of
+from .record import CLEAN, DETAILS, INPUT, OBSERVED, RECOMPUTED, TRANSIENT, UNCORRECTED, Labels, Units, add_verdicts, arrive, keep
+from .summary import CASE, SUMMARY, UNQUIET
+
+
+@triton.jit(do_not_specialize_on_alignment=["site"])
+def settle_attention(q, k, v, out, statistics, sums, weights, scores, limits, words, site, status, details, units, flags, summary,
+                     E, D, rows_total, tiles, roles, labels_qk, labels_pv, FAULT, CORRECT: tl.constexpr, CAUSAL: tl.constexpr,
+                     SCALED: tl.constexpr, EXPONENTIALS: tl.constexpr, PARTS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+                     BE: tl.constexpr, BD: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """A few programs share the blocks; they leave at once when nothing is suspect."""
+    if tl.load(summary + UNQUIET) > 0:
+        blocks = tl.cdiv(scores.length, BM)
+        of_pv, details_pv = summary + SUMMARY + CASE, details + DETAILS * tl.cast(rows_total, tl.int64)
+        for index in tl.range(tl.program_id(0), tiles, tl.num_programs(0), disable_licm=True):
+            if tl.load(flags + index) > 0:
+                number, block = index // blocks, index % blocks
+                note_unit(units.again, index)
+                y, m, l, qk, pv = attend_block(q, k, v, sums, weights, scores, limits, number, block, E, D, FAULT, CAUSAL, SCALED, True,
+                                               EXPONENTIALS, PARTS, BM, BN, BE, BD, PRECISION)  # fmt: skip
+                rows, first = block * BM + tl.arange(0, BM), tl.cast(number, tl.int64) * scores.length + block * BM
+                inside, row = rows < scores.length, first + tl.arange(0, BM)
+                was = tl.load(status + row, mask=inside, other=0).to(tl.int32)
+                if CORRECT:
+                    store_rows(out, statistics, y, m, l, scores, number, rows, D, rows_total, inside & (was > 0), FAULT, BD)
+                still = suspects(qk, pv, roles) & tl.where(was > 0, QK | PV, 0)
+                # With right scores a row of O is right; alone it was wrong only if its scores were not.
+                own = tl.where((was & QK) > 0, still & PV, (was | still) & PV)
+                _settle(details, qk, row, rows_total, index, summary, first, (was | still) & QK, still & QK, CORRECT)
+                _settle(details_pv, pv, row, rows_total, index, of_pv, first, own, still & PV, CORRECT)
+        arrive(words, site, summary, details, units, rows_total, labels_qk)
+        arrive(words, site, of_pv, details_pv, units, rows_total, labels_pv)
+
+
+@triton.jit
+def _settle(details, finding, row, rows_total, tile, summary, first_row, found, still, CORRECT: tl.constexpr):
+    """The verdicts of one role. found: rows that are one's concern; still: of these, those that the repetition does not explain."""
+    wrong = tl.where(still > 0, tl.where(finding.poisoned, INPUT, UNCORRECTED if CORRECT else OBSERVED), RECOMPUTED if CORRECT else OBSERVED)
+    verdict = tl.where(found > 0, wrong, CLEAN)
+    zero, plane = tl.zeros(row.shape, tl.int32), tl.cast(rows_total, tl.int64)
+    mended = (found > 0) & (still == 0)
+    residual = tl.load(details + row, mask=mended, other=0).to(tl.float32, bitcast=True)
+    tau = tl.load(details + plane + row, mask=mended, other=0).to(tl.float32, bitcast=True)
+    residual, tau = tl.where(mended, residual, finding.residual), tl.where(mended, tau, finding.tau)
+    cause = tl.where(mended, TRANSIENT if CORRECT else 0, 0)
+    keep(details, row, rows_total, residual, tau, zero - 1, cause, zero, zero + tile, found > 0)
+    add_verdicts(summary, verdict, tl.where(found > 0, ratio_of(residual, tau), 0.0), first_row)
+
+
+# --- launcher -------------------------------------------------------------------------------------
+
+
+def settle(attention: Attention, evidence: Evidence, words: Tensor, site: Tensor, labels: tuple[Labels, Labels], roles: int,
+           correct: bool, faults: Tensor | None = None) -> None:  # fmt: skip
+    """Launch. labels: of qk and of pv. ``faults`` hit the repetition."""
+    heads, blocks, rows = attention.sizes
+    tiles = heads * blocks
+    settle_attention[(min(tiles, REPAIR_PROGRAMS),)](
+        *attention.operands(), evidence.out, evidence.statistics, evidence.sums, attention.weights, attention.scores, attention.limits,
+        words, site, evidence.status, evidence.details, Units(evidence.units, attention.units()), evidence.flags, evidence.summary,
+        attention.q.shape[-1], attention.v.shape[-1], rows, tiles, roles, *labels, fault_argument(faults), CORRECT=correct,
+        **attention.order(),
+    )  # fmt: skip

@@ -104,7 +104,7 @@ def _note(seen, own, bound):
 def _judge_product(seen, poisoned, acc, w, operand, hats, index, width, reach, coefficient, WIDTH: tl.constexpr,
                    PARTS: tl.constexpr, SCALED: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """Compare the sums over a tile's columns with what the block's hat predicts. reach: norms of the rows of ``operand``."""
-    found = tl.dot(operand, hat_of(hats, index, width, WIDTH, PARTS), input_precision=PRECISION)
+    found = tl.dot(operand, tl.trans(hat_of(hats, index, width, WIDTH, PARTS)), input_precision=PRECISION)
     predicted = tl.sum(found, 1)
     if SCALED:
         predicted *= tl.load(hats.scales + index)
@@ -188,10 +188,10 @@ def _slope(s, scores):
 
 
 @triton.jit
-def of_queries(at_q, at_k, at_v, at_do, at_o, x, scores, k_panel, v_panel, w_keys, w_e, bounds, dq, status, words, site, index, share,
+def of_queries(at_q, at_k, at_v, at_do, at_o, x, scores, k_panel, v_panel, w_keys, w_e, bounds, dq, status, words, site, index,
                FAULT, CAUSAL: tl.constexpr, CHECK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BE: tl.constexpr, BD: tl.constexpr,
                PARTS: tl.constexpr, SCALED: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """δ and dQ of one block of queries, and what is to be said of its rows. share: what dropout divides by, inverted."""
+    """δ and dQ of one block of queries, and what is to be said of its rows."""
     blocks = tl.cdiv(scores.length, BM)
     plane, first_row = index // blocks, index % blocks * BM
     batch, head, member = heads_of(scores, plane)
@@ -219,15 +219,15 @@ def of_queries(at_q, at_k, at_v, at_do, at_o, x, scores, k_panel, v_panel, w_key
     if scores.window is not None:
         for block in tl.range(first, whole, disable_licm=True):
             acc, side, qk, pv, poisoned, sums = _query_tile(
-                acc, side, qk, pv, poisoned, sums, q, d_out, row, block, at_k, at_v, x, scores, k_panel, v_panel, w_keys, bounds, FAULT, True, CAUSAL, CHECK, share,
+                acc, side, qk, pv, poisoned, sums, q, d_out, row, block, at_k, at_v, x, scores, k_panel, v_panel, w_keys, bounds, FAULT, True, CAUSAL, CHECK,
                 BN, BE, BD, PARTS, SCALED, PRECISION)  # fmt: skip
     for block in tl.range(whole, masked, disable_licm=True):
         acc, side, qk, pv, poisoned, sums = _query_tile(
             acc, side, qk, pv, poisoned, sums, q, d_out, row, block, at_k, at_v, x, scores, k_panel, v_panel, w_keys, bounds, FAULT, scores.mask is not None, CAUSAL,
-            CHECK, share, BN, BE, BD, PARTS, SCALED, PRECISION)  # fmt: skip
+            CHECK, BN, BE, BD, PARTS, SCALED, PRECISION)  # fmt: skip
     for block in tl.range(masked, end, disable_licm=True):
         acc, side, qk, pv, poisoned, sums = _query_tile(
-            acc, side, qk, pv, poisoned, sums, q, d_out, row, block, at_k, at_v, x, scores, k_panel, v_panel, w_keys, bounds, FAULT, True, CAUSAL, CHECK, share,
+            acc, side, qk, pv, poisoned, sums, q, d_out, row, block, at_k, at_v, x, scores, k_panel, v_panel, w_keys, bounds, FAULT, True, CAUSAL, CHECK,
             BN, BE, BD, PARTS, SCALED, PRECISION)  # fmt: skip
     if FAULT is not None:
         acc = _strike(acc, FAULT, DQ_PLACE, BY_QUERIES, plane // scores.group, (member * scores.length + rows)[:, None], e[None, :])
@@ -254,7 +254,7 @@ def _delta(at_o, d_out, batch, head, member, rows, d, LENGTH, D):
 
 @triton.jit
 def _query_tile(acc, side, qk, pv, poisoned, sums, q, d_out, row, block, at_k, at_v, x, scores, k_panel, v_panel, w_keys, bounds, FAULT, MASKED: tl.constexpr,
-                CAUSAL: tl.constexpr, CHECK: tl.constexpr, share, BN: tl.constexpr, BE: tl.constexpr, BD: tl.constexpr,
+                CAUSAL: tl.constexpr, CHECK: tl.constexpr, BN: tl.constexpr, BE: tl.constexpr, BD: tl.constexpr,
                 PARTS: tl.constexpr, SCALED: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """Add a block of keys to dQ; (acc, side, what is seen of the rows: qk, pv, poisoned, (Σ P, Σ dX, Σ |dX|))."""
     plane, batch, head, member, rows, m2, inverse, delta, q_norm, o_norm, base = row
@@ -278,7 +278,7 @@ def _query_tile(acc, side, qk, pv, poisoned, sums, q, d_out, row, block, at_k, a
         y = tl.where(hidden(scores, rows, cols, batch, head, member, CAUSAL), float("-inf"), y)
     p = tl.exp2(y) * inverse[:, None]
     if scores.dropped is not None:
-        dp = tl.where(kept(scores, base, rows, cols), dp * share, 0.0)
+        dp = tl.where(kept(scores, base, rows, cols), dp * scores.undropped, 0.0)
     if FAULT is not None:
         p = _strike(p, FAULT, P_PLACE, BY_QUERIES, of_keys, place[:, None], cols[None, :])
     dx = p * (dp - delta[:, None])
@@ -316,7 +316,7 @@ def _add_beside(side, left, beside, panel, index, SCALED: tl.constexpr, PRECISIO
 
 
 @triton.jit
-def of_keys(at_q, at_k, at_v, at_do, x, scores, q_panel, d_panel, w_queries, w_e, w_d, bounds, dk, dv, status, words, site, index, share,
+def of_keys(at_q, at_k, at_v, at_do, x, scores, q_panel, d_panel, w_queries, w_e, w_d, bounds, dk, dv, status, words, site, index,
             FAULT, CAUSAL: tl.constexpr, CHECK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BE: tl.constexpr, BD: tl.constexpr,
             PARTS: tl.constexpr, SCALED: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """dK and dV of one block of keys, summed over the heads of queries that share it. Tiles lie the other way round: keys × queries."""
@@ -340,7 +340,7 @@ def of_keys(at_q, at_k, at_v, at_do, x, scores, q_panel, d_panel, w_queries, w_e
     for step in tl.range(0, scores.group * (end - first), disable_licm=True):
         member, block = step // (end - first), first + step % (end - first)
         acc_k, acc_v, beside, qk, pv, poisoned = _key_tile(
-            acc_k, acc_v, beside, qk, pv, poisoned, k, v, row, member, block, at_q, at_do, x, scores, q_panel, d_panel, w_queries, bounds, FAULT, CAUSAL, CHECK, share,
+            acc_k, acc_v, beside, qk, pv, poisoned, k, v, row, member, block, at_q, at_do, x, scores, q_panel, d_panel, w_queries, bounds, FAULT, CAUSAL, CHECK,
             BM, BE, BD, PARTS, SCALED, PRECISION)  # fmt: skip
     if FAULT is not None:
         acc_k = _strike(acc_k, FAULT, DK_PLACE, BY_KEYS, plane, cols[:, None], e[None, :])
@@ -369,7 +369,7 @@ def _seeing(scores, first_key, CAUSAL: tl.constexpr, BM: tl.constexpr, BN: tl.co
 
 @triton.jit
 def _key_tile(acc_k, acc_v, beside, qk, pv, poisoned, k, v, row, member, block, at_q, at_do, x, scores, q_panel, d_panel, w_queries, bounds, FAULT, CAUSAL: tl.constexpr,
-              CHECK: tl.constexpr, share, BM: tl.constexpr, BE: tl.constexpr, BD: tl.constexpr, PARTS: tl.constexpr,
+              CHECK: tl.constexpr, BM: tl.constexpr, BE: tl.constexpr, BD: tl.constexpr, PARTS: tl.constexpr,
               SCALED: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """Add a block of queries to dK and dV; (acc_k, acc_v, beside, what is seen of the keys: qk, pv, poisoned)."""
     plane, batch, head, cols, k_norm, v_norm = row
@@ -402,7 +402,7 @@ def _key_tile(acc_k, acc_v, beside, qk, pv, poisoned, k, v, row, member, block, 
     used = p
     if scores.dropped is not None:
         keep = tl.trans(kept(scores, dropout_base(scores, batch, head, member), rows, cols))
-        dp, used = tl.where(keep, dp * share, 0.0), tl.where(keep, p * share, 0.0)
+        dp, used = tl.where(keep, dp * scores.undropped, 0.0), tl.where(keep, p * scores.undropped, 0.0)
     dx = p * (dp - delta[None, :])
     if FAULT is not None:
         dx = _strike(dx, FAULT, DS_PLACE, BY_KEYS, plane, place[None, :], cols[:, None])
@@ -446,27 +446,27 @@ def _exponents_of_keys(s, scores, rows, cols, batch, head, member):
 
 @triton.jit
 def attention_dq(at_q, at_k, at_v, at_do, at_o, x, scores, k_panel, v_panel, w_keys, w_e, bounds,
-                 dq, status, words, site, share, FAULT, CAUSAL: tl.constexpr, CHECK: tl.constexpr,
+                 dq, status, words, site, FAULT, CAUSAL: tl.constexpr, CHECK: tl.constexpr,
                  BM: tl.constexpr, BN: tl.constexpr, BE: tl.constexpr, BD: tl.constexpr, PARTS: tl.constexpr, SCALED: tl.constexpr,
                  PRECISION: tl.constexpr):  # fmt: skip
     of_queries(at_q, at_k, at_v, at_do, at_o, x, scores, k_panel, v_panel, w_keys, w_e, bounds, dq, status, words, site,
-               tl.program_id(0), share, FAULT, CAUSAL, CHECK,
+               tl.program_id(0), FAULT, CAUSAL, CHECK,
                BM, BN, BE, BD, PARTS, SCALED, PRECISION)  # fmt: skip
 
 
 @triton.jit
 def attention_dkv(at_q, at_k, at_v, at_do, x, scores, q_panel, d_panel, w_queries, w_e, w_d, bounds,
-                 dk, dv, status, words, site, share, FAULT, CAUSAL: tl.constexpr, CHECK: tl.constexpr,
+                 dk, dv, status, words, site, FAULT, CAUSAL: tl.constexpr, CHECK: tl.constexpr,
                   BM: tl.constexpr, BN: tl.constexpr, BE: tl.constexpr, BD: tl.constexpr, PARTS: tl.constexpr, SCALED: tl.constexpr,
                   PRECISION: tl.constexpr):  # fmt: skip
     of_keys(at_q, at_k, at_v, at_do, x, scores, q_panel, d_panel, w_queries, w_e, w_d, bounds, dk, dv, status, words, site,
-               tl.program_id(0), share, FAULT, CAUSAL, CHECK,
+               tl.program_id(0), FAULT, CAUSAL, CHECK,
             BM, BN, BE, BD, PARTS, SCALED, PRECISION)  # fmt: skip
 
 
 @triton.jit
 def attention_dq_again(at_q, at_k, at_v, at_do, at_o, x, scores, k_panel, v_panel, w_keys, w_e, bounds,
-                       dq, first, status, words, site, share, blocks, FAULT, CAUSAL: tl.constexpr,
+                       dq, first, status, words, site, blocks, FAULT, CAUSAL: tl.constexpr,
                        CHECK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BE: tl.constexpr, BD: tl.constexpr,
                        PARTS: tl.constexpr, SCALED: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """The blocks of queries that are suspect, once more; leaves at once if there are none."""
@@ -474,13 +474,13 @@ def attention_dq_again(at_q, at_k, at_v, at_do, at_o, x, scores, k_panel, v_pane
         for index in tl.range(tl.program_id(0), blocks, tl.num_programs(0)):
             if tl.load(first.blocks + index) == SUSPECT:
                 of_queries(at_q, at_k, at_v, at_do, at_o, x, scores, k_panel, v_panel, w_keys, w_e, bounds, dq, status,
-                           words, site, index, share, FAULT, CAUSAL, CHECK,
+                           words, site, index, FAULT, CAUSAL, CHECK,
                            BM, BN, BE, BD, PARTS, SCALED, PRECISION)  # fmt: skip
 
 
 @triton.jit
 def attention_dkv_again(at_q, at_k, at_v, at_do, x, scores, q_panel, d_panel, w_queries, w_e, w_d, bounds,
-                       dk, dv, first, status, words, site, share, blocks, FAULT, CAUSAL: tl.constexpr,
+                       dk, dv, first, status, words, site, blocks, FAULT, CAUSAL: tl.constexpr,
                         CHECK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BE: tl.constexpr, BD: tl.constexpr,
                         PARTS: tl.constexpr, SCALED: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """The same of keys."""
@@ -488,5 +488,5 @@ def attention_dkv_again(at_q, at_k, at_v, at_do, x, scores, q_panel, d_panel, w_
         for index in tl.range(tl.program_id(0), blocks, tl.num_programs(0)):
             if tl.load(first.blocks + index) == SUSPECT:
                 of_keys(at_q, at_k, at_v, at_do, x, scores, q_panel, d_panel, w_queries, w_e, w_d, bounds, dk, dv, status,
-                           words, site, index, share, FAULT, CAUSAL, CHECK,
+                           words, site, index, FAULT, CAUSAL, CHECK,
                         BM, BN, BE, BD, PARTS, SCALED, PRECISION)  # fmt: skip

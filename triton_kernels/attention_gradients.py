@@ -65,7 +65,7 @@ CONFIGS: dict[tuple[int, str], tuple[tuple[int, Config], ...]] = {
 }
 CONFIGS |= {(arch, "ieee"): CONFIGS[80, "ieee"] for arch in (90, 100)}
 #: The interpreter pays per operation: but several blocks of a small problem are to be seen.
-INTERPRETED = Config(Tiles(32, 16, 4, 1), Tiles(16, 32, 4, 1))
+INTERPRETED = Config(Tiles(32, 32, 4, 1), Tiles(32, 32, 4, 1))
 
 
 def config_for(architecture: int | None, dtype: torch.dtype, width: int) -> Config:
@@ -94,7 +94,7 @@ class Judge:
 
 @dataclass(frozen=True)
 class Given:
-    """q, d_out, out (B, H, G, L, ·); k, v (B, H, S, ·); of the forward: maxima and sums (B, H, G, L), contiguous fp32. share: 1 / (1 - p)."""
+    """q, d_out, out (B, H, G, L, ·); k, v (B, H, S, ·); of the forward: maxima and sums (B, H, G, L), contiguous fp32."""
 
     q: Tensor
     k: Tensor
@@ -103,7 +103,6 @@ class Given:
     out: Tensor
     maxima: Tensor
     sums: Tensor
-    share: float
 
 
 def gradients(given: Given, scores: Scores, causal: bool, config: Config, judge: Judge | None, words: Tensor, site: Tensor,
@@ -125,8 +124,8 @@ def gradients(given: Given, scores: Scores, causal: bool, config: Config, judge:
     if judge is None:
         for_rows = (at_q, at_k, at_v, at_do, at_o, x, scores, None, None, None, None, None)
         for_keys = (at_q, at_k, at_v, at_do, x, scores, None, None, None, None, None, None)
-        attention_dq[(row_blocks,)](*for_rows, dq, None, words, site, given.share, hits, **by_rows)
-        attention_dkv[(key_blocks,)](*for_keys, dk, dv, None, words, site, given.share, hits, **by_keys)
+        attention_dq[(row_blocks,)](*for_rows, dq, None, words, site, hits, **by_rows)
+        attention_dkv[(key_blocks,)](*for_keys, dk, dv, None, words, site, hits, **by_keys)
         return dq, dk, dv
 
     summary = torch.empty(4, dtype=torch.int32, device=q.device)
@@ -136,15 +135,15 @@ def gradients(given: Given, scores: Scores, causal: bool, config: Config, judge:
     rows, columns = planes * length, of_keys * keys
     seen, seen_again = (_status(row_blocks, rows, summary[i : i + 1]) for i in (0, 2))
     found, found_again = (_status(key_blocks, columns, summary[i : i + 1]) for i in (1, 3))
-    attention_dq[(row_blocks,)](*for_rows, dq, seen, words, site, given.share, hits, **by_rows)
+    attention_dq[(row_blocks,)](*for_rows, dq, seen, words, site, hits, **by_rows)
     if judge.repair:
         attention_dq_again[(min(row_blocks, REPAIR_PROGRAMS),)](
-            *for_rows, dq, seen, seen_again, words, site, given.share, row_blocks, fault_argument(again), **by_rows
+            *for_rows, dq, seen, seen_again, words, site, row_blocks, fault_argument(again), **by_rows
         )
-    attention_dkv[(key_blocks,)](*for_keys, dk, dv, found, words, site, given.share, hits, **by_keys)
+    attention_dkv[(key_blocks,)](*for_keys, dk, dv, found, words, site, hits, **by_keys)
     if judge.repair:
         attention_dkv_again[(min(key_blocks, REPAIR_PROGRAMS),)](
-            *for_keys, dk, dv, found, found_again, words, site, given.share, key_blocks, fault_argument(again),
+            *for_keys, dk, dv, found, found_again, words, site, key_blocks, fault_argument(again),
             **by_keys,
         )  # fmt: skip
     conclude[(1,)](

@@ -116,17 +116,17 @@ def _store_parts(at, values, inside, PARTS: tl.constexpr):
 
 @triton.jit
 def hat_of(panel, index, width, WIDTH: tl.constexpr, PARTS: tl.constexpr):
-    """(WIDTH, SIDE): the parts of a block's hat as columns, the others zero."""
+    """(SIDE, WIDTH): the parts of a block's hat, the other rows zero."""
     cols, part = tl.arange(0, WIDTH), tl.arange(0, SIDE)
-    at = panel.hats + (tl.cast(index, tl.int64) * PARTS + part[None, :]) * width + cols[:, None]
-    return tl.load(at, mask=(part[None, :] < PARTS) & (cols[:, None] < width), other=0.0)
+    at = panel.hats + tl.cast(index, tl.int64) * (PARTS * width) + part[:, None] * width + cols[None, :]
+    return tl.load(at, mask=(part[:, None] < PARTS) & (cols[None, :] < width), other=0.0)
 
 
 @triton.jit
 def side_of(panel, plane, rows, n, PARTS: tl.constexpr):
     """(rows, SIDE): what stands beside some rows; columns that do not exist are zero."""
     cols = tl.arange(0, SIDE)
-    at = panel.side + (tl.cast(plane, tl.int64) * n + rows[:, None]) * SIDE + cols[None, :]
+    at = panel.side + tl.cast(plane, tl.int64) * n * SIDE + rows[:, None] * SIDE + cols[None, :]
     return tl.load(at, mask=(rows[:, None] < n) & (cols[None, :] < SUMS * PARTS + SKETCHES), other=0.0)
 
 

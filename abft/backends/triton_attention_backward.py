@@ -128,9 +128,7 @@ def gradients(
     checked = policy.level != "off" and bool({"qk", "pv", "dgrad"} & policy.roles)
     scores, _ = scores_of(q, problem.k, problem.mask, o.scale, o.offset, o.window, o.softcap, o.dropout, problem.seed)
     maxima, sums = given.statistics
-    inputs = kernels.Given(
-        q, problem.k, problem.v, given.d_out, given.out, maxima.contiguous(), sums.contiguous(), 1.0 / (1.0 - o.dropout) if o.dropout < 1 else 0.0
-    )
+    inputs = kernels.Given(q, problem.k, problem.v, given.d_out, given.out, maxima.contiguous(), sums.contiguous())
     judge = _judge(problem, policy, config, architecture) if checked else None
     with backend.quiet(), backend.host_ledger(words):
         return kernels.gradients(

@@ -59,7 +59,7 @@ from .summary import words as summary_words
 from .tiles import strike
 
 #: Places of faults in these kernels, as abft.backends.triton_attention numbers them.
-S, P, L, O, ALPHA, M, CHECKSUM_S, CHECKSUM_O, OPERAND, STATISTICS = (tl.constexpr(i) for i in range(10))
+S, P, L, O, ALPHA, M, CHECKSUM_S, CHECKSUM_O, QUERIES, STATISTICS, PROBABILITIES = (tl.constexpr(i) for i in range(11))
 #: Status of a row, a bit for each role.
 QK, PV = tl.constexpr(1), tl.constexpr(2)
 #: (4), (5): design of the checks, docs/explanation/attention.md.
@@ -176,7 +176,7 @@ def attend_block(q, k, v, sums, weights, scores, limits, number, block, E, D, FA
     queries = rectangle(start_of(q, batch, head, member), q, rows, tl.arange(0, BE), scores.length, E)
     read = queries
     if FAULT is not None:
-        read = strike(queries, FAULT, OPERAND, way.plane, member * scores.length + rows, tl.arange(0, BE), 0, 1)
+        read = strike(queries, FAULT, QUERIES, way.plane, member * scores.length + rows, tl.arange(0, BE), 0, 1)
     m, first = tl.full((BM,), float("-inf"), tl.float32), tl.full((BM,), float("-inf"), tl.float32)
     l, signed, wrong = tl.zeros((BM,), tl.float32), tl.zeros((BM,), tl.float32), tl.zeros((BM,), tl.float32)
     fall, held, left = tl.full((BM,), 1.0, tl.float32), tl.zeros((BM,), tl.float32), tl.zeros((BM,), tl.float32)
@@ -204,7 +204,7 @@ def attend_block(q, k, v, sums, weights, scores, limits, number, block, E, D, FA
         l = _strike_rows(l, FAULT, L, scores, number, rows, 0)
     y = acc * (1.0 / tl.where(l == 0, 1.0, l))[:, None]
     if CHECKED:
-        qk = _judge_scores(queries, signed, m, first, sums, weights, scores, limits, way, begin, end, E, FAULT, PARTS, BM, BN, BE, PRECISION)
+        qk = _judge_scores(queries, signed, m, first, sums, weights, scores, limits, way, begin, end, E, FAULT, PARTS, BN, BE, PRECISION)
         pv = _judge_values(y, l, m, check, first, fall, wrong, held, left, weights, scores, limits, way, end - begin, D, FAULT, PARTS, BD)
     else:  # nobody asks
         qk = Finding(l == l, l != l, l, l)
@@ -257,6 +257,8 @@ def _step(m, l, acc, check, signed, first, fall, wrong, held, left, queries, k, 
             held = held * alpha + tl.sum(tl.where(stays, used.to(tl.float32), 0.0), 1)
             left = left * alpha + tl.sum(tl.where(stays, 0.0, used.to(tl.float32)), 1)
         used = tl.where(stays, used, 0.0)
+    if FAULT is not None:
+        used = strike(used, FAULT, PROBABILITIES, way.plane, own, cols, 0, 1)
     if CHECKED:
         if EXPONENTIALS:
             wrong += _disagreeing(x, p)
@@ -317,7 +319,7 @@ def _strike_rows(values, faults, PLACE: tl.constexpr, scores, number, rows, col)
 
 @triton.jit
 def _judge_scores(queries, signed, m, first, sums, weights, scores, limits, way, begin, end, E, FAULT, PARTS: tl.constexpr,
-                  BM: tl.constexpr, BN: tl.constexpr, BE: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+                  BN: tl.constexpr, BE: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """(1) of every row."""
     columns, undo = _sketches(sums, weights, scores, way, begin, end, E, PARTS, BN, BE, queries.dtype)
     raw = tl.dot(queries, columns, input_precision=PRECISION) * undo[None, :]
@@ -354,7 +356,7 @@ def _sketches(sums, weights, scores, way, begin, end, E, PARTS: tl.constexpr, BN
     # The difference of two prefixes of squares may round below zero.
     value = tl.where(is_sketch[None, :], tl.sqrt(tl.maximum(value, 0.0) + (signed * signed)[:, None]) * u, value)
     undo = tl.full((PANEL,), 1.0, tl.float32)
-    if DTYPE == tl.float16:
+    if tl.float16 == DTYPE:
         undo, inverse = power_of_two(tl.max(tl.where(is_finite(value), tl.abs(value), float("inf")), 0))
         value = value * inverse[None, :]
     piece = value.to(DTYPE)

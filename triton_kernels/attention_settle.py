@@ -58,8 +58,9 @@ def settle_attention(q, k, v, out, statistics, sums, weights, scores, limits, wo
 @triton.jit
 def _settle(details, finding, row, rows_total, tile, summary, first_row, found, still, CORRECT: tl.constexpr):
     """The verdicts of one role. found: rows that are one's concern; still: of these, those that the repetition does not explain."""
-    wrong = tl.where(still > 0, tl.where(finding.poisoned, INPUT, UNCORRECTED if CORRECT else OBSERVED), RECOMPUTED if CORRECT else OBSERVED)
-    verdict = tl.where(found > 0, wrong, CLEAN)
+    wrong = tl.where(finding.poisoned, INPUT, UNCORRECTED if CORRECT else OBSERVED)
+    verdict = tl.where(still > 0, wrong, RECOMPUTED if CORRECT else OBSERVED)
+    verdict = tl.where(found > 0, verdict, CLEAN)
     zero, plane = tl.zeros(row.shape, tl.int32), tl.cast(rows_total, tl.int64)
     mended = (found > 0) & (still == 0)
     residual = tl.load(details + row, mask=mended, other=0).to(tl.float32, bitcast=True)

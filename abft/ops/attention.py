@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from abft import policy, redundancy, sites, threshold
+from abft import ledger, policy, redundancy, sites, threshold
 from abft.attention import products
 from abft.attention.backward import Given, Gradients, gradients
 from abft.attention.forward import Attended, attend
@@ -26,7 +26,7 @@ from abft.attention.problem import Options, Problem
 from abft.attention.tally import Tally
 from abft.errors import DeviceError, PolicyError
 from abft.ledger import Verdict
-from abft.ops import checked
+from abft.ops import attention_kernels, checked
 from abft.ops.checked import LIBRARY, bypass
 from abft.policy import Policy
 
@@ -50,6 +50,10 @@ def _attention(
     problem = Problem(q, k, v, mask, _seed(seed), options)
     chosen = policy.decode(policy_text)
     _refuse(problem, chosen)
+    if chosen.backend == "triton" or q.device.type != "cpu":
+        words = ledger_ if q.device.type != "cpu" else torch.from_numpy(ledger.cpu().words)
+        with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
+            return *attention_kernels.attend(problem, chosen, site, words), q.new_empty(0)
 
     def run(tally: Tally) -> Attended:
         return attend(problem, tally, weights)
@@ -123,11 +127,6 @@ def _vote(tally: Tally, name: str, x: Tensor, y: Tensor, z: Tensor) -> Tensor:
 
 def _refuse(problem: Problem, chosen: Policy) -> None:
     """What cannot be done under this policy is said, never done differently."""
-    if chosen.backend == "triton":
-        raise DeviceError(
-            'backend="triton" has no attention yet. Use backend="auto", which runs the reference on a CPU, or protect attention and linear '
-            "layers by different policies."
-        )
     if chosen.max_floor is None or chosen.level == "off":
         return
     for name, n, k in (("qk", problem.keys, problem.q.shape[-1]), ("pv", problem.v.shape[-1], problem.keys)):
@@ -165,6 +164,7 @@ def _on_meta_alone(q: Tensor) -> None:
 
 
 LIBRARY.impl("attention", _attention, "CPU")
+LIBRARY.impl("attention", _attention, "CUDA")
 LIBRARY.impl("attention_backward", _attention_backward, "CPU")
 torch.library.register_fake("abft::attention", _attention_meta, lib=LIBRARY)
 torch.library.register_fake("abft::attention_backward", _attention_backward_meta, lib=LIBRARY)

@@ -180,8 +180,8 @@ def _why_no_kernel(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | Non
     reason = attention_kernels.unavailable(query.device, query.dtype, query.shape[-1], value.shape[-1])
     if reason is None and weights:
         reason = "the kernels of attention do not return its probabilities"
-    if reason is None and torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (query, key, value, mask)):
-        reason = "the kernels of attention have no gradients yet"
+    if reason is None and torch.is_grad_enabled() and mask is not None and mask.requires_grad:
+        reason = "the kernels of attention compute no gradient of a mask"
     if policy.backend == "vendor" or (reason is not None and policy.backend == "auto"):
         return "attention on a GPU: " + (reason or "a vendor's kernel is not checked")
     if policy.backend == "reference":

@@ -8,7 +8,7 @@ that lasts. w are the random weights of attention_panels.py, over the keys of a 
 
     Σ w s  = q_i · hat            |…| <= U κ ‖q_i‖ ‖K_block‖                      the accumulators of S; of dP likewise
     Σ w P  = Σ w exp2(½y)² / l    48 U Σ P                                        the exponentials, once more from other arguments
-    Σ w dX = Σ w P' dP - Σ w P' δ 48 U (Σ|dX| + max|δ| Σ P)   P' = exp2(½y)² / l   the products and the difference; a row that became zero, too
+    Σ w dX = Σ w P' dP - Σ w P' δ 48 U (Σ|dX| + max|δ| Σ P)   P' = exp2(½y)² / l   product and difference; a row that became zero, too
     Σ P    = 1                    of a query: the forward's m and l; as exact as it rounded the P that l sums
     Σ dX   = 0                    of a query: δ, which is as exact as O was rounded
     rows of dQ, dK, dV            two sums of their accumulators, and four sketches of their noise: columns beside K, Q and dO
@@ -20,7 +20,6 @@ and rows are written down where one is not calm. Blocks that are suspect are com
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import triton
@@ -55,13 +54,11 @@ QK, PV = tl.constexpr(0), tl.constexpr(1)
 
 
 class Rows(NamedTuple):
-    """Of every query: maxima and sums of the forward, δ, contiguous (B, H, G, L) fp32. Widths of q and k, of v and d_out."""
+    """Of every query: maxima and sums of the forward, δ, contiguous (B, H, G, L) fp32."""
 
     maxima: Any
     sums: Any
     delta: Any
-    E: Any
-    D: Any
 
 
 class Bounds(NamedTuple):
@@ -94,10 +91,15 @@ class Status(NamedTuple):
 
 
 @triton.jit
-def _note(seen, own, bound):
-    """The worse of what was seen of some rows, (residual, bound), and of a new check."""
-    more = ratio_of(own, bound) > ratio_of(seen[0], seen[1])
-    return tl.where(more, own, seen[0]), tl.where(more, bound, seen[1])
+def _compare(seen, poisoned, actual, predicted, bound, may):
+    """The worse of what was seen of some rows, (residual, bound), and of a new check; which rows are poisoned.
+
+    may: where both sides may be not finite without a fault. What is not finite on one side alone is one.
+    """
+    poison = ~is_finite(actual) & ~is_finite(predicted) & may
+    own, limit = tl.where(poison, 0.0, actual - predicted), tl.where(poison, 1.0, bound)
+    more = ratio_of(own, limit) > ratio_of(seen[0], seen[1])
+    return (tl.where(more, own, seen[0]), tl.where(more, limit, seen[1])), poisoned | poison
 
 
 @triton.jit
@@ -108,17 +110,12 @@ def _judge_product(seen, poisoned, acc, w, operand, hats, index, width, reach, c
     predicted = tl.sum(found, 1)
     if SCALED:
         predicted *= tl.load(hats.scales + index)
-    actual = tl.sum(acc * w[None, :], 1)
-    poison = ~is_finite(predicted) & ~is_finite(actual)
     bound = tl.fma(reach * tl.load(hats.norms + index), coefficient, TINY)
-    # What both sides say is not finite has no residual.
-    own = tl.where(poison, 0.0, actual - predicted)
-    residual, limit = _note(seen, own, tl.where(poison, 1.0, bound))
-    return (residual, limit), poisoned | poison
+    return _compare(seen, poisoned, tl.sum(acc * w[None, :], 1), predicted, bound, True)
 
 
 @triton.jit
-def _judge_sums(seen, acc, side, weights, columns, coefficient, absolute, WIDTH: tl.constexpr, PARTS: tl.constexpr):
+def _judge_sums(seen, poisoned, acc, side, weights, columns, coefficient, absolute, WIDTH: tl.constexpr, PARTS: tl.constexpr):
     """Compare two weighted sums of every row of an accumulator with what stood beside its operand; thresholds.md."""
     cols, part = tl.arange(0, WIDTH), tl.arange(0, SIDE)
     squares = tl.sum(acc * acc, 1)
@@ -129,14 +126,16 @@ def _judge_sums(seen, acc, side, weights, columns, coefficient, absolute, WIDTH:
         mine = (part >= j * PARTS) & (part < (j + 1) * PARTS)
         predicted = tl.sum(tl.where(mine[None, :], side, 0.0), 1)
         scale = tl.sqrt(squares + tl.fma(predicted, predicted, noise))
-        seen = _note(seen, tl.sum(acc * w[None, :], 1) - predicted, tl.fma(scale, coefficient, absolute))
-    return seen
+        seen, poisoned = _compare(seen, poisoned, tl.sum(acc * w[None, :], 1), predicted, tl.fma(scale, coefficient, absolute), True)
+    return seen, poisoned
 
 
 @triton.jit
 def _write_down(status, words, site, index, rows, ROWS, qk, pv, poisoned, inside):
     """The codes of a block's rows, and the ledger's largest ratio that passed. rows: among those of all heads."""
     first, second = ratio_of(qk[0], qk[1]), ratio_of(pv[0], pv[1])
+    # What is not finite because of a fault is so on both sides of the checks behind it.
+    poisoned = poisoned & (first <= 1.0) & (second <= 1.0)
     gravest = tl.maximum(_code(first, poisoned, inside), _code(second, poisoned, inside))
     worst = tl.max(gravest, 0)
     tl.store(status.blocks + index, worst.to(tl.int8))
@@ -155,7 +154,7 @@ def _write_down(status, words, site, index, rows, ROWS, qk, pv, poisoned, inside
 
 @triton.jit
 def _code(ratio, poisoned, inside):
-    code = tl.where(poisoned, POISONED, tl.where(ratio <= 1.0, CALM, SUSPECT))
+    code = tl.where(ratio <= 1.0, tl.where(poisoned, POISONED, CALM), SUSPECT)
     return tl.where(inside, code, CALM)
 
 
@@ -189,7 +188,8 @@ def _slope(s, scores):
 
 @triton.jit
 def of_queries(at_q, at_k, at_v, at_do, at_o, x, scores, k_panel, v_panel, w_keys, w_e, bounds, dq, status, words, site, index,
-               FAULT, CAUSAL: tl.constexpr, CHECK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BE: tl.constexpr, BD: tl.constexpr,
+               FAULT, CAUSAL: tl.constexpr, CHECK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, E: tl.constexpr, D: tl.constexpr,
+               BE: tl.constexpr, BD: tl.constexpr,
                PARTS: tl.constexpr, SCALED: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """δ and dQ of one block of queries, and what is to be said of its rows."""
     blocks = tl.cdiv(scores.length, BM)
@@ -198,9 +198,9 @@ def of_queries(at_q, at_k, at_v, at_do, at_o, x, scores, k_panel, v_panel, w_key
     rows, e, d = first_row + tl.arange(0, BM), tl.arange(0, BE), tl.arange(0, BD)
     inside = rows < scores.length
     at = tl.cast(plane, tl.int64) * scores.length + rows
-    q = rectangle(start_of(at_q, batch, head, member), at_q, rows, e, scores.length, x.E)
-    d_out = rectangle(start_of(at_do, batch, head, member), at_do, rows, d, scores.length, x.D)
-    delta, reach = _delta(at_o, d_out, batch, head, member, rows, d, scores.length, x.D)
+    q = rectangle(start_of(at_q, batch, head, member), at_q, rows, e, scores.length, E)
+    d_out = rectangle(start_of(at_do, batch, head, member), at_do, rows, d, scores.length, D)
+    delta, reach = _delta(at_o, d_out, batch, head, member, rows, d, scores.length, D)
     tl.store(x.delta + at, delta, mask=inside)
     m2, l2 = binary(tl.load(x.maxima + at, mask=inside, other=0.0), tl.load(x.sums + at, mask=inside, other=0.0))
     inverse = tl.where(l2 > 0, 1.0 / l2, 0.0)
@@ -219,29 +219,33 @@ def of_queries(at_q, at_k, at_v, at_do, at_o, x, scores, k_panel, v_panel, w_key
     if scores.window is not None:
         for block in tl.range(first, whole, disable_licm=True):
             acc, side, qk, pv, poisoned, sums = _query_tile(
-                acc, side, qk, pv, poisoned, sums, q, d_out, row, block, at_k, at_v, x, scores, k_panel, v_panel, w_keys, bounds, FAULT, True, CAUSAL, CHECK,
-                BN, BE, BD, PARTS, SCALED, PRECISION)  # fmt: skip
+                acc, side, qk, pv, poisoned, sums, q, d_out, row, block, at_k, at_v, x, scores, k_panel, v_panel, w_keys, bounds, FAULT,
+                True, CAUSAL, CHECK,
+                BN, E, D, BE, BD, PARTS, SCALED, PRECISION)  # fmt: skip
     for block in tl.range(whole, masked, disable_licm=True):
         acc, side, qk, pv, poisoned, sums = _query_tile(
-            acc, side, qk, pv, poisoned, sums, q, d_out, row, block, at_k, at_v, x, scores, k_panel, v_panel, w_keys, bounds, FAULT, scores.mask is not None, CAUSAL,
-            CHECK, BN, BE, BD, PARTS, SCALED, PRECISION)  # fmt: skip
+            acc, side, qk, pv, poisoned, sums, q, d_out, row, block, at_k, at_v, x, scores, k_panel, v_panel, w_keys, bounds, FAULT,
+            scores.mask is not None, CAUSAL,
+            CHECK, BN, E, D, BE, BD, PARTS, SCALED, PRECISION)  # fmt: skip
     for block in tl.range(masked, end, disable_licm=True):
         acc, side, qk, pv, poisoned, sums = _query_tile(
-            acc, side, qk, pv, poisoned, sums, q, d_out, row, block, at_k, at_v, x, scores, k_panel, v_panel, w_keys, bounds, FAULT, True, CAUSAL, CHECK,
-            BN, BE, BD, PARTS, SCALED, PRECISION)  # fmt: skip
+            acc, side, qk, pv, poisoned, sums, q, d_out, row, block, at_k, at_v, x, scores, k_panel, v_panel, w_keys, bounds, FAULT,
+                True, CAUSAL, CHECK,
+            BN, E, D, BE, BD, PARTS, SCALED, PRECISION)  # fmt: skip
     if FAULT is not None:
         acc = _strike(acc, FAULT, DQ_PLACE, BY_QUERIES, plane // scores.group, (member * scores.length + rows)[:, None], e[None, :])
     if CHECK:
         total, vanishing, size = sums
-        pv = _note(pv, total - tl.where(l2 > 0, 1.0, 0.0), zero + bounds.total)
+        may = ~is_finite(m2) | ~is_finite(inverse) | ~is_finite(delta)
+        pv, poisoned = _compare(pv, poisoned, total, tl.where(may, total, tl.where(l2 > 0, 1.0, 0.0)), zero + bounds.total, may)
         # δ is wrong by as much as the rounding of O and of the P that multiplied V explains.
         known = reach + 2.0 * tl.abs(delta) + size
-        pv = _note(pv, vanishing, tl.fma(known, bounds.delta, TINY))
-        qk = _judge_sums(qk, acc, side, w_e, x.E, bounds.dq, bounds.absolute, BE, PARTS)
+        pv, poisoned = _compare(pv, poisoned, vanishing, tl.where(may, vanishing, 0.0), tl.fma(known, bounds.delta, TINY), may)
+        qk, poisoned = _judge_sums(qk, poisoned, acc, side, w_e, E, bounds.dq, bounds.absolute, BE, PARTS)
         _write_down(status, words, site, index, at, status.rows, qk, pv, poisoned, inside)
-    start = dq + tl.cast(plane, tl.int64) * scores.length * x.E
-    out = tl.cast(rows, tl.int64)[:, None] * x.E + e[None, :]
-    tl.store(start + out, (acc * scores.scale).to(dq.dtype.element_ty), mask=inside[:, None] & (e[None, :] < x.E))
+    start = dq + tl.cast(plane, tl.int64) * scores.length * E
+    out = tl.cast(rows, tl.int64)[:, None] * E + e[None, :]
+    tl.store(start + out, (acc * scores.scale).to(dq.dtype.element_ty), mask=inside[:, None] & (e[None, :] < E))
 
 
 @triton.jit
@@ -253,30 +257,34 @@ def _delta(at_o, d_out, batch, head, member, rows, d, LENGTH, D):
 
 
 @triton.jit
-def _query_tile(acc, side, qk, pv, poisoned, sums, q, d_out, row, block, at_k, at_v, x, scores, k_panel, v_panel, w_keys, bounds, FAULT, MASKED: tl.constexpr,
-                CAUSAL: tl.constexpr, CHECK: tl.constexpr, BN: tl.constexpr, BE: tl.constexpr, BD: tl.constexpr,
-                PARTS: tl.constexpr, SCALED: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+def _query_tile(acc, side, qk, pv, poisoned, sums, q, d_out, row, block, at_k, at_v, x, scores, k_panel, v_panel, w_keys, bounds,
+                FAULT, MASKED: tl.constexpr,
+                CAUSAL: tl.constexpr, CHECK: tl.constexpr, BN: tl.constexpr, E: tl.constexpr, D: tl.constexpr, BE: tl.constexpr,
+               BD: tl.constexpr,
+               PARTS: tl.constexpr, SCALED: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """Add a block of keys to dQ; (acc, side, what is seen of the rows: qk, pv, poisoned, (Σ P, Σ dX, Σ |dX|))."""
     plane, batch, head, member, rows, m2, inverse, delta, q_norm, o_norm, base = row
     of_keys = batch * scores.heads + head
     cols, e, d = block * BN + tl.arange(0, BN), tl.arange(0, BE), tl.arange(0, BD)
     index = of_keys * tl.cdiv(scores.keys, BN) + block
-    k = rectangle(start_of(at_k, batch, head, 0), at_k, cols, e, scores.keys, x.E)
-    v = rectangle(start_of(at_v, batch, head, 0), at_v, cols, d, scores.keys, x.D)
+    k = rectangle(start_of(at_k, batch, head, 0), at_k, cols, e, scores.keys, E)
+    v = rectangle(start_of(at_v, batch, head, 0), at_v, cols, d, scores.keys, D)
     place = member * scores.length + rows
     s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-    dp = tl.dot(d_out, tl.trans(v), input_precision=PRECISION)
     if FAULT is not None:
         s = _strike(s, FAULT, S_PLACE, BY_QUERIES, of_keys, place[:, None], cols[None, :])
-        dp = _strike(dp, FAULT, DP_PLACE, BY_QUERIES, of_keys, place[:, None], cols[None, :])
     if CHECK:
         w = tl.load(w_keys + tl.arange(0, BN))
-        qk, poisoned = _judge_product(qk, poisoned, s, w, q, k_panel, index, x.E, q_norm, bounds.s, BE, PARTS, SCALED, PRECISION)
-        pv, poisoned = _judge_product(pv, poisoned, dp, w, d_out, v_panel, index, x.D, o_norm, bounds.dp, BD, PARTS, SCALED, PRECISION)
+        qk, poisoned = _judge_product(qk, poisoned, s, w, q, k_panel, index, E, q_norm, bounds.s, BE, PARTS, SCALED, PRECISION)
     y = exponents(s, scores, rows, cols, batch, head, member) - m2[:, None]
     if MASKED:
         y = tl.where(hidden(scores, rows, cols, batch, head, member, CAUSAL), float("-inf"), y)
     p = tl.exp2(y) * inverse[:, None]
+    dp = tl.dot(d_out, tl.trans(v), input_precision=PRECISION)
+    if FAULT is not None:
+        dp = _strike(dp, FAULT, DP_PLACE, BY_QUERIES, of_keys, place[:, None], cols[None, :])
+    if CHECK:
+        pv, poisoned = _judge_product(pv, poisoned, dp, w, d_out, v_panel, index, D, o_norm, bounds.dp, BD, PARTS, SCALED, PRECISION)
     if scores.dropped is not None:
         dp = tl.where(kept(scores, base, rows, cols), dp * scores.undropped, 0.0)
     if FAULT is not None:
@@ -289,9 +297,11 @@ def _query_tile(acc, side, qk, pv, poisoned, sums, q, d_out, row, block, at_k, a
         again = half * half * w[None, :]
         total, size = tl.sum(p, 1), tl.sum(tl.abs(dx), 1)
         weighted, of_dp = tl.sum(again, 1) * inverse, tl.sum(again * dp, 1) * inverse
-        pv = _note(pv, tl.sum(p * w[None, :], 1) - weighted, tl.fma(total, bounds.vanishing, TINY))
+        may = ~is_finite(m2) | ~is_finite(inverse) | ~is_finite(delta)
+        pv, poisoned = _compare(pv, poisoned, tl.sum(p * w[None, :], 1), weighted, tl.fma(total, bounds.vanishing, TINY), may)
         scale = size + tl.abs(delta) * total
-        pv = _note(pv, tl.sum(dx * w[None, :], 1) - (of_dp - delta * weighted), tl.fma(scale, bounds.vanishing, TINY))
+        pv, poisoned = _compare(pv, poisoned, tl.sum(dx * w[None, :], 1), of_dp - delta * weighted, tl.fma(scale, bounds.vanishing,
+        TINY), may)
         sums = (sums[0] + total, sums[1] + tl.sum(dx, 1), sums[2] + size)
     if scores.cap is not None:
         dx *= _slope(s, scores)
@@ -317,16 +327,17 @@ def _add_beside(side, left, beside, panel, index, SCALED: tl.constexpr, PRECISIO
 
 @triton.jit
 def of_keys(at_q, at_k, at_v, at_do, x, scores, q_panel, d_panel, w_queries, w_e, w_d, bounds, dk, dv, status, words, site, index,
-            FAULT, CAUSAL: tl.constexpr, CHECK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BE: tl.constexpr, BD: tl.constexpr,
-            PARTS: tl.constexpr, SCALED: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+            FAULT, CAUSAL: tl.constexpr, CHECK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, E: tl.constexpr, D: tl.constexpr,
+            BE: tl.constexpr, BD: tl.constexpr,
+               PARTS: tl.constexpr, SCALED: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """dK and dV of one block of keys, summed over the heads of queries that share it. Tiles lie the other way round: keys × queries."""
     blocks = tl.cdiv(scores.keys, BN)
     plane, first_key = index // blocks, index % blocks * BN
     batch, head = plane // scores.heads, plane % scores.heads
     cols, e, d = first_key + tl.arange(0, BN), tl.arange(0, BE), tl.arange(0, BD)
     inside = cols < scores.keys
-    k = rectangle(start_of(at_k, batch, head, 0), at_k, cols, e, scores.keys, x.E)
-    v = rectangle(start_of(at_v, batch, head, 0), at_v, cols, d, scores.keys, x.D)
+    k = rectangle(start_of(at_k, batch, head, 0), at_k, cols, e, scores.keys, E)
+    v = rectangle(start_of(at_v, batch, head, 0), at_v, cols, d, scores.keys, D)
     zero = tl.zeros((BN,), tl.float32)
     k_norm, v_norm = zero, zero
     if CHECK:
@@ -340,18 +351,19 @@ def of_keys(at_q, at_k, at_v, at_do, x, scores, q_panel, d_panel, w_queries, w_e
     for step in tl.range(0, scores.group * (end - first), disable_licm=True):
         member, block = step // (end - first), first + step % (end - first)
         acc_k, acc_v, beside, qk, pv, poisoned = _key_tile(
-            acc_k, acc_v, beside, qk, pv, poisoned, k, v, row, member, block, at_q, at_do, x, scores, q_panel, d_panel, w_queries, bounds, FAULT, CAUSAL, CHECK,
-            BM, BE, BD, PARTS, SCALED, PRECISION)  # fmt: skip
+            acc_k, acc_v, beside, qk, pv, poisoned, k, v, row, member, block, at_q, at_do, x, scores, q_panel, d_panel, w_queries,
+            bounds, FAULT, CAUSAL, CHECK,
+            BM, E, D, BE, BD, PARTS, SCALED, PRECISION)  # fmt: skip
     if FAULT is not None:
         acc_k = _strike(acc_k, FAULT, DK_PLACE, BY_KEYS, plane, cols[:, None], e[None, :])
         acc_v = _strike(acc_v, FAULT, DV_PLACE, BY_KEYS, plane, cols[:, None], d[None, :])
     at = tl.cast(plane, tl.int64) * scores.keys + cols
     if CHECK:
-        qk = _judge_sums(qk, acc_k, beside[0], w_e, x.E, bounds.dk, bounds.absolute, BE, PARTS)
-        pv = _judge_sums(pv, acc_v, beside[1], w_d, x.D, bounds.dv, bounds.absolute, BD, PARTS)
+        qk, poisoned = _judge_sums(qk, poisoned, acc_k, beside[0], w_e, E, bounds.dk, bounds.absolute, BE, PARTS)
+        pv, poisoned = _judge_sums(pv, poisoned, acc_v, beside[1], w_d, D, bounds.dv, bounds.absolute, BD, PARTS)
         _write_down(status, words, site, index, at, status.rows, qk, pv, poisoned, inside)
-    tl.store(dk + at[:, None] * x.E + e[None, :], (acc_k * scores.scale).to(dk.dtype.element_ty), mask=inside[:, None] & (e[None, :] < x.E))
-    tl.store(dv + at[:, None] * x.D + d[None, :], acc_v.to(dv.dtype.element_ty), mask=inside[:, None] & (d[None, :] < x.D))
+    tl.store(dk + at[:, None] * E + e[None, :], (acc_k * scores.scale).to(dk.dtype.element_ty), mask=inside[:, None] & (e[None, :] < E))
+    tl.store(dv + at[:, None] * D + d[None, :], acc_v.to(dv.dtype.element_ty), mask=inside[:, None] & (d[None, :] < D))
 
 
 @triton.jit
@@ -368,8 +380,10 @@ def _seeing(scores, first_key, CAUSAL: tl.constexpr, BM: tl.constexpr, BN: tl.co
 
 
 @triton.jit
-def _key_tile(acc_k, acc_v, beside, qk, pv, poisoned, k, v, row, member, block, at_q, at_do, x, scores, q_panel, d_panel, w_queries, bounds, FAULT, CAUSAL: tl.constexpr,
-              CHECK: tl.constexpr, BM: tl.constexpr, BE: tl.constexpr, BD: tl.constexpr, PARTS: tl.constexpr,
+def _key_tile(acc_k, acc_v, beside, qk, pv, poisoned, k, v, row, member, block, at_q, at_do, x, scores, q_panel, d_panel, w_queries,
+              bounds, FAULT, CAUSAL: tl.constexpr,
+              CHECK: tl.constexpr, BM: tl.constexpr, E: tl.constexpr, D: tl.constexpr,
+               BE: tl.constexpr, BD: tl.constexpr, PARTS: tl.constexpr,
               SCALED: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """Add a block of queries to dK and dV; (acc_k, acc_v, beside, what is seen of the keys: qk, pv, poisoned)."""
     plane, batch, head, cols, k_norm, v_norm = row
@@ -378,27 +392,29 @@ def _key_tile(acc_k, acc_v, beside, qk, pv, poisoned, k, v, row, member, block, 
     inside = rows < scores.length
     index = of_rows * tl.cdiv(scores.length, BM) + block
     at = tl.cast(of_rows, tl.int64) * scores.length + rows
-    q = rectangle(start_of(at_q, batch, head, member), at_q, rows, e, scores.length, x.E)
-    d_out = rectangle(start_of(at_do, batch, head, member), at_do, rows, d, scores.length, x.D)
+    q = rectangle(start_of(at_q, batch, head, member), at_q, rows, e, scores.length, E)
+    d_out = rectangle(start_of(at_do, batch, head, member), at_do, rows, d, scores.length, D)
     m2, l2 = binary(tl.load(x.maxima + at, mask=inside, other=0.0), tl.load(x.sums + at, mask=inside, other=0.0))
     inverse = tl.where(l2 > 0, 1.0 / l2, 0.0)
     delta = tl.load(x.delta + at, mask=inside, other=0.0)
     place = member * scores.length + rows
     s = tl.dot(k, tl.trans(q), input_precision=PRECISION)
-    dp = tl.dot(v, tl.trans(d_out), input_precision=PRECISION)
     if FAULT is not None:
         s = _strike(s, FAULT, S_PLACE, BY_KEYS, plane, place[None, :], cols[:, None])
-        dp = _strike(dp, FAULT, DP_PLACE, BY_KEYS, plane, place[None, :], cols[:, None])
     if CHECK:
         w = tl.load(w_queries + tl.arange(0, BM))
-        qk, poisoned = _judge_product(qk, poisoned, s, w, k, q_panel, index, x.E, k_norm, bounds.s, BE, PARTS, SCALED, PRECISION)
-        pv, poisoned = _judge_product(pv, poisoned, dp, w, v, d_panel, index, x.D, v_norm, bounds.dp, BD, PARTS, SCALED, PRECISION)
+        qk, poisoned = _judge_product(qk, poisoned, s, w, k, q_panel, index, E, k_norm, bounds.s, BE, PARTS, SCALED, PRECISION)
     unseen = tl.trans(hidden(scores, rows, cols, batch, head, member, CAUSAL))
     y = _exponents_of_keys(s, scores, rows, cols, batch, head, member) - m2[None, :]
     y = tl.where(unseen, float("-inf"), y)
     p = tl.exp2(y) * inverse[None, :]
     if FAULT is not None:
         p = _strike(p, FAULT, P_PLACE, BY_KEYS, plane, place[None, :], cols[:, None])
+    dp = tl.dot(v, tl.trans(d_out), input_precision=PRECISION)
+    if FAULT is not None:
+        dp = _strike(dp, FAULT, DP_PLACE, BY_KEYS, plane, place[None, :], cols[:, None])
+    if CHECK:
+        pv, poisoned = _judge_product(pv, poisoned, dp, w, v, d_panel, index, D, v_norm, bounds.dp, BD, PARTS, SCALED, PRECISION)
     used = p
     if scores.dropped is not None:
         keep = tl.trans(kept(scores, dropout_base(scores, batch, head, member), rows, cols))
@@ -410,10 +426,11 @@ def _key_tile(acc_k, acc_v, beside, qk, pv, poisoned, k, v, row, member, block, 
         half = tl.exp2(0.5 * y)
         again = half * half * (w * inverse)[None, :]
         total, size = tl.sum(p, 1), tl.sum(tl.abs(dx), 1)
-        pv = _note(pv, tl.sum(p * w[None, :], 1) - tl.sum(again, 1), tl.fma(total, bounds.vanishing, TINY))
+        may = tl.max((~is_finite(m2) | ~is_finite(inverse) | ~is_finite(delta)).to(tl.int32), 0) > 0
+        pv, poisoned = _compare(pv, poisoned, tl.sum(p * w[None, :], 1), tl.sum(again, 1), tl.fma(total, bounds.vanishing, TINY), may)
         scale = size + tl.max(tl.abs(delta), 0) * total
         expected = tl.sum(again * dp, 1) - tl.sum(again * delta[None, :], 1)
-        pv = _note(pv, tl.sum(dx * w[None, :], 1) - expected, tl.fma(scale, bounds.vanishing, TINY))
+        pv, poisoned = _compare(pv, poisoned, tl.sum(dx * w[None, :], 1), expected, tl.fma(scale, bounds.vanishing, TINY), may)
     if scores.cap is not None:
         dx *= _slope(s, scores)
     p_used, ds = used.to(q.dtype), dx.to(q.dtype)
@@ -447,46 +464,50 @@ def _exponents_of_keys(s, scores, rows, cols, batch, head, member):
 @triton.jit
 def attention_dq(at_q, at_k, at_v, at_do, at_o, x, scores, k_panel, v_panel, w_keys, w_e, bounds,
                  dq, status, words, site, FAULT, CAUSAL: tl.constexpr, CHECK: tl.constexpr,
-                 BM: tl.constexpr, BN: tl.constexpr, BE: tl.constexpr, BD: tl.constexpr, PARTS: tl.constexpr, SCALED: tl.constexpr,
+                 BM: tl.constexpr, BN: tl.constexpr, E: tl.constexpr, D: tl.constexpr,
+               BE: tl.constexpr, BD: tl.constexpr, PARTS: tl.constexpr, SCALED: tl.constexpr,
                  PRECISION: tl.constexpr):  # fmt: skip
     of_queries(at_q, at_k, at_v, at_do, at_o, x, scores, k_panel, v_panel, w_keys, w_e, bounds, dq, status, words, site,
                tl.program_id(0), FAULT, CAUSAL, CHECK,
-               BM, BN, BE, BD, PARTS, SCALED, PRECISION)  # fmt: skip
+               BM, BN, E, D, BE, BD, PARTS, SCALED, PRECISION)  # fmt: skip
 
 
 @triton.jit
 def attention_dkv(at_q, at_k, at_v, at_do, x, scores, q_panel, d_panel, w_queries, w_e, w_d, bounds,
                  dk, dv, status, words, site, FAULT, CAUSAL: tl.constexpr, CHECK: tl.constexpr,
-                  BM: tl.constexpr, BN: tl.constexpr, BE: tl.constexpr, BD: tl.constexpr, PARTS: tl.constexpr, SCALED: tl.constexpr,
+                  BM: tl.constexpr, BN: tl.constexpr, E: tl.constexpr, D: tl.constexpr,
+               BE: tl.constexpr, BD: tl.constexpr, PARTS: tl.constexpr, SCALED: tl.constexpr,
                   PRECISION: tl.constexpr):  # fmt: skip
     of_keys(at_q, at_k, at_v, at_do, x, scores, q_panel, d_panel, w_queries, w_e, w_d, bounds, dk, dv, status, words, site,
                tl.program_id(0), FAULT, CAUSAL, CHECK,
-            BM, BN, BE, BD, PARTS, SCALED, PRECISION)  # fmt: skip
+            BM, BN, E, D, BE, BD, PARTS, SCALED, PRECISION)  # fmt: skip
 
 
 @triton.jit
 def attention_dq_again(at_q, at_k, at_v, at_do, at_o, x, scores, k_panel, v_panel, w_keys, w_e, bounds,
                        dq, first, status, words, site, blocks, FAULT, CAUSAL: tl.constexpr,
-                       CHECK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BE: tl.constexpr, BD: tl.constexpr,
-                       PARTS: tl.constexpr, SCALED: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+                       CHECK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, E: tl.constexpr, D: tl.constexpr, BE: tl.constexpr,
+               BD: tl.constexpr,
+               PARTS: tl.constexpr, SCALED: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """The blocks of queries that are suspect, once more; leaves at once if there are none."""
     if tl.load(first.unquiet) > 0:
-        for index in tl.range(tl.program_id(0), blocks, tl.num_programs(0)):
+        for index in tl.range(tl.program_id(0), blocks, tl.num_programs(0), disable_licm=True):
             if tl.load(first.blocks + index) == SUSPECT:
                 of_queries(at_q, at_k, at_v, at_do, at_o, x, scores, k_panel, v_panel, w_keys, w_e, bounds, dq, status,
                            words, site, index, FAULT, CAUSAL, CHECK,
-                           BM, BN, BE, BD, PARTS, SCALED, PRECISION)  # fmt: skip
+                           BM, BN, E, D, BE, BD, PARTS, SCALED, PRECISION)  # fmt: skip
 
 
 @triton.jit
 def attention_dkv_again(at_q, at_k, at_v, at_do, x, scores, q_panel, d_panel, w_queries, w_e, w_d, bounds,
                        dk, dv, first, status, words, site, blocks, FAULT, CAUSAL: tl.constexpr,
-                        CHECK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BE: tl.constexpr, BD: tl.constexpr,
-                        PARTS: tl.constexpr, SCALED: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+                        CHECK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, E: tl.constexpr, D: tl.constexpr, BE: tl.constexpr,
+               BD: tl.constexpr,
+               PARTS: tl.constexpr, SCALED: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """The same of keys."""
     if tl.load(first.unquiet) > 0:
-        for index in tl.range(tl.program_id(0), blocks, tl.num_programs(0)):
+        for index in tl.range(tl.program_id(0), blocks, tl.num_programs(0), disable_licm=True):
             if tl.load(first.blocks + index) == SUSPECT:
                 of_keys(at_q, at_k, at_v, at_do, x, scores, q_panel, d_panel, w_queries, w_e, w_d, bounds, dk, dv, status,
                            words, site, index, FAULT, CAUSAL, CHECK,
-                        BM, BN, BE, BD, PARTS, SCALED, PRECISION)  # fmt: skip
+                        BM, BN, E, D, BE, BD, PARTS, SCALED, PRECISION)  # fmt: skip

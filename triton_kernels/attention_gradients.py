@@ -1,5 +1,5 @@
-"""The launches of an attention's gradient, in stream order: panels, dQ, its repair, dK and dV, their repair, verdicts. The host learns nothing
-from them. Without checks: dQ, then dK and dV."""
+"""The launches of an attention's gradient, in stream order: panels, dQ, its repair, dK and dV, their repair, verdicts. The host learns
+nothing from them. Without checks: dQ, then dK and dV."""
 
 from __future__ import annotations
 
@@ -47,21 +47,24 @@ class Config:
 #: (architecture, kind of operand) → the widest head dimension it is for, and its config. Compiled (bench/results/audit-*.jsonl), not tuned.
 CONFIGS: dict[tuple[int, str], tuple[tuple[int, Config], ...]] = {
     (80, "16-bit"): (
-        (64, Config(Tiles(64, 64, 4, 2), Tiles(64, 64, 4, 2))),
-        (128, Config(Tiles(64, 64, 4, 2), Tiles(64, 32, 4, 2))),
-        (256, Config(Tiles(64, 32, 8, 1), Tiles(64, 32, 8, 1))),
+        (64, Config(Tiles(64, 16, 4, 2), Tiles(64, 16, 4, 2))),
+        (128, Config(Tiles(32, 16, 4, 2), Tiles(32, 16, 4, 2))),
+        (256, Config(Tiles(32, 16, 8, 1), Tiles(32, 16, 8, 1))),
     ),
     (90, "16-bit"): (
-        (64, Config(Tiles(128, 64, 8, 2), Tiles(128, 64, 8, 2))),
-        (128, Config(Tiles(128, 64, 8, 2), Tiles(128, 32, 8, 2))),
-        (256, Config(Tiles(64, 32, 8, 1), Tiles(64, 32, 8, 1))),
+        (64, Config(Tiles(128, 32, 8, 2), Tiles(128, 32, 8, 2))),
+        (128, Config(Tiles(64, 32, 8, 2), Tiles(64, 32, 8, 2))),
+        (256, Config(Tiles(64, 16, 8, 1), Tiles(64, 16, 8, 1))),
     ),
     (100, "16-bit"): (
-        (64, Config(Tiles(128, 64, 8, 2), Tiles(128, 64, 8, 2))),
-        (128, Config(Tiles(128, 64, 8, 2), Tiles(128, 32, 8, 2))),
-        (256, Config(Tiles(64, 32, 8, 1), Tiles(64, 32, 8, 1))),
+        (64, Config(Tiles(128, 32, 8, 2), Tiles(128, 32, 8, 2))),
+        (128, Config(Tiles(64, 32, 8, 2), Tiles(64, 32, 8, 2))),
+        (256, Config(Tiles(64, 16, 8, 1), Tiles(64, 16, 8, 1))),
     ),
-    (80, "ieee"): ((256, Config(Tiles(32, 32, 8, 1), Tiles(32, 32, 8, 1))),),
+    (80, "ieee"): (
+        (64, Config(Tiles(32, 32, 8, 1), Tiles(32, 32, 8, 1))),
+        (256, Config(Tiles(16, 16, 8, 1), Tiles(16, 16, 8, 1))),
+    ),
 }
 CONFIGS |= {(arch, "ieee"): CONFIGS[80, "ieee"] for arch in (90, 100)}
 #: The interpreter pays per operation: but several blocks of a small problem are to be seen.
@@ -113,9 +116,9 @@ def gradients(given: Given, scores: Scores, causal: bool, config: Config, judge:
     dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
     delta = torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device)
     at_q, at_k, at_v, at_do, at_o = (heads(t) for t in (q, k, v, given.d_out, given.out))
-    x = Rows(given.maxima, given.sums, delta, q.shape[-1], v.shape[-1])
+    x = Rows(given.maxima, given.sums, delta)
     row_blocks, key_blocks = planes * -(-length // config.dq.rows), of_keys * -(-keys // config.dkv.rows)
-    wide = {"BE": _power(q.shape[-1]), "BD": _power(v.shape[-1]), "PRECISION": "ieee"}
+    wide = {"E": q.shape[-1], "D": v.shape[-1], "BE": _power(q.shape[-1]), "BD": _power(v.shape[-1]), "PRECISION": "ieee"}
     wide |= {"PARTS": PARTS[q.dtype], "SCALED": q.dtype == torch.float16}
     order = wide | {"CAUSAL": causal, "CHECK": judge is not None}
     by_rows = order | {"BM": config.dq.rows, "BN": config.dq.step} | _launch(config.dq)
@@ -168,7 +171,9 @@ def _status(blocks: int, rows: int, unquiet: Tensor) -> Status:
     return Status(states, states[blocks:], numbers[0], numbers[1], rows, unquiet)
 
 
-def _panels(given: Given, scores: Scores, config: Config, judge: Judge, summary: Tensor, planes: int, wide: dict[str, Any]) -> tuple[Panel, ...]:
+def _panels(
+    given: Given, scores: Scores, config: Config, judge: Judge, summary: Tensor, planes: int, wide: dict[str, Any]
+) -> tuple[Panel, ...]:
     """The panels of the operands: hats over the blocks that are stepped over, columns beside what products multiply by."""
     q, k, v, d_out = given.q, given.k, given.v, given.d_out
     of_queries, of_keys = config.dkv.step, config.dq.step

@@ -4,8 +4,9 @@
     norm[b] = ‖X[block]‖_F            with ‖q_i‖ it bounds the scores' norm (Cauchy and Schwarz), whatever they cancel to
     side[r] = (X[r] · w_1, X[r] · w_2, ν_r u_1 … u_4)      16 columns beside X: a product with X has these sums of its rows, and noise
 
-w are fixed random numbers of balanced sign, ±U(0.5, 1.5)/1.041; ν_r² = ‖X[r]‖² + Σ_j (X[r] · w_j)²: the sketches of thresholds.md. Each sum is
-written as ``parts`` numbers of X's type; fp16 is divided by a power of two per block, which is multiplied again after the product.
+w are fixed random numbers of balanced sign, ±U(0.5, 1.5)/1.041; ν_r² = ‖X[r]‖² + Σ_j (X[r] · w_j)²: the sketches of thresholds.md.
+Each sum is written as ``parts`` numbers of X's type; fp16 is divided by a power of two per block, which is multiplied again after the
+product.
 """
 
 from __future__ import annotations

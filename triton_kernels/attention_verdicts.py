@@ -1,8 +1,8 @@
 """What became of the blocks of an attention's gradient that were suspect: counted and recorded, by one program, in stream order.
 
-A row that was suspect and is calm after its block was computed again is RECOMPUTED. One that stays suspect is UNCORRECTED: its product, its
-operands, or the forward's statistics and output, which nothing here computes anew, disagree with each other, and nobody can tell which changed. A
-call without a suspect block adds its checks to the ledger and leaves.
+A row that was suspect and is calm after its block was computed again is RECOMPUTED. One that stays suspect is UNCORRECTED: its product,
+its operands, or the forward's statistics and output, which nothing here computes anew, disagree with each other, and nobody can tell which
+changed. A call without a suspect block adds its checks to the ledger and leaves.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from .judgement import ratio_of
 from .record import (
     CHECKS,
     COUNTERS,
@@ -31,7 +32,6 @@ from .record import (
     VERDICTS,
     bits,
 )
-from .judgement import ratio_of
 from .verify import CALM, POISONED, SUSPECT
 
 #: In the number of a row: that it is a key's.
@@ -40,7 +40,7 @@ NUMBER = tl.constexpr((1 << 31) - 1)
 
 
 class Labels(NamedTuple):
-    """What the records say. roles: their numbers in the ledger; checks, products of each role (0: not checked); the sizes of S, dP, dK, dV."""
+    """What the records say: the roles' numbers in the ledger, the checks of each (0: not checked), the sizes of S, dP, dK and dV."""
 
     qk: Any
     pv: Any

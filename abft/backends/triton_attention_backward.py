@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -18,8 +18,6 @@ from abft.faults import Strike
 from abft.ledger import Verdict
 from abft.policy import Policy
 
-#: Widest head that the kernels hold.
-WIDEST = 256
 UNIT = 2.0**-23
 PLACES = ("S", "P", "dP", "dS", "dQ", "dK", "dV")  # in the order of the kernels' own numbers
 FIRST_PLACE = 16
@@ -102,15 +100,6 @@ def _judge(problem: Problem, policy: Policy, config: Any, architecture: int | No
 # --- the gradient ---------------------------------------------------------------------------------
 
 
-def why_not(problem: Problem, weights: bool, of_mask: bool) -> str | None:
-    """What of a gradient the kernels do not compute, in words; None if they do."""
-    if max(problem.q.shape[-1], problem.v.shape[-1]) > WIDEST:
-        return f"heads wider than {WIDEST}"
-    if weights or of_mask:
-        return "the gradient of a mask" if of_mask else "the gradient of attention's weights"
-    return backend.available(problem.q.device, problem.q.dtype)
-
-
 def gradients(
     problem: Problem, given: Given, policy: Policy, words: Tensor, site: Tensor, hits: tuple[Hit, ...] = (), again: tuple[Hit, ...] = ()
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -139,6 +128,14 @@ def gradients(
 # --- injection ------------------------------------------------------------------------------------
 
 
+def hit_of(product: str, strike: Strike) -> Hit:
+    """Where a strike on a product lands. An accumulator is the product's own; what both kernels compute is struck in one of them, P where
+    it multiplies dO."""
+    place = product if strike.place == "accumulator" else strike.place
+    by_keys = place in ("P", "dK", "dV") or (place in PLACES[:4] and (strike.region.row0 + strike.region.col0) % 2 == 1)
+    return Hit(replace(strike, place=place), by_keys)  # type: ignore[arg-type]
+
+
 def descriptors(hits: tuple[Hit, ...], device: torch.device) -> Tensor | None:
     """The faults that strike inside the kernels, (count, 12) int32, or None. All act on fp32 patterns.
 
@@ -147,6 +144,8 @@ def descriptors(hits: tuple[Hit, ...], device: torch.device) -> Tensor | None:
     rows = []
     for hit in hits:
         r, op = hit.strike.region, hit.strike.operation
+        if hit.strike.place not in PLACES:
+            continue  # the operands and the checks of these kernels cannot be struck
         by_keys = hit.by_keys or hit.strike.place in ("dK", "dV")
         place = FIRST_PLACE + PLACES.index(hit.strike.place)
         words = (place, r.batch, r.row0, r.row1, r.col0, r.col1, r.stride, int(by_keys), 0, op.keep, op.flip, op.add)

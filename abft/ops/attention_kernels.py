@@ -18,6 +18,7 @@ from abft.policy import Policy
 
 if TYPE_CHECKING:
     from abft.backends.triton_attention import AttentionCall
+    from abft.backends.triton_attention_backward import Given, Hit
 
 #: Role → places of faults beside the general ones.
 PLACES: dict[str, tuple[Place, ...]] = {"qk": ("S",), "pv": ("O", "P", "l")}
@@ -71,6 +72,64 @@ def _voted(call: AttentionCall, words: Tensor, site: Tensor, run: Callable[..., 
     agreed = redundancy.agreeing_rows(x, y) & redundancy.agreeing_rows(y, z)
     masked.count_votes(words, site, agreed, redundancy.undecided_rows(x, y, z), alone=False)
     return redundancy.vote(first[0], second[0], third[0]), redundancy.vote(first[1], second[1], third[1])
+
+
+# --- the gradient ---------------------------------------------------------------------------------
+
+
+def gradients(
+    problem: Problem, d_out: Tensor, out: Tensor, statistics: Tensor, policy: Policy, site: Tensor, words: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dQ, dK, dV of a problem whose forward left ``out`` and ``statistics``; roles that a policy does not name are counted as unchecked."""
+    from abft.backends import triton_attention_backward as backend
+
+    given = backend.Given(d_out, out, statistics)
+    for role, products in (("qk", 3), ("pv", 2)):
+        if policy.level == "off" or not {role, "dgrad"} & policy.roles:
+            for _ in range(products):
+                ledger.bypass("level off" if policy.level == "off" else f"role {role} not in policy")
+    hits = _hits(problem, given, site) if faults.active is not None else ()
+    sites.site_of(sites.index_of(site)).on_uncorrected = policy.on_uncorrected
+    try:
+        first = backend.gradients(problem, given, policy, words, site, hits)
+        if policy.redundancy == "none":
+            return first
+        scratch = ledger.scratch(words.device)
+        second, third = (backend.gradients(problem, given, policy, scratch, site) for _ in range(2))
+        return tuple(_vote(*results, words, site) for results in zip(first, second, third, strict=True))  # type: ignore[return-value]
+    finally:
+        ledger.issued()
+
+
+def _vote(x: Tensor, y: Tensor, z: Tensor, words: Tensor, site: Tensor) -> Tensor:
+    agreed = redundancy.agreeing_rows(x, y) & redundancy.agreeing_rows(y, z)
+    masked.count_votes(words, site, agreed, redundancy.undecided_rows(x, y, z), alone=False)
+    return redundancy.vote(x, y, z)
+
+
+def _hits(problem: Problem, given: Given, site: Tensor) -> tuple[Hit, ...]:
+    """The faults that an injector sends to the five products, in the order of the reference; it is told what they do to a gradient."""
+    from abft.backends import triton_attention_backward as backend
+
+    b, h, group, length, e = problem.q.shape
+    rows, keys, d = group * length, problem.keys, problem.v.shape[-1]
+    sent: tuple[Hit, ...] = ()
+    for role, name, columns, depth, places in (
+        ("qk", "S", keys, e, ("S",)), ("pv", "dV", d, rows, ("dV", "P")), ("pv", "dP", keys, d, ("dP", "dS")),
+        ("qk", "dQ", e, keys, ("dQ",)), ("qk", "dK", e, rows, ("dK",)),
+    ):  # fmt: skip
+        height = keys if name in ("dK", "dV") else rows
+        where = sites.site_of(sites.index_of(site)).name
+        target = Target(where, role, height, columns, depth, problem.q.dtype, torch.float32, b * h, check=torch.float32, places=places)
+        drawn = tuple(faults.strikes(target))
+        hits = tuple(backend.hit_of(name, strike) for strike in drawn)
+        if drawn and checked.on_strike is not None:
+            scratch, off = ledger.scratch(problem.q.device), Policy(level="off")
+            clean, struck = (backend.gradients(problem, given, off, scratch, site, some) for some in ((), hits))
+            changed = 0 if not hits[0].by_keys and name != "dK" else 2 if hits[0].strike.place in ("P", "dV") else 1
+            checked.on_strike(None, target, clean[changed], struck[changed], drawn)  # type: ignore[arg-type]
+        sent += hits
+    return sent
 
 
 # --- injection ------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import kernel_harness as harness
 import oracles
@@ -174,8 +175,13 @@ def test_no_distribution_raises_an_alarm(spread, dtype):
 # --- faults ---------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def struck() -> tuple[Case, Run]:
+    return _struck()
+
+
+@cache
+def _struck() -> tuple[Case, Run]:
     case = Case(G=1, causal=True, offset=8)
     return case, case.run()
 
@@ -242,8 +248,13 @@ def test_the_record_names_the_row(struck, place, by_keys, role, rows):
     assert not abs(ledger.bits_float(record["residual"])) <= ledger.bits_float(record["bound"])
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def crowded() -> tuple[Case, Run]:
+    return _crowded()
+
+
+@cache
+def _crowded() -> tuple[Case, Run]:
     case = Case(torch.float16, softcap=4.0, dropout=0.3, mask=WAYS["boolean"]["mask"])
     return case, case.run()
 

@@ -25,6 +25,9 @@ from .judgement import ratio_of
 from .record import CLEAN, DETAILS, INPUT, OBSERVED, RECOMPUTED, TRANSIENT, UNCORRECTED, Labels, Units, add_verdicts, arrive, keep
 from .summary import CASE, SUMMARY, UNQUIET
 
+#: Steps of the loop over keys in flight, at most: the registers of more are not there.
+STAGES = 2
+
 
 @triton.jit(do_not_specialize_on_alignment=["site"])
 def settle_attention(q, k, v, out, statistics, sums, weights, scores, limits, words, site, status, details, units, flags, summary,
@@ -78,10 +81,10 @@ def settle(attention: Attention, evidence: Evidence, words: Tensor, site: Tensor
            correct: bool, faults: Tensor | None = None) -> None:  # fmt: skip
     """Launch. labels: of qk and of pv. ``faults`` hit the repetition."""
     heads, blocks, rows = attention.sizes
-    tiles = heads * blocks
+    tiles, order = heads * blocks, attention.order()
+    order["num_stages"] = min(order["num_stages"], STAGES)  # what is in flight decides no bits
     settle_attention[(min(tiles, REPAIR_PROGRAMS),)](
         *attention.operands(), evidence.out, evidence.statistics, evidence.sums, attention.weights, attention.scores, attention.limits,
         words, site, evidence.status, evidence.details, Units(evidence.units, attention.units()), evidence.flags, evidence.summary,
-        attention.q.shape[-1], attention.v.shape[-1], rows, tiles, roles, *labels, fault_argument(faults), CORRECT=correct,
-        **attention.order(),
+        attention.q.shape[-1], attention.v.shape[-1], rows, tiles, roles, *labels, fault_argument(faults), CORRECT=correct, **order,
     )  # fmt: skip

@@ -142,10 +142,10 @@ def attention_launches(operands: str, architecture: int, *, columns: int = 128, 
     mask = torch.empty(1, 1, 1, length, length, dtype=torch.bool) if masked else None
     window, softcap, dropout = (1024, 30.0, 0.1) if masked else (None, None, 0.0)
     strikes = tuple((role, Strike("accumulator", Region(0, 1, 0, 1), BitOperation(flip=1))) for role in ("qk", "pv")) if strike else ()
-    roles = frozenset({"qk", "pv"})
     call = triton_attention.AttentionCall(
-        q, k, torch.empty_like(k), mask, 2**40, columns**-0.5, causal, 0, window, softcap, dropout, policy.Policy(panel=form), roles, strikes
-    )
+        q, k, torch.empty_like(k), mask, 2**40, columns**-0.5, causal, 0, window, softcap, dropout, policy.Policy(panel=form),
+        frozenset({"qk", "pv"}), strikes,
+    )  # fmt: skip
     kind = "ieee" if operands == "ieee" else "16-bit"
     choice = configs.choose_attention(architecture, kind, columns), backend.ARITHMETIC.get((architecture, kind), threshold.FMA_32)
     words, site = torch.zeros(ledger.WORDS, dtype=torch.int64), torch.zeros((), dtype=torch.int64)

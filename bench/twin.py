@@ -11,8 +11,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from abft.triton_kernels.attention_forward import Attention, checked_attention
-from abft.triton_kernels.attention_panel import Sums
+from abft.triton_kernels.attention_forward import Attention, unchecked
 from abft.triton_kernels.configs import multiprocessors
 from abft.triton_kernels.gemm import Product
 from abft.triton_kernels.tiles import accumulate, finish, store_tile, tile_of
@@ -48,13 +47,4 @@ def multiply(product: Product) -> Tensor:
 
 def attend(attention: Attention) -> Tensor:
     """O of an attention, unchecked; its weights are not looked at."""
-    q, v = attention.q, attention.v
-    heads, blocks, rows = attention.sizes
-    out = torch.empty(*q.shape[:-1], v.shape[-1], dtype=q.dtype, device=q.device)
-    statistics = torch.empty(2, *q.shape[:-1], dtype=torch.float32, device=q.device)
-    nothing, order = (None,) * 7, attention.order() | {"EXPONENTIALS": False}
-    checked_attention[(heads * blocks,)](
-        *attention.operands(), out, statistics, Sums(None, None, None), attention.weights, attention.scores, attention.limits, *nothing,
-        q.shape[-1], v.shape[-1], rows, 0, None, CHECKED=False, REPEAT=False, **order,
-    )  # fmt: skip
-    return out
+    return unchecked(attention)

@@ -139,10 +139,10 @@ def _write(at, scales, column_stride, FIRST: tl.constexpr, PIECES: tl.constexpr,
 
 
 class Sums(NamedTuple):
-    """prefix, panel, scales as ``sum_keys_and_values`` writes them."""
+    """prefix, panel, scales as ``sum_keys_and_values`` writes them; None where nothing is checked."""
 
-    prefix: Tensor
-    panel: Tensor
+    prefix: Tensor | None
+    panel: Tensor | None
     scales: Tensor | None
 
 

@@ -8,17 +8,17 @@ import warnings
 import oracles
 import pytest
 import torch
+from abft.triton_kernels import attention_forward, attention_settle
+
+import abft
+from abft import ledger
 from abft.attend import More, attention_at
+from abft.attention import forward as reference
 from abft.attention.problem import Options, Problem
 from abft.attention.tally import Tally
 from abft.backends import triton_attention
 from abft.backends.triton_attention import AttentionCall
 from abft.faults import BitOperation, Region, Strike
-from abft.triton_kernels import attention_forward, attention_settle
-
-import abft
-from abft import ledger
-from abft.attention import forward as reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 KERNELS, REFERENCE = (abft.Policy(backend=name, on_uncorrected="record") for name in ("triton", "reference"))

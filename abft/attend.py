@@ -187,7 +187,7 @@ def _why_no_kernel(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | Non
     if policy.backend == "reference":
         reason = "backend='reference' has no attention on a GPU"
     if reason is not None:
-        raise DeviceError(f"backend={policy.backend!r} cannot run this attention: {reason}. Use 'auto', which counts what it leaves to torch.")
+        raise DeviceError(f"backend={policy.backend!r} cannot run this attention: {reason}. 'auto' counts what it leaves to torch.")
     return None
 
 

@@ -79,10 +79,9 @@ class Limits(NamedTuple):
 
 
 class Finding(NamedTuple):
-    """Of every row and one role: whether it is explained, whether its prediction is not finite, residual and bound of what stands out."""
+    """Of every row and one role: whether it is explained, residual and bound of what stands out."""
 
     fine: Any
-    poisoned: Any
     residual: Any
     tau: Any
 
@@ -207,7 +206,7 @@ def attend_block(q, k, v, sums, weights, scores, limits, number, block, E, D, FA
         qk = _judge_scores(queries, signed, m, first, sums, weights, scores, limits, way, begin, end, E, FAULT, PARTS, BN, BE, PRECISION)
         pv = _judge_values(y, l, m, check, first, fall, wrong, held, left, weights, scores, limits, way, end - begin, D, FAULT, PARTS, BD)
     else:  # nobody asks
-        qk = Finding(l == l, l != l, l, l)
+        qk = Finding(l == l, l, l)
         pv = qk
     if scores.dropped is not None:
         y = y * scores.undropped
@@ -338,7 +337,7 @@ def _judge_scores(queries, signed, m, first, sums, weights, scores, limits, way,
     shifted = tl.where(m == float("-inf"), 0.0, tl.maximum(tl.abs(m), tl.abs(first)))
     tau = tl.abs(scores.scale2) * limits.scores * size + limits.shift * shifted + TINY
     residual = signed - predicted * scores.scale2
-    return Finding(explained(residual, tau), ~is_finite(predicted), residual, tau)
+    return Finding(explained(residual, tau), residual, tau)
 
 
 @triton.jit
@@ -404,7 +403,6 @@ def _judge_values(y, l, m, check, first, fall, wrong, held, left, weights, score
     should = tl.where(nobody, 1.0, tl.exp2(first - m))
     fine, residual, tau = _and(fine, residual, tau, fall - should, (RATIO_ALPHA + blocks * (4.0 * UNIT)) * should + VANISHED)
     fine, residual, tau = _and(fine, residual, tau, wrong, tl.zeros_like(l) + 0.5)
-    poisoned = ~is_finite(tl.sum(tl.where((which < KINDS * PARTS)[None, :], check, 0.0), 1))
     for kind in tl.static_range(KINDS):
         mine = (which >= kind * PARTS) & (which < kind * PARTS + PARTS)
         c = tl.sum(tl.where(mine[None, :], divided, 0.0), 1)
@@ -412,7 +410,7 @@ def _judge_values(y, l, m, check, first, fall, wrong, held, left, weights, score
         own = tl.sum(y * weight[None, :], 1) - c
         size = tl.sqrt(squares + (c / unit) * (c / unit)) * unit
         fine, residual, tau = _and(fine, residual, tau, own, limits.output[kind] * size + TINY)
-    return Finding(fine, poisoned, residual, tau)
+    return Finding(fine, residual, tau)
 
 
 @triton.jit
@@ -509,3 +507,17 @@ def attend(attention: Attention, words: Tensor, site: Tensor, roles: int, repeat
         **attention.order(),
     )  # fmt: skip
     return Evidence(out, statistics, sums, status, flags, details, units, summary)
+
+
+def unchecked(attention: Attention) -> Tensor:
+    """O by the same kernel compiled without checks: what they cost is the difference."""
+    q, v = attention.q, attention.v
+    heads_, blocks, rows = attention.sizes
+    out = torch.empty(*q.shape[:-1], v.shape[-1], dtype=q.dtype, device=q.device)
+    statistics = torch.empty(2, *q.shape[:-1], dtype=torch.float32, device=q.device)
+    nothing, order = (None,) * 7, attention.order() | {"EXPONENTIALS": False}
+    checked_attention[(heads_ * blocks,)](
+        *attention.operands(), out, statistics, Sums(None, None, None), attention.weights, attention.scores, attention.limits, *nothing,
+        q.shape[-1], v.shape[-1], rows, 0, fault_argument(None), CHECKED=False, REPEAT=False, **order,
+    )  # fmt: skip
+    return out

@@ -99,9 +99,10 @@ def _sum_values(v, weights, panel, scales, plane, heads_each, block, blocks, S, 
     if scales is not None:
         scales += (tl.cast(plane, tl.int64) * blocks + block) * PANEL
     e, hi, lo = _weighted(x, weights, 0, cols, D), _weighted(x, weights, 1, cols, D), _weighted(x, weights, 2, cols, D)
-    nu2 = tl.fma(e / weights.rms_e, e / weights.rms_e, tl.sum(x * x, 1))
-    nu2 = tl.fma(hi / weights.rms_hi, hi / weights.rms_hi, nu2)
-    nu = tl.sqrt(tl.fma(lo / weights.rms_lo, lo / weights.rms_lo, nu2))
+    largest = tl.max(tl.abs(x), 1)  # numbers are divided by it: squares neither over- nor underflow
+    unit = tl.where(largest > 0, largest, 1.0)
+    relative, w_e, w_hi, w_lo = x / unit[:, None], e / (unit * weights.rms_e), hi / (unit * weights.rms_hi), lo / (unit * weights.rms_lo)
+    nu = unit * tl.sqrt(tl.sum(relative * relative, 1) + w_e * w_e + w_hi * w_hi + w_lo * w_lo)
     _write(at, scales, blocks * BN, 0, PARTS, e)
     _write(at, scales, blocks * BN, PARTS, PARTS, hi)
     _write(at, scales, blocks * BN, 2 * PARTS, PARTS, lo)
@@ -138,10 +139,10 @@ def _write(at, scales, column_stride, FIRST: tl.constexpr, PIECES: tl.constexpr,
 
 
 class Sums(NamedTuple):
-    """prefix, panel, scales as ``sum_keys_and_values`` writes them."""
+    """prefix, panel, scales as ``sum_keys_and_values`` writes them; None where nothing is checked."""
 
-    prefix: Tensor
-    panel: Tensor
+    prefix: Tensor | None
+    panel: Tensor | None
     scales: Tensor | None
 
 

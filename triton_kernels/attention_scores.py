@@ -142,7 +142,11 @@ def tanh(z):
 
 @triton.jit
 def natural(m2, l2):
-    """(m, l) of base e from those of base 2: m rounded, and l = l₂ · 2^(m₂ - m log₂e), so that exp(x - m) / l stays what it was."""
+    """(m, l) of base e from those of base 2: m rounded, and l = l₂ · 2^(m₂ - m log₂e), so that exp(x - m) / l stays what it was.
+
+    Where no key was seen, m₂ is -inf and m is zero, as l is.
+    """
+    m2 = tl.where(m2 == float("-inf"), 0.0, m2)
     m = m2 * LN2
     return m, l2 * tl.exp2(_excess(m2, m))
 

@@ -2,7 +2,7 @@
 
     suspect at first; after the repetition
         explained                                   RECOMPUTED     a transient fault
-        not, its prediction not being finite        INPUT          an operand held NaN or Inf
+        not, an operand not being finite            INPUT          q of the row, or K or V among the visited keys, by their sums
         not, otherwise                              UNCORRECTED
 
 At level detect nothing is written, and RECOMPUTED and UNCORRECTED are OBSERVED. Rows of O whose scores were suspect, and that are
@@ -19,11 +19,16 @@ import triton.language as tl
 from torch import Tensor
 
 from .attention_forward import PV, QK, Attention, Evidence, attend_block, store_rows, suspects
+from .attention_panel import PANEL, PREFIX_ROWS, SIGNED
+from .attention_scores import heads_of, rectangle, start_of, visited
 from .configs import REPAIR_PROGRAMS
 from .gemm import fault_argument, note_unit
-from .judgement import ratio_of
+from .judgement import is_finite, ratio_of
 from .record import CLEAN, DETAILS, INPUT, OBSERVED, RECOMPUTED, TRANSIENT, UNCORRECTED, Labels, Units, add_verdicts, arrive, keep
 from .summary import CASE, SUMMARY, UNQUIET
+
+#: Steps of the loop over keys in flight, at most: the registers of more are not there.
+STAGES = 2
 
 
 @triton.jit(do_not_specialize_on_alignment=["site"])
@@ -49,16 +54,34 @@ def settle_attention(q, k, v, out, statistics, sums, weights, scores, limits, wo
                 still = suspects(qk, pv, roles) & tl.where(was > 0, QK | PV, 0)
                 # With right scores a row of O is right; alone it was wrong only if its scores were not.
                 own = tl.where((was & QK) > 0, still & PV, (was | still) & PV)
-                _settle(details, qk, row, rows_total, index, summary, first, (was | still) & QK, still & QK, CORRECT)
-                _settle(details_pv, pv, row, rows_total, index, of_pv, first, own, still & PV, CORRECT)
+                bad_scores, bad_values = _not_finite(q, sums, scores, number, block, E, CAUSAL, BM, BN, BE)
+                _settle(details, qk, row, rows_total, index, summary, first, (was | still) & QK, still & QK, bad_scores, CORRECT)
+                _settle(details_pv, pv, row, rows_total, index, of_pv, first, own, still & PV, bad_scores | bad_values, CORRECT)
         arrive(words, site, summary, details, units, rows_total, labels_qk)
         arrive(words, site, of_pv, details_pv, units, rows_total, labels_pv)
 
 
 @triton.jit
-def _settle(details, finding, row, rows_total, tile, summary, first_row, found, still, CORRECT: tl.constexpr):
-    """The verdicts of one role. found: rows that are one's concern; still: of these, those that the repetition does not explain."""
-    wrong = tl.where(finding.poisoned, INPUT, UNCORRECTED if CORRECT else OBSERVED)
+def _not_finite(q, sums, scores, number, block, E, CAUSAL: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BE: tl.constexpr):
+    """(whether q of a row or any of its keys, whether any of its values is not finite), (BM,) each: no unit that multiplied is asked."""
+    batch, head, member = heads_of(scores, number)
+    rows, e, blocks = block * BM + tl.arange(0, BM), tl.arange(0, BE), tl.cdiv(scores.keys, BN)
+    begin, _, _, end = visited(scores, block * BM, CAUSAL, BM, BN)
+    plane = tl.cast(batch * scores.heads + head, tl.int64)
+    queries = rectangle(start_of(q, batch, head, member), q, rows, e, scores.length, E).to(tl.float32)
+    keys = tl.load(sums.prefix + (plane * (blocks + 1) + end) * PREFIX_ROWS * E + SIGNED * E + e, mask=e < E, other=0.0)
+    bad = tl.max((~is_finite(queries)).to(tl.int32), 1) + tl.max((~is_finite(keys)).to(tl.int32), 0)
+    bad_values = tl.zeros((BN,), tl.int32)
+    for n in range(begin, end):
+        bad_values += (~is_finite(tl.load(sums.panel + (plane * PANEL * blocks + n) * BN + tl.arange(0, BN)).to(tl.float32))).to(tl.int32)
+    return bad > 0, (bad >= 0) & (tl.max(bad_values, 0) > 0)
+
+
+@triton.jit
+def _settle(details, finding, row, rows_total, tile, summary, first_row, found, still, bad, CORRECT: tl.constexpr):
+    """The verdicts of one role. found: rows that are its concern; still: of these, those that the repetition does not explain; bad: those
+    of which an operand is not finite."""
+    wrong = tl.where(bad, INPUT, UNCORRECTED if CORRECT else OBSERVED)
     verdict = tl.where(still > 0, wrong, RECOMPUTED if CORRECT else OBSERVED)
     verdict = tl.where(found > 0, verdict, CLEAN)
     zero, plane = tl.zeros(row.shape, tl.int32), tl.cast(rows_total, tl.int64)
@@ -78,10 +101,10 @@ def settle(attention: Attention, evidence: Evidence, words: Tensor, site: Tensor
            correct: bool, faults: Tensor | None = None) -> None:  # fmt: skip
     """Launch. labels: of qk and of pv. ``faults`` hit the repetition."""
     heads, blocks, rows = attention.sizes
-    tiles = heads * blocks
+    tiles, order = heads * blocks, attention.order()
+    order["num_stages"] = min(order["num_stages"], STAGES)  # what is in flight decides no bits
     settle_attention[(min(tiles, REPAIR_PROGRAMS),)](
         *attention.operands(), evidence.out, evidence.statistics, evidence.sums, attention.weights, attention.scores, attention.limits,
         words, site, evidence.status, evidence.details, Units(evidence.units, attention.units()), evidence.flags, evidence.summary,
-        attention.q.shape[-1], attention.v.shape[-1], rows, tiles, roles, *labels, fault_argument(faults), CORRECT=correct,
-        **attention.order(),
+        attention.q.shape[-1], attention.v.shape[-1], rows, tiles, roles, *labels, fault_argument(faults), CORRECT=correct, **order,
     )  # fmt: skip

@@ -17,7 +17,7 @@ from abft.inject import Fault, faults
 from abft.ledger import Verdict
 from abft.native import library
 from abft.statistics import accumulators, cusum, soft_threshold, watches
-from abft.statistics.accumulators import ABOVE_4, BLOCK, BLOCKS, COUNT, FIELDS, KINDS, MAXIMA, MAXIMA2, MOST, SQUARES, SUM, Accumulator
+from abft.statistics.accumulators import BLOCK, BLOCKS, COUNT, FIELDS, KINDS, MAXIMA, MAXIMA2, MOST, SQUARES, SUM, Accumulator
 from abft.statistics.baseline import WARM_UP, Baseline
 from abft.statistics.monitor import Monitor
 from abft.statistics.severity import Budget, Severity, of_suspect

@@ -1,11 +1,14 @@
 """What is normal at a site and role: learnt from the first batches, then frozen; what is compared with it.
 
-A batch is what every unit has added between two looks, (units, kinds, fields). Of x / σ̂ the mean does not move with data
-(the random signs of the columns leave nothing systematic: over a training run less than 0.04 σ, bench/results/statistics.jsonl),
-its variance does (by up to e^0.7). So
+A batch is what every unit has added between two looks, (units, kinds, fields).
 
-    alone (one unit)   mean, in units of the σ of now, against the frozen μ, beyond 0.2 σ̂ · ln variance against its own slow average, beyond a factor of 1.6
-    peers (several)    mean and ln variance against the median of all units in the same batch: drift of the data is common to them
+    peers (several units)   mean and ln variance of x against the median of all units in the same batch
+    alone (one unit)        mean, in units of the σ of now, against the frozen μ, beyond 0.2 σ;
+                            ln variance against its own slow average, beyond a factor of 1.6
+
+What data do to residuals is common to peers. A lone unit has none: over a training run the variance drifts by e^0.7 and more, the
+mean hardly (the random signs of the columns leave little that is systematic; bench/results/statistics.jsonl has both), except where
+all rows are alike.
 """
 
 from __future__ import annotations
@@ -102,9 +105,8 @@ class Baseline:
             # In units of what σ is now: means of noisier data scatter more.
             now = np.exp(np.maximum(noise, self.noise) / 2) / self.sigma
             u = (mean / now - self.mean) / self.mean_deviation, (noise - self.noise) / self.noise_deviation
-            # One batch moves it no further than a batch may deviate: a wild one is not what follows.
-            step = np.clip(noise[0] - self.noise, -3 * self.noise_deviation, 3 * self.noise_deviation)
-            self.noise = self.noise + step / MEMORY
+            # One batch moves it up no further than a batch may deviate; less noise is no fault, and followed as it comes.
+            self.noise = self.noise + np.minimum(noise[0] - self.noise, 3 * self.noise_deviation) / MEMORY
             return u
         return (mean - np.median(mean, 0)) / self.mean_deviation, (noise - np.median(noise, 0)) / self.noise_deviation
 

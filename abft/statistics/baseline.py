@@ -110,6 +110,13 @@ class Baseline:
             return u
         return (mean - np.median(mean, 0)) / self.mean_deviation, (noise - np.median(noise, 0)) / self.noise_deviation
 
+    @property
+    def drifted(self) -> np.ndarray:
+        """By what factor σ is now above σ̂ (kinds,): what a lone unit's levels follow, so that more noise is not also more outliers."""
+        if not (self.frozen and self.alone):
+            return np.ones(len(KINDS))
+        return np.where(self.noise > np.log(_TINY), np.exp(self.noise / 2) / self.sigma, 1.0)
+
     def references(self) -> tuple[np.ndarray, np.ndarray]:
         """k (kinds,) of the two tests."""
         if not self.alone:

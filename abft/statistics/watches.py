@@ -120,18 +120,15 @@ class Watch:
             return
         batch[:, MOST] = now[:, MOST]
         self._folded = now
-        frozen = self.monitor.baseline.frozen
         signs = self.monitor.add(batch[None])
-        if not frozen:
-            self._rescale()
-        self._due = now[0, COUNT] + self.monitor.baseline.size
+        self._rescale()
         for sign in signs:
             if self.monitor.is_news(sign):
                 _raise(self.key, sign)
 
     def _rescale(self) -> None:
         base = self.monitor.baseline
-        self._accumulator.scale(base.sigma, base.soft)
+        self._accumulator.scale(base.sigma * base.drifted, base.soft * base.drifted)
         self._due = self._accumulator.count + base.size
 
 
@@ -225,7 +222,8 @@ def raise_alarm(
         if quarantine
         else "New data may explain this: compare what changed (release, data, calibration) and the unit's peers before blaming it."
     )
-    message = f"{test} at {site} ({role}{', ' + of if of else ''}): {what} after {checks:,.0f} residuals; rank {events.rank()}. {advice}"
+    of_what = "samples" if meaning else "residuals"
+    message = f"{test} at {site} ({role}{', ' + of if of else ''}): {what} after {checks:,.0f} {of_what}; rank {events.rank()}. {advice}"
     alarm = Alarm(
         events.VERSION, time.time(), ledger.step(), events.rank(), ledger.HOST, site, role, test, unit, deviation, quarantine, checks,
         dict(events.labels.get({})), events.calibration, message,

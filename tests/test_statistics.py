@@ -208,6 +208,21 @@ def test_rare_outliers_alarm():
     assert {s.test for s in signs} == {"outliers"} and not any(s.quarantine for s in signs)
 
 
+def test_outliers_that_all_units_have_are_the_datas():
+    rng, m = np.random.default_rng(3), Monitor(16)
+    for b in batches(rng, 16, WARM_UP, n=8192):
+        m.add(b)
+    signs = []
+    for b in batches(rng, 16, 100, n=8192):
+        b[..., accumulators.ABOVE_8] = b[..., accumulators.ABOVE_12] = 5
+        signs += m.add(b)
+    assert not signs
+    for b in batches(rng, 16, 100, n=8192):
+        b[7, :, accumulators.ABOVE_12] = 5
+        signs += m.add(b)
+    assert {(s.test, s.unit, s.quarantine) for s in signs} == {("outliers", 7, True)}
+
+
 def test_what_persists_is_told_when_the_residuals_have_doubled():
     rng, m = np.random.default_rng(4), Monitor()
     for b in batches(rng, 1, WARM_UP, n=8192):

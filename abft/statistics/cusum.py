@@ -11,7 +11,6 @@ distribution; bench/results/statistics.jsonl holds it against recorded residuals
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -45,6 +44,6 @@ def shift(u: np.ndarray, k: float) -> np.ndarray:
     return 2.0 * k * (np.minimum(u, k + 6.0) - k)
 
 
-def rate(count: np.ndarray, checks: np.ndarray, expected: float, suspected: float) -> np.ndarray:
+def rate(count: np.ndarray, checks: np.ndarray, expected: np.ndarray | float, suspected: np.ndarray | float) -> np.ndarray:
     """ℓ of Poisson counts at ``suspected`` per check against ``expected`` per check."""
-    return count * math.log(suspected / expected) - checks * (suspected - expected)
+    return count * np.log(np.asarray(suspected) / expected) - checks * (np.asarray(suspected) - expected)

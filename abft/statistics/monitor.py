@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from abft.statistics.accumulators import ABOVE_8, ABOVE_12, COUNT, FIELDS, KINDS, MOST
-from abft.statistics.baseline import Baseline, moments
+from abft.statistics.baseline import RATIO, Baseline, moments
 from abft.statistics.cusum import Cusum, rate, shift
 from abft.statistics.severity import Budget, Severity
 
@@ -83,7 +83,8 @@ class Monitor:
             signs += self._signs("noise", alarms, np.exp(noise[:, kind] - centre), not base.alone)
         for test, (expected, suspected), at in zip(self._rates, base.rates, (ABOVE_8, ABOVE_12), strict=True):
             count, checks = batch[:, :, at].max(1), batch[:, 0, COUNT]
-            alarms = test.step(rate(count, checks, expected, suspected))
+            normal = np.maximum(expected, _peers_rate(count, checks))
+            alarms = test.step(rate(count, checks, normal, np.maximum(suspected, RATIO * normal)))
             signs += self._signs("outliers", alarms, count / np.maximum(checks, 1.0), not base.alone)
         return signs
 
@@ -106,3 +107,9 @@ class Monitor:
     def note(self, severity: Severity, rows: int = 1) -> None:
         """Count rows beyond their bound (S2 to S4)."""
         self.severities[severity] = self.severities.get(severity, 0) + rows
+
+
+def _peers_rate(count: np.ndarray, checks: np.ndarray) -> np.ndarray:
+    """Events per check of all the other units in the same batch, times two for what so few can tell; zero for a lone unit."""
+    others = checks.sum() - checks
+    return 2.0 * (count.sum() - count) / np.maximum(others, 1.0)

@@ -11,7 +11,7 @@ if not (_Path(__file__).parent / "triton_kernels").is_dir():
 
 __version__ = "0.1.0"
 
-from abft import inject
+from abft import inject, policies
 from abft.attend import scaled_dot_product_attention
 from abft.covering import Coverage, ModuleCoverage, coverage
 from abft.errors import (
@@ -66,6 +66,7 @@ __all__ = [
     "int_mm",
     "linear",
     "matmul",
+    "policies",
     "protect",
     "protected",
     "refresh",

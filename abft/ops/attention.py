@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from abft import policy, redundancy, sites, threshold
+from abft import plans, redundancy, sites, threshold
 from abft.attention import products
 from abft.attention.backward import Given, Gradients, gradients
 from abft.attention.forward import Attended, attend
@@ -48,7 +48,7 @@ def _attention(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     options = Options.read(scale, causal, offset, window, softcap, dropout)
     problem = Problem(q, k, v, mask, _seed(seed), options)
-    chosen = policy.decode(policy_text)
+    chosen = plans.now(policy_text, sites.index_of(site), "fprop", on_gpu=q.is_cuda)
     _refuse(problem, chosen)
 
     def run(tally: Tally) -> Attended:
@@ -70,7 +70,7 @@ def _attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     options = Options.read(scale, causal, offset, window, softcap, dropout)
     problem = Problem(q, k, v, mask, _seed(seed), options)
-    chosen = policy.decode(policy_text)
+    chosen = plans.now(policy_text, sites.index_of(site), "dgrad", on_gpu=q.is_cuda)
     given = Given(d_out, d_weights, statistics)
 
     def run(tally: Tally) -> Gradients:

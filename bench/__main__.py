@@ -16,6 +16,8 @@ COMMANDS = {
     "attention": "fault-free attention: the largest residual of every check",
     "attention-faults": "random faults in every place inside attention: detected, repaired, missed",
     "attention-times": "checked attention beside the unchecked reference and torch's, on a CPU",
+    "adaptive": "the adaptive policy against fixed levels at several rates of real faults, and through a step of the rate",
+    "prediction": "uncorrected faults predicted on simulated fleets that the predictor has not seen",
     "memory": "bytes of panels, per direction and group",
     "work": "what a repair computes again, of what the product computed: tiles counted in the interpreted kernels",
     "linear": "times of linear layers: torch, abft in every form, repetition, the unchecked kernel; each beside its evidence",

@@ -136,7 +136,7 @@ class Adaptive(Strategy):
         missing = [name for name in modules if name not in self.profile.sites]
         if missing:
             raise PolicyError(
-                f"the profile knows nothing of {missing[:5]}; it knows {list(self.profile.sites)[:5]}. Profile the model that is protected, "
+                f"the profile knows nothing of {missing[:5]}, only of {list(self.profile.sites)[:5]}. Profile the model that is protected, "
                 "with inputs that reach all of its modules, or exclude these by filter_fn."
             )
         unmatched = [key for key in self.critical if not any(_matches(key, name) for name in modules)]

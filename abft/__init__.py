@@ -11,7 +11,7 @@ if not (_Path(__file__).parent / "triton_kernels").is_dir():
 
 __version__ = "0.1.0"
 
-from abft import inject, policies
+from abft import inject, policies, prediction
 from abft.attend import scaled_dot_product_attention
 from abft.covering import Coverage, ModuleCoverage, coverage
 from abft.errors import (
@@ -67,6 +67,7 @@ __all__ = [
     "linear",
     "matmul",
     "policies",
+    "prediction",
     "protect",
     "protected",
     "refresh",

@@ -397,6 +397,60 @@ def memory(page: str) -> str:
     return table(header, rows, "python -m bench memory")
 
 
+def adaptive(page: str) -> str:
+    """The adaptive policy beside every fixed level, at each rate."""
+
+    def row(f: File, rate: Record, r: Record) -> tuple[object, ...]:
+        low, high = (float(v) / 1e6 for v in r["interval"])
+        plan = r["level"] if "plan" not in r else "adaptive: " + ", ".join(dict.fromkeys(r["plan"].values()))
+        within = "yes" if r["met"] else "no"
+        escapes = f"{float(r['per_billion']) / 1e6:.2f} ({low:.2f} to {high:.2f})"
+        return f"{rate['rate']:g}", plan, r["faults"], escapes, within, _duration(r["seconds"]), f.link(page)
+
+    rows = [row(f, rate, r) for f in files("adaptive*") for rate in f.kind("rate") for r in rate["rows"]]
+    header = "faults per product | level | faults that struck | escapes per 1000 products (95 %) | within the target | a pass | file"
+    return table(header, rows, "python -m bench adaptive")
+
+
+def adaptive_summary(page: str) -> str:
+    """Whether the goals were met."""
+
+    def rows(f: File) -> Iterator[tuple[object, ...]]:
+        for r in f.kind("rate"):
+            own = r["rows"][-1]
+            over = "–" if r["over_cheapest"] is None else f"{100 * (float(r['over_cheapest']) - 1):+.1f} %"
+            yield f"{r['rate']:g}", "yes" if r["met"] else "no", r["cheapest_fixed"] or "–", over, own["changes"], f.link(page)
+        for r in f.kind("step"):
+            yield f"{r['low']:g}, then {r['high']:g}, then {r['low']:g}", "–", "–", f"turned back {r['turns']} times", r["changes"], f.link(page)
+
+    header = "faults per product | target met | cheapest fixed level that meets it | time over that one's | changes of plan | file"
+    return table(header, [row for f in files("adaptive*") for row in rows(f)], "python -m bench adaptive")
+
+
+def fleets(page: str) -> str:
+    """Failure prediction on simulated fleets, as assumed and otherwise."""
+
+    def row(f: File, r: Record) -> tuple[object, ...]:
+        def interval(name: str) -> str:
+            low, high = (100 * float(v) for v in r[f"{name}_interval"])
+            return f"{100 * float(r[name]):.1f} % ({low:.1f} to {high:.1f})"
+
+        saved = f"{100 * float(r['downtime_saved']):.0f} %"
+        return r["key"], r["fleets"], r["failures"], r["alarms"], interval("precision"), interval("recall"), saved, f.link(page)
+
+    rows = [row(f, r) for f in files("prediction") for r in f.kind("fleets")]
+    return table("fleets | how many | failures | alarms | precision | recall | downtime saved | file", rows, "python -m bench prediction")
+
+
+def reliability(page: str) -> str:
+    """What was said, and what came true."""
+    rows = [
+        (b["windows"], f"{float(b['said']):.3f}", f"{float(b['was']):.3f}", f.link(page))
+        for f in files("prediction") for r in f.kind("fleets") if r["key"] == "as assumed" for b in r["reliability"]
+    ]  # fmt: skip
+    return table("windows | mean probability said | share that failed within the horizon | file", rows, "python -m bench prediction")
+
+
 def predictions(page: str) -> str:
     def row(f: File, r: Record) -> tuple[object, ...]:
         size = f"{r['m']:,} × {r['n']:,} × {r['k']:,}"
@@ -627,6 +681,10 @@ TABLES: dict[str, Callable[[str], str]] = {
     "protection-figure": protection_figure,
     "scaling": scaling,
     "commands": commands,
+    "adaptive": adaptive,
+    "adaptive-summary": adaptive_summary,
+    "fleets": fleets,
+    "reliability": reliability,
     "memory": memory,
     "predictions": predictions,
     "audit": audit,

@@ -1,7 +1,7 @@
 """Failure prediction: how probable is a fault that cannot be repaired on this device, from those that could.
 
-A logistic model of a few features of the last windows of public Reports. A window is a fixed number of steps. The shipped weights were fitted
-to simulated fleets (docs/explanation/adaptive.md says what they assume), not to a real one: fit your own as soon as you have records.
+A logistic model of a few features of the last windows of public Reports. A window is a fixed number of steps. The shipped weights were
+fitted to simulated fleets (docs/explanation/adaptive.md says what they assume), not to a real one: fit your own once you have records.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from abft.ledger import Verdict
 from abft.reporting import Report
 
 VERSION = 1
-#: Of a window: products repaired; those of them whose residual was ``SEVERE`` times its bound, or not finite; those that repeated; the largest
-#: share of its bound that a clean residual took.
+#: Of a window: products repaired; those of them whose residual was ``SEVERE`` times its bound, or not finite; those that repeated; the
+#: largest share of its bound that a clean residual took.
 COUNTS = ("repaired", "severe", "persistent", "worst")
 SEVERE = 1e3
 #: Windows that features look back.
@@ -37,7 +37,7 @@ def counts_of(report: Report, device: str | None = None) -> tuple[float, ...]:
 
 
 def features(history: np.ndarray) -> np.ndarray:
-    """(..., windows, FEATURES) of (..., windows, COUNTS): at every window, from it and those before. What is not there yet counts as zero."""
+    """(..., windows, FEATURES) of (..., windows, COUNTS): at every window, from it and those before. What is not there yet is zero."""
     repaired, severe, persistent, worst = np.moveaxis(np.asarray(history, float), -1, 0)
     short, long = _last(repaired, SHORT), _last(repaired, LONG)
     seen = np.arange(1, repaired.shape[-1] + 1)
@@ -83,7 +83,7 @@ class Weights:
         return 1 / (1 + np.exp(-np.clip(score, -50, 50)))
 
     def calibrated(self, history: np.ndarray, fails_within: np.ndarray, *, bins: int = 40) -> Weights:
-        """The same score with probabilities as they were on other records than those it was fitted to: isotonic regression over bins.
+        """The same score with probabilities as they were on other records than those it was fitted to: isotonic regression.
 
         Each knot stands for at least 100 windows, and its probability for (failures + 1/2) / (windows + 1).
         """
@@ -95,7 +95,8 @@ class Weights:
         # Equal numbers of failures per bin, where there are any: the many quiet windows need few bins.
         weight = np.cumsum(y / max(1.0, y.sum()) + 0.2 / len(y))
         edges = np.unique(np.searchsorted(weight, np.linspace(0, weight[-1], bins + 1)[1:-1]))
-        pools = [(len(s), float(s.sum()), float(p.sum())) for s, p in zip(np.split(score, edges), np.split(y, edges), strict=True) if len(s)]
+        parts = zip(np.split(score, edges), np.split(y, edges), strict=True)
+        pools = [(len(s), float(s.sum()), float(p.sum())) for s, p in parts if len(s)]
         merged: list[tuple[int, float, float]] = []
         for pool in pools:  # adjacent violators, and bins too small to say anything
             merged.append(pool)
@@ -112,14 +113,15 @@ class Weights:
         values: dict[str, Any] = json.loads(text)
         version, names = values.pop("version", None), tuple(values.pop("features", ()))
         if version != VERSION or names != FEATURES:
-            raise PolicyError(f"these weights are of version {version} and features {names}; version {VERSION} and {FEATURES} are read here")
+            raise PolicyError(f"these weights are of version {version} and features {names}; {VERSION} and {FEATURES} are read here")
         return cls(**{**values, "coefficients": tuple(values["coefficients"]),
                       "calibration": tuple(tuple(knot) for knot in values["calibration"])})  # fmt: skip
 
     @classmethod
     def fit(
-        cls, history: np.ndarray, fails_within: np.ndarray, *, window: int, horizon: int, threshold: float = 0.5, source: str, ridge: float = 1e-6
-    ) -> Weights:
+        cls, history: np.ndarray, fails_within: np.ndarray, *, window: int, horizon: int, source: str, threshold: float = 0.5,
+        ridge: float = 1e-6,
+    ) -> Weights:  # fmt: skip
         """Penalised maximum likelihood. history: (devices, windows, COUNTS); fails_within: 1, 0 or NaN (not used), of each.
 
         No coefficient is negative: more trouble never makes a failure less probable, also beyond what the records hold.
@@ -151,8 +153,8 @@ def _one_pool(low: tuple[int, float, float], high: tuple[int, float, float]) -> 
 class FailurePredictor:
     """Give it the Report of every ``weights.window`` steps: ``probability = predictor.observe(abft.report(reset=True))``.
 
-    ``probability``: of an uncorrected fault on the device within ``weights.horizon`` steps. ``alarm``: whether that has reached the threshold.
-    device: which device's events count, where a process drives several. Blind to what gives no warning: a unit that is fine and then is not.
+    ``probability``: of an uncorrected fault on the device within ``weights.horizon`` steps. ``alarm``: whether it reached the threshold.
+    device: whose events count, where a process drives several. Blind to what gives no warning: a unit that is fine and then is not.
     """
 
     def __init__(self, weights: Weights | None = None, *, device: str | None = None) -> None:

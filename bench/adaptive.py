@@ -1,10 +1,10 @@
 """Adaptive protection on a small model, with real faults at exaggerated rates; a step of the rate; and what the model says of real ones.
 
-    python -m bench adaptive [--passes 2400] [--rates 0.001 0.01 0.1] [--fresh]
+    python -m bench adaptive [--passes 2000] [--rates 0.003 0.03 0.3] [--fresh]
 
 Per rate (faults per product, Mixture.gpu_2026) the adaptive policy and every fixed level run the same passes; an escape is a pass whose
-output differs in a row by more than the profile's harm from the clean one. Times are of passes without an injector, plan by plan in turn, in
-seconds of the one thread that computes (a shared machine's waiting left out).
+output differs in a row by more than the profile's harm from the clean one. Times are of passes without an injector, plan by plan in turn,
+in seconds of the one thread that computes (a shared machine's waiting left out).
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ QUIET = abft.Policy(on_uncorrected="record")
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench adaptive", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--passes", type=int, default=2400, help="of the model, per rate and policy")
-    parser.add_argument("--rates", type=float, nargs="+", default=[0.001, 0.01, 0.1], help="faults per product")
-    parser.add_argument("--target", type=float, default=2e6, help="escaped harmful faults per 1e9 products")
+    parser = argparse.ArgumentParser("python -m bench adaptive", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--passes", type=int, default=2000, help="of the model, per rate and policy")
+    parser.add_argument("--rates", type=float, nargs="+", default=[0.003, 0.03, 0.3], help="faults per product")
+    parser.add_argument("--target", type=float, default=6e6, help="escaped harmful faults per 1e9 products")
     parser.add_argument("--rounds", type=int, default=41, help="laps of each plan that are timed")
     parser.add_argument("--trials", type=int, default=100, help="faults per site that measure its sensitivity")
     parser.add_argument("--seed", type=int, default=0)
@@ -115,7 +115,8 @@ def _one_rate(results: Results, profile: Profile, rate: float, options: argparse
             policy.update()
     row = {"level": "adaptive", **_tally(kept, options.target), "learning": _tally(learning, options.target)}
     assert policy.plan is not None
-    row |= {"plan": policy.plan.options, "changes": len(policy.history) - 1, "expected_escape": policy.plan.escape, "expected_cost": policy.plan.cost}
+    plan = policy.plan
+    row |= {"plan": plan.options, "changes": len(policy.history) - 1, "expected_escape": plan.escape, "expected_cost": plan.cost}
     rows.append(row)
     for each, seconds in zip(rows, _times(policy, subject, [*FIXED, None], options.rounds), strict=True):
         each["seconds"] = seconds
@@ -186,8 +187,8 @@ def _step(results: Results, profile: Profile, options: argparse.Namespace) -> No
     up = next((i for i, c in enumerate(trace[per_phase:]) if c["cost"] > 0.8 * max(costs)), None)
     results.add(
         "step", key="step", low=low, high=high, updates_per_phase=per_phase, passes_per_update=BATCH, changes=len(policy.history) - 1,
-        turns=turns, updates_until_strong=up, history=[{"seen": seen, "plan": plan.options, "cost": plan.cost} for seen, plan in policy.history],
-        trace=trace,
+        turns=turns, updates_until_strong=up, trace=trace,
+        history=[{"seen": seen, "plan": plan.options, "cost": plan.cost} for seen, plan in policy.history],
     )  # fmt: skip
 
 

@@ -71,7 +71,7 @@ def simulate(assumptions: Assumptions, seed: int) -> Fleet:
 
 
 def fails_within(fleet: Fleet, windows: int) -> np.ndarray:
-    """(devices, windows): 1 if the device fails in the next so many windows, 0 if not, NaN once it failed or where the record ends first."""
+    """(devices, windows): 1 if the device fails in the next so many windows, 0 if not, NaN once it failed or if the record ends before."""
     length = fleet.history.shape[1]
     t, failed = np.arange(length)[None, :], fleet.failed[:, None]
     out = ((failed > t) & (failed <= t + windows)).astype(float)

@@ -24,7 +24,7 @@ from bench.fleet import STEPS, Assumptions, Fleet
 from bench.results import Results
 
 HORIZON, LEAD = 100, 2  # windows
-#: Minutes lost to an uncorrected fault (finding it, the work since the last checkpoint, the restart), and to a device drained at a checkpoint.
+#: Minutes lost to an uncorrected fault (finding it, work since the last checkpoint, the restart), and to a device drained at one.
 UNPLANNED, PLANNED = 60.0, 15.0
 WANTED = 0.94  # precision on the validation fleets
 VARIANTS = {
@@ -38,7 +38,8 @@ VARIANTS = {
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench prediction", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("python -m bench prediction", description=__doc__, formatter_class=form)
     parser.add_argument("--fleets", type=int, default=200, help="held out")
     parser.add_argument("--training", type=int, default=40)
     parser.add_argument("--seed", type=int, default=0)

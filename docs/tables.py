@@ -421,7 +421,8 @@ def adaptive_summary(page: str) -> str:
             over = "–" if r["over_cheapest"] is None else f"{100 * (float(r['over_cheapest']) - 1):+.1f} %"
             yield f"{r['rate']:g}", "yes" if r["met"] else "no", r["cheapest_fixed"] or "–", over, own["changes"], f.link(page)
         for r in f.kind("step"):
-            yield f"{r['low']:g}, then {r['high']:g}, then {r['low']:g}", "–", "–", f"turned back {r['turns']} times", r["changes"], f.link(page)
+            rates = f"{r['low']:g}, then {r['high']:g}, then {r['low']:g}"
+            yield rates, "–", "–", f"turned back {r['turns']} times", r["changes"], f.link(page)
 
     header = "faults per product | target met | cheapest fixed level that meets it | time over that one's | changes of plan | file"
     return table(header, [row for f in files("adaptive*") for row in rows(f)], "python -m bench adaptive")

@@ -14,12 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from abft import injection, ledger, protection, sites
+from abft import injection, ledger, protection, reporting, sites
 from abft.errors import NotInjected
 from abft.injection import Fault, Mixture
 from abft.nn.checked import Checked
 from abft.policies import options
-from abft.policies.options import Option
 from abft.policies.profile import Profile, SiteProfile, complete
 from abft.policy import Policy
 
@@ -38,7 +37,8 @@ def profile(
     module, unprotected, one per pass; harmful are those that change a row of the model's output by more than ``harm`` (relative L2) or
     make it non-finite; with ``training`` likewise a parameter's gradient. The estimate is Jeffreys': (harmful + 1/2) / (trials + 1).
 
-    Takes about (options × rounds + trials) passes per module. Waits for the device: it is no part of the hot path.
+    Takes about (options × rounds + trials) passes per module. Waits for the device: it is no part of the hot path. What it runs is counted
+    in the ledger, at sites called "(profile)".
     """
     subject = protection.unprotect(copy.deepcopy(model))
     modules = {
@@ -49,15 +49,15 @@ def profile(
     calls = run.recorded(modules)
     modules = {name: module for name, module in modules.items() if calls[name]}
     timing = {name: _times(module, calls[name], training, rounds, lap_seconds) for name, module in modules.items()}
+    products = _products(run, modules)
     harms = _sensitivities(run, modules, calls, harm, trials, seed, mixture or Mixture.gpu_2026()) if trials else {}
     sites = {}
     for name, module in modules.items():
         base, costs = timing[name]
-        products = len(calls[name]) * (3 if training else 1) * _products_of(module)
         harmful = harms.get(name)
         sensitivity = 1.0 if harmful is None else (harmful + 0.5) / (trials + 1)
         dtype, shape = _shape_of(module, calls[name])
-        sites[name] = SiteProfile(products, base, costs, dtype, shape, sensitivity, trials)
+        sites[name] = SiteProfile(products[name] or len(calls[name]), base, costs, dtype, shape, sensitivity, trials)
     device = next((str(p.device) for p in model.parameters()), "cpu")
     whole = statistics.median(_seconds(run.once, device) for _ in range(max(3, rounds)))
     provenance = {"torch": torch.__version__, "device": device, "threads": torch.get_num_threads(), "training": training, "seed": seed}
@@ -117,7 +117,9 @@ def _times(
 ) -> tuple[float, dict[str, float]]:
     """(seconds of a pass through the module as torch has it, seconds that each option adds); the shortest of laps taken in turn."""
     device = next((str(p.device) for p in module.parameters()), "cpu")
-    copies: dict[str, nn.Module] = {"": module}
+    plain = copy.deepcopy(module)
+    plain.__class__ = next(c for c in type(plain).__mro__ if not issubclass(c, Checked))  # an abft.Linear was born checked
+    copies: dict[str, nn.Module] = {"": plain}
     for option in options.MEASURED:
         copies[option.name] = subject = protection.protect(copy.deepcopy(module), _QUIET.replace(level="planned"), name="(profile)")
         sites.site_of(sites.number_of(subject._abft_site)).plan = option.policy(_QUIET)  # type: ignore[arg-type]
@@ -165,6 +167,15 @@ def _seconds(lap: Callable[[], Any], device: str, turns: int = 1) -> float:
     return clock() - start
 
 
+def _products(run: _Run, modules: Mapping[str, nn.Module]) -> dict[str, int]:
+    """The products of each module that one pass of the model counts."""
+    protection.protect(run.model, _QUIET, name="(profile)")
+    start = reporting.mark()
+    run.once()
+    counted = reporting.since(start).sites
+    return {name: counted[site].products if (site := str(module._abft_name)) in counted else 0 for name, module in modules.items()}
+
+
 # --- sensitivity ------------------------------------------------------------------------------------------
 
 
@@ -172,13 +183,12 @@ def _sensitivities(
     run: _Run, modules: Mapping[str, nn.Module], calls: Mapping[str, list[Call]], harm: float, trials: int, seed: int, mixture: Mixture
 ) -> dict[str, int]:
     """How many of ``trials`` faults at each module, unprotected, made a result wrong."""
-    unprotected: Option = options.OFF
-    protection.protect(run.model, unprotected.policy(_QUIET), name="(profile)")
+    protection.protect(run.model, options.OFF.policy(_QUIET), name="(profile)")
     clean = run.once()
     rng = np.random.default_rng([seed, 2])
     out = {}
     for name, module in modules.items():
-        site = module._abft_name if isinstance(module, Checked) else name
+        site = module._abft_name
         roles = ("fprop", "dgrad", "wgrad") if run.training and any(p.requires_grad for p in module.parameters()) else ("fprop",)
         out[name] = 0
         for trial in range(trials):

@@ -463,3 +463,30 @@ def test_compiled_models_follow_their_plan() -> None:
             report = abft.report()
             assert report.products + sum(report.bypassed.values()) == 3
     assert counter.frame_count == 1
+
+
+# --- what was measured ------------------------------------------------------------------------------------------
+
+
+def test_the_committed_measurement_reaches_the_goals() -> None:
+    records = [json.loads(line) for line in (RESULTS / "adaptive.jsonl").read_text(encoding="utf-8").splitlines()]
+    measured = [r for r in records if r["kind"] == "rate"]
+    assert len({r["rate"] for r in measured}) >= 3
+    for r in measured:
+        own = r["rows"][-1]
+        assert own["level"] == "adaptive" and r["met"] and own["per_billion"] <= r["target"], r["rate"]
+        assert r["over_cheapest"] <= 1.1, r["rate"]
+        assert any(not row["met"] for row in r["rows"]) or r["rate"] == min(m["rate"] for m in measured)  # the target means something
+    step = next(r for r in records if r["kind"] == "step")
+    assert step["turns"] <= 1  # up, and down again
+
+
+def test_the_campaign_can_be_run_in_small(tmp_path: Path) -> None:
+    from bench import adaptive as campaign
+
+    arguments = ["--passes", "50", "--rates", "0.2", "--rounds", "1", "--trials", "2", "--out", str(tmp_path)]
+    assert campaign.main(arguments) == 0
+    records = [json.loads(line) for line in (tmp_path / "adaptive.jsonl").read_text(encoding="utf-8").splitlines()]
+    rows = {row["level"]: row for r in records if r["kind"] == "rate" for row in r["rows"]}
+    assert rows["off"]["escapes"] > 10 and rows["correct"]["escapes"] == 0
+    assert {r["kind"] for r in records} == {"stamp", "profile", "rate", "step", "extrapolation"}

@@ -118,7 +118,8 @@ def _times(
     """(seconds of a pass through the module as torch has it, seconds that each option adds); the shortest of laps taken in turn."""
     device = next((str(p.device) for p in module.parameters()), "cpu")
     plain = copy.deepcopy(module)
-    plain.__class__ = next(c for c in type(plain).__mro__ if not issubclass(c, Checked))  # an abft.Linear was born checked
+    # An abft.Linear was born checked.
+    plain.__class__ = next(c for c in type(plain).__mro__ if issubclass(c, nn.Module) and not issubclass(c, Checked))
     copies: dict[str, nn.Module] = {"": plain}
     for option in options.MEASURED:
         copies[option.name] = subject = protection.protect(copy.deepcopy(module), _QUIET.replace(level="planned"), name="(profile)")

@@ -281,7 +281,8 @@ def test_what_cannot_be_met_is_refused_before_anything_is_touched(target: float,
     [
         ({"target_escape": -1}, "target_escape"), ({"budget": float("nan")}, "budget"), ({"confidence": 1.0}, "confidence"), ({"watch": 1}, "watch"),
         ({"levels": ["strong"]}, "levels"), ({"levels": []}, "levels"), ({"infeasible": "ignore"}, "infeasible"), ({"relax": 0.5}, "relax"),
-        ({"policy": abft.Policy(timing="deferred")}, "deferred"),
+        ({"policy": abft.Policy(timing="deferred")}, "deferred"), ({"policy": abft.Policy(roles={"fprop"})}, "promise too much"),
+        ({"policy": abft.Policy(panel="lean")}, "promise too much"),
     ],
 )  # fmt: skip
 def test_bad_choices_are_refused(changes: dict[str, object], message: str) -> None:

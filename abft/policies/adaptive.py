@@ -113,6 +113,11 @@ class Adaptive(Strategy):
         base = Policy() if policy is None else policies.as_policy(policy)
         if base.timing != "immediate":
             raise PolicyError("Adaptive plans repairs, which timing='deferred' does not make; use timing='immediate'")
+        if not base.roles >= policies.ROLES or base.panel != "full":
+            raise PolicyError(
+                "Adaptive plans with detection rates of full panels in all roles, and would promise too much of fewer; "
+                f"got panel={base.panel!r}, roles={sorted(base.roles)}. Use panel='full' and roles fprop, dgrad, wgrad."
+            )
         self.base = base.replace(level="correct", redundancy="none", every=1)
         self.carried = base.replace(level="planned", redundancy="none", every=1)
         self.plan: Plan | None = None
@@ -128,7 +133,7 @@ class Adaptive(Strategy):
     # --- what protect() asks for ---------------------------------------------------------------------------
 
     def choose(self, modules: Mapping[str, Any]) -> Policy:
-        """The first plan, from the prior alone."""
+        """The first plan, from the prior alone; protecting another time forgets the evidence."""
         if not modules:
             raise PolicyError("Adaptive found no module to protect")
         if self.profile is None:
@@ -145,7 +150,7 @@ class Adaptive(Strategy):
         self._modules = {name: weakref.ref(module) for name, module in modules.items()}
         self._devices = {name: _device_of(module) for name, module in modules.items()}
         self.rates = {device: Estimate() for device in set(self._devices.values())}
-        self.plan, self.history, self.seen, self._changed_at = None, [], 0, 0
+        self.plan, self.history, self.seen, self._changed_at, self._since, self._warned = None, [], 0, 0, None, False
         plan = self._best(self.target)
         if not (plan.met and plan.affordable) and self.infeasible == "raise":
             raise PolicyError(self._why_infeasible(plan))

@@ -42,6 +42,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--trials", type=int, default=100, help="faults per site that measure its sensitivity")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="folder of the result (default: bench/results)")
+    parser.add_argument("--plots", type=Path, help="folder for a PNG of the step; needs matplotlib")
     parser.add_argument("--fresh", action="store_true", help="forget earlier results")
     options = parser.parse_args(argv)
     torch.set_num_threads(1)
@@ -59,6 +60,8 @@ def main(argv: list[str]) -> int:
     if results.find("extrapolation") is None:
         _extrapolate(results, profile)
     results.progress(len(options.rates) + 1, len(options.rates) + 1, "step")
+    if options.plots:
+        draw(results.find("step") or {}, options.plots)
     return 0
 
 
@@ -190,6 +193,30 @@ def _step(results: Results, profile: Profile, options: argparse.Namespace) -> No
         turns=turns, updates_until_strong=up, trace=trace,
         history=[{"seen": seen, "plan": plan.options, "cost": plan.cost} for seen, plan in policy.history],
     )  # fmt: skip
+
+
+def draw(step: dict[str, Any], folder: Path) -> Path:
+    """The step as a picture: the rate, what is believed of it, what the plan costs, and what escaped. Needs matplotlib."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    trace = step["trace"]
+    passes = [step["passes_per_update"] * (i + 1) for i in range(len(trace))]
+    figure, (above, below) = pyplot.subplots(2, 1, sharex=True, figsize=(8, 4.5), layout="constrained")
+    above.step(passes, [100 * float(t["cost"]) for t in trace], where="post", color="tab:blue")
+    above.set_ylabel("cost of the plan, %")
+    below.bar(passes, [t["escapes"] for t in trace], width=0.8 * step["passes_per_update"], color="tab:red", label="harmful escapes per update")
+    expected = [LAYERS * step["passes_per_update"] * float(t["rate"]) for t in trace]
+    below.step(passes, expected, where="mid", color="black", linewidth=0.8, label="faults that strike, expected")
+    below.set_yscale("symlog", linthresh=1)
+    below.set_xlabel("passes of the model")
+    below.legend(fontsize=7)
+    folder.mkdir(parents=True, exist_ok=True)
+    figure.savefig(folder / "adaptive_step.png", dpi=110)
+    pyplot.close(figure)
+    return folder / "adaptive_step.png"
 
 
 # --- what the model says of real rates ------------------------------------------------------------------------

@@ -207,7 +207,7 @@ def draw(step: dict[str, Any], folder: Path) -> Path:
     figure, (above, below) = pyplot.subplots(2, 1, sharex=True, figsize=(8, 4.5), layout="constrained")
     above.step(passes, [100 * float(t["cost"]) for t in trace], where="post", color="tab:blue")
     above.set_ylabel("cost of the plan, %")
-    below.bar(passes, [t["escapes"] for t in trace], width=0.8 * step["passes_per_update"], color="tab:red", label="harmful escapes per update")
+    below.bar(passes, [t["escapes"] for t in trace], width=0.8 * step["passes_per_update"], color="tab:red", label="escapes per update")
     expected = [LAYERS * step["passes_per_update"] * float(t["rate"]) for t in trace]
     below.step(passes, expected, where="mid", color="black", linewidth=0.8, label="faults that strike, expected")
     below.set_yscale("symlog", linthresh=1)

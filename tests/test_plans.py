@@ -16,6 +16,7 @@ RECORD = {"on_uncorrected": "record"}
 
 @pytest.fixture(autouse=True)
 def clean_slate():
+    plans._counts.clear()  # blocks begin with the test, whatever the sites have computed before
     abft.report(reset=True)
     yield
     abft.report(reset=True)
@@ -138,7 +139,7 @@ def test_gradients_follow_the_plan_of_the_moment() -> None:
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_plans_change_without_compiling_again(backend: str) -> None:
     model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16))
-    abft.protect(model, Policy(level="planned", **RECORD))
+    abft.protect(model, Policy(level="planned", **RECORD), name=f"compiled {backend}")
     torch._dynamo.reset()
     counter = CompileCounterWithBackend(backend)
     compiled = torch.compile(model, backend=counter, fullgraph=True)
@@ -179,7 +180,6 @@ def test_coverage_says_what_is_in_force() -> None:
 def test_a_captured_graph_protects_every_product(monkeypatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     text = Policy(every=8).text
-    plans._counts.clear()
     assert all(plans.now(text, 3, "fprop", on_gpu=True).level == "correct" for _ in range(16))
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     assert sum(plans.now(text, 3, "fprop", on_gpu=True).level == "correct" for _ in range(16)) == 2

@@ -16,6 +16,7 @@ def test_plans_and_samples_reach_the_kernels() -> None:
     base = abft.Policy(backend="triton", on_uncorrected="record")
     abft.protect(layer, base.replace(level="planned"), name="kernels")
     abft.report(reset=True)
+    plans._counts.clear()
     site = sites.site_of(sites.number_of(layer._abft_site))
     with torch.no_grad():
         wanted = layer(x)

@@ -482,6 +482,7 @@ def test_the_committed_measurement_reaches_the_goals() -> None:
     assert step["turns"] <= 1  # up, and down again
 
 
+@pytest.mark.slow
 def test_the_campaign_can_be_run_in_small(tmp_path: Path) -> None:
     from bench import adaptive as campaign
 

@@ -11,7 +11,7 @@ if not (_Path(__file__).parent / "triton_kernels").is_dir():
 
 __version__ = "0.1.0"
 
-from abft import inject
+from abft import inject, policies, prediction
 from abft.attend import scaled_dot_product_attention
 from abft.calibrating import calibrate
 from abft.calibration import Calibration
@@ -76,6 +76,8 @@ __all__ = [
     "int_mm",
     "linear",
     "matmul",
+    "policies",
+    "prediction",
     "protect",
     "protected",
     "refresh",

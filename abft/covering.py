@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from abft import attention_interface, panels, protection, scope
+from abft import attention_interface, panels, plans, protection, scope, sites
 from abft import policy as policies
 from abft.nn.checked import Checked, InterfacedForward, ScopedForward
 from abft.ops.attention import attention, attention_backward
@@ -99,7 +99,7 @@ def _describe(name: str, module: nn.Module, reader: nn.Module | None) -> ModuleC
         elif reason == "not an nn.Linear":
             reason = f"{kind} is not checked yet"
         return ModuleCoverage(name, kind, False, "", "", "", reason)
-    policy = scope.in_force(module._abft_policy)
+    policy = plans.planned(scope.in_force(module._abft_policy), sites.number_of(module._abft_site))
     heads = module if isinstance(module, nn.MultiheadAttention) else None
     weight = getattr(module if heads is None else heads.out_proj, "weight", None)
     if (
@@ -121,7 +121,8 @@ def _describe(name: str, module: nn.Module, reader: nn.Module | None) -> ModuleC
     if heads is not None:
         how = "projections and attention" if isinstance(weight, Tensor) and not weight.is_cuda else "projections, attention left to torch"
     roles = "" if policy.roles == policies.ROLES else f", roles {'+'.join(sorted(policy.roles))}"
-    text = f"level {policy.level}{roles}" + ("" if policy.redundancy == "none" else f", {policy.redundancy}")
+    sampled = "" if policy.every == 1 else f", one of {policy.every}"
+    text = f"level {policy.level}{sampled}{roles}" + ("" if policy.redundancy == "none" else f", {policy.redundancy}")
     return ModuleCoverage(name, kind, True, how, _backend(policy, weight), text, "")
 
 
@@ -186,7 +187,8 @@ def _shares(func: Any, args: tuple[Any, ...], flops: int) -> list[int]:
     """The checked parts of a checked operator's FLOPs."""
     if func not in (product, int_product, attention, attention_backward):
         return []
-    policy = policies.decode(args[-1])
+    policy = plans.planned(policies.decode(args[-1]), sites.index_of(args[-2 if func is not product else -3]))
+    flops = flops // policy.every
     if policy.redundancy != "none":
         return [flops]
     if policy.level == "off":
@@ -196,7 +198,7 @@ def _shares(func: Any, args: tuple[Any, ...], flops: int) -> list[int]:
     direction, first = ("fprop", 0) if func is attention else ("dgrad", 2)
     query, key, value = args[first : first + 3]
     parts = attention_parts(query.shape, key.shape, value.shape, backward=func is attention_backward)
-    return [part for role, part in parts.items() if policy.roles & {role, direction}]
+    return [part // policy.every for role, part in parts.items() if policy.roles & {role, direction}]
 
 
 def _flop_share(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float | None:

@@ -17,7 +17,7 @@ from torch.autograd import _profiler_enabled, forward_ad
 from torch.nn import functional as F
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from abft import floating, ledger, scope, sites
+from abft import faults, floating, ledger, plans, scope, sites
 from abft import policy as policies
 from abft.backends import lane
 from abft.errors import DeviceError, DtypeError, ShapeError
@@ -95,6 +95,11 @@ def int_mm(input: Tensor, mat2: Tensor, *, policy: PolicyLike = None) -> Tensor:
 def linear_at(site: Tensor | None, input: Tensor, weight: Tensor, bias: Tensor | None, own: Policy | None, name: str = "linear") -> Tensor:
     """``linear`` at a given site (its 0-d tensor)."""
     if not torch.compiler.is_compiling() and _is_ordinary(input, weight, bias):
+        own = scope.in_force(own)
+        if (own.dynamic or own.level == "off") and not _wants_gradients(input, weight, bias):
+            own = plans.now(own.text, _number(site, own, name), "fprop")  # gradients are decided each when its time comes
+            if not own.protects and _is_left_to_torch(input, weight, bias):
+                return bypassed(plans.why_unchecked(own, "fprop"), lambda: F.linear(input, weight, bias))
         y = _linear_again(site, input, weight, bias, own, name)
         if y is not None:
             return y
@@ -129,19 +134,19 @@ def _is_ordinary(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
 
 
 def _linear_again(
-    site: Tensor | None, input: Tensor, weight: Tensor, bias: Tensor | None, own: Policy | None, name: str
+    site: Tensor | None, input: Tensor, weight: Tensor, bias: Tensor | None, policy: Policy, name: str
 ) -> Tensor | None:
     """A linear like an earlier one, by the shortest way; None if it has to be decided anew."""
-    policy = scope.in_force(own)
     dimensions = input.dim()
     if dimensions == 0:
         return None
     a = input if dimensions == 2 else _as_matrix(input)
-    fitting = lane.find(a, weight, False, bias, "fprop", policy.text)
+    now = plans.planned(policy, _number(site, policy, name)) if policy.dynamic else policy
+    fitting = None if now.dynamic else lane.find(a, weight, False, bias, "fprop", now.text)
     if fitting is None:
         return None
     own_site = sites.functional(name, policy.on_uncorrected) if site is None else None
-    if torch.is_grad_enabled() and (input.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)):
+    if _wants_gradients(input, weight, bias):
         if own_site is not None:
             site = sites.functional_tensor(own_site)
         elif not site.is_cpu:  # type: ignore[union-attr]
@@ -151,6 +156,19 @@ def _linear_again(
         number = sites.number_of(site) if own_site is None else own_site.index  # type: ignore[arg-type]
         y = take(fitting, a, weight, False, bias, "fprop", number)
     return y if a is input else y.view(*input.shape[:-1], weight.shape[0])
+
+
+def _wants_gradients(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and (input.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad))
+
+
+def _number(site: Tensor | None, policy: Policy, name: str) -> int:
+    return sites.functional(name, policy.on_uncorrected).index if site is None else sites.number_of(site)
+
+
+def _is_left_to_torch(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether an unprotected product is no more than torch's: of sizes that fit, on a CPU, and nobody injects faults."""
+    return faults.active is None and input.is_cpu and weight.is_cpu and _check_linear(input, weight, bias) is None
 
 
 def addmm_at(site: Tensor | None, input: Tensor, mat1: Tensor, mat2: Tensor, beta: float, alpha: float, own: Policy | None) -> Tensor:

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Literal, get_args
 
 from abft.errors import PolicyError
 
-Level = Literal["off", "detect", "correct"]
+Level = Literal["off", "detect", "correct", "planned"]
 Backend = Literal["auto", "triton", "reference", "vendor"]
 Redundancy = Literal["none", "dmr", "tmr"]
 Role = Literal["fprop", "dgrad", "wgrad"]
@@ -61,7 +61,10 @@ def _encode(policy: Policy) -> str:
 class Policy:
     """How products are protected.
 
-    level: off (nothing is checked), detect (report only), correct (repair on the device).
+    level: off (nothing is checked), detect (report only), correct (repair on the device), planned (everything here is what the plan of
+        ``abft.policies.Adaptive`` says at the site when the product runs; without a plan: correct).
+    every: of every so many products of a site and role one is protected, at a place drawn anew each time, and the others are left alone and
+        counted: a fault is missed with probability 1 - 1/every. In a captured CUDA graph, where no host decides, all are protected.
     backend: auto, or an explicit one that never falls back.
     redundancy: dmr runs a product twice and lets a third decide bitwise; tmr runs three and votes. Independent of level.
     panel: checksum columns; lean costs half and is half-blind to equal pairs.
@@ -82,6 +85,7 @@ class Policy:
     """
 
     level: Level = "correct"
+    every: int = 1
     backend: Backend = "auto"
     redundancy: Redundancy = "none"
     panel: Literal["lean", "full"] = "full"
@@ -93,12 +97,17 @@ class Policy:
     max_floor: float | None = None
     on_uncorrected: OnUncorrected = "warn"
     text: ClassVar[str]  # set per instance; not a choice
+    dynamic: ClassVar[bool]  # set per instance; what it means is decided when a product runs (abft.plans)
 
     def __post_init__(self) -> None:
         for name, allowed in _CHOICES.items():
             value = getattr(self, name)
             if value not in allowed:
                 raise PolicyError(f"Policy.{name} must be one of {', '.join(allowed)}; got {value!r}")
+        if isinstance(self.every, bool) or not isinstance(self.every, int) or self.every < 1:
+            raise PolicyError(f"Policy.every must be a whole number from 1; got {self.every!r}")
+        if self.level == "planned" and (self.every != 1 or self.redundancy != "none"):
+            raise PolicyError("Policy.level='planned' leaves every and redundancy to the plan; leave them at 1 and 'none'")
         self._check_roles()
         self._check_group()
         if self.timing == "deferred" and self.redundancy != "none":
@@ -113,6 +122,12 @@ class Policy:
             raise PolicyError(f"Policy.on_uncorrected must be record, warn, raise or a callable; got {self.on_uncorrected!r}")
         # How it travels as an operator argument; made once, so that tracers see a constant.
         object.__setattr__(self, "text", _encode(self))
+        object.__setattr__(self, "dynamic", self.level == "planned" or (self.every > 1 and self.protects))
+
+    @property
+    def protects(self) -> bool:
+        """Whether it does anything about a product."""
+        return self.level != "off" or self.redundancy != "none"
 
     def __reduce__(self) -> Any:
         # Made anew in another process: the number of a callable reaction is this process's own.
@@ -170,6 +185,18 @@ PRESETS: dict[str, Policy] = {
     "audit": Policy(level="detect", on_uncorrected="record"),
     "paranoid": Policy(group=128, redundancy="dmr", on_uncorrected="raise"),
 }
+
+class Strategy:
+    """What chooses a policy for every module of a model, and may choose again: ``abft.policies.Adaptive``. ``protect`` asks it."""
+
+    def choose(self, modules: Mapping[str, Any]) -> Policy:
+        """The policy that all of these modules, by name, carry. Raises PolicyError, before any is touched, if it has no answer."""
+        raise NotImplementedError
+
+    def enforce(self) -> None:
+        """The modules are protected now: let the choice be in force."""
+        raise NotImplementedError
+
 
 PolicyLike = Policy | str | None
 

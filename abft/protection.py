@@ -12,7 +12,7 @@ from abft import attention_interface, bits, panels
 from abft import policy as policies
 from abft.errors import AbftError
 from abft.nn.checked import ATTRIBUTES, Checked, attach, checked_type, unchecked_type
-from abft.policy import Policy, PolicyLike
+from abft.policy import Policy, PolicyLike, Strategy
 
 Model = TypeVar("Model", bound=nn.Module)
 FilterFn = Callable[[nn.Module, str], bool]
@@ -25,15 +25,16 @@ _FAST_PATHS: tuple[tuple[type[nn.Module], str, object], ...] = (
 
 
 def protect(
-    model: Model, policy: PolicyLike | Mapping[str, Any] = None, *, filter_fn: FilterFn | None = None, name: str | None = None
+    model: Model, policy: PolicyLike | Mapping[str, Any] | Strategy = None, *, filter_fn: FilterFn | None = None, name: str | None = None
 ) -> Model:
     """Check every product of the linear layers and attention modules of ``model``, in place; returns the model.
 
     Those are nn.Linear and nn.MultiheadAttention; in models of transformers also GPT-2's Conv1D, and attention: where it goes through
     transformers' interface the configuration is switched to ``attn_implementation="abft"`` (see ``abft.huggingface``).
 
-    policy: a Policy, a preset's name, None (the policy in force when a layer runs), or a mapping from module names
-    to either, where exact names win over ``"re:…"`` keys and a None value means unprotected.
+    policy: a Policy, a preset's name, None (the policy in force when a layer runs), a mapping from module names
+    to either, where exact names win over ``"re:…"`` keys and a None value means unprotected, or an
+    ``abft.policies.Adaptive``, which chooses for every module and may choose again while the model runs.
     filter_fn(module, fqn): True = protect. name: prefix of the sites' names. Idempotent; a second call may change policies.
 
     Parameters, hooks, tying, state-dict keys and ``isinstance`` stay. Not covered (see ``abft.coverage``):
@@ -52,15 +53,20 @@ def protect(
         chosen = policies.resolve(policy, list(found))
         unprotected = {fqn for fqn, p in chosen.items() if p is None}
     else:
-        one = None if policy is None else policies.as_policy(policy)
-        chosen = dict.fromkeys(found, one)
         unprotected = {fqn for fqn, m in found.items() if filter_fn is not None and not filter_fn(m, fqn)}
+        if isinstance(policy, Strategy):
+            one: Policy | None = policy.choose({fqn: m for fqn, m in found.items() if fqn not in unprotected})
+        else:
+            one = None if policy is None else policies.as_policy(policy)
+        chosen = dict.fromkeys(found, one)
     prefix = f"{name}." if name else ""
     for fqn, module in found.items():
         if fqn not in unprotected:
             _protect_one(module, f"{prefix}{fqn}" if fqn else (name or _plain_name(module)), chosen[fqn])
         elif isinstance(policy, Mapping):
             _unprotect_one(module)  # None is a wish, also after an earlier protect
+    if isinstance(policy, Strategy):
+        policy.enforce()
     _switch_fast_paths(model, on=False)
     attention_interface.switch(model, lambda module: isinstance(module, Checked))
     return model

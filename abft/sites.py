@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-from abft.policy import OnUncorrected
+from abft.policy import OnUncorrected, Policy
 
 CAPACITY = 4096
 #: Everything past the capacity is counted together here.
@@ -22,12 +22,13 @@ OVERFLOW = 0
 
 @dataclass
 class Site:
-    """name as users see it; what to do when a fault there could not be repaired."""
+    """name as users see it; what to do when a fault there could not be repaired; the policy that a plan has put in force there."""
 
     index: int
     name: str
     on_uncorrected: OnUncorrected = "warn"
     tenant: int = 0  # how many modules had this number before
+    plan: Policy | None = None
 
 
 _lock = threading.RLock()  # a garbage collection inside it may release sites
@@ -44,7 +45,7 @@ def register(name: str, on_uncorrected: OnUncorrected = "warn") -> Site:
         if _free.get(name):
             site = _sites[_free[name].pop()]
             site.tenant += 1
-            site.on_uncorrected = on_uncorrected
+            site.on_uncorrected, site.plan = on_uncorrected, None
             return site
         if len(_sites) >= CAPACITY:
             return _sites[OVERFLOW]

@@ -15,6 +15,8 @@ COMMANDS = {
     "activations": "a real sentence encoder's activations and gradients, fault-free",
     "attention-clean": "fault-free attention: the largest residual of every check",
     "attention-faults": "random faults in every place inside attention: detected, repaired, missed",
+    "adaptive": "the adaptive policy against fixed levels at several rates of real faults, and through a step of the rate",
+    "prediction": "uncorrected faults predicted on simulated fleets that the predictor has not seen",
     "memory": "bytes of panels, per direction and group",
     "work": "what a repair computes again, of what the product computed: tiles counted in the interpreted kernels",
     "statistics": "the second detector: a drifting training run, a marginal unit, harmless flips, its cost",

@@ -397,6 +397,61 @@ def memory(page: str) -> str:
     return table(header, rows, "python -m bench memory")
 
 
+def adaptive(page: str) -> str:
+    """The adaptive policy beside every fixed level, at each rate."""
+
+    def row(f: File, rate: Record, r: Record) -> tuple[object, ...]:
+        low, high = (float(v) / 1e6 for v in r["interval"])
+        plan = r["level"] if "plan" not in r else "adaptive: " + ", ".join(dict.fromkeys(r["plan"].values()))
+        within = "yes" if r["met"] else "no"
+        escapes = f"{float(r['per_billion']) / 1e6:.2f} ({low:.2f} to {high:.2f})"
+        return f"{rate['rate']:g}", plan, r["faults"], escapes, within, _duration(r["seconds"]), f.link(page)
+
+    rows = [row(f, rate, r) for f in files("adaptive*") for rate in f.kind("rate") for r in rate["rows"]]
+    header = "faults per product | level | faults that struck | escapes per 1000 products (95 %) | within the target | a pass | file"
+    return table(header, rows, "python -m bench adaptive")
+
+
+def adaptive_summary(page: str) -> str:
+    """Whether the goals were met."""
+
+    def rows(f: File) -> Iterator[tuple[object, ...]]:
+        for r in f.kind("rate"):
+            own = r["rows"][-1]
+            over = "–" if r["over_cheapest"] is None else f"{100 * (float(r['over_cheapest']) - 1):+.1f} %"
+            yield f"{r['rate']:g}", "yes" if r["met"] else "no", r["cheapest_fixed"] or "–", over, own["changes"], f.link(page)
+        for r in f.kind("step"):
+            rates = f"{r['low']:g}, then {r['high']:g}, then {r['low']:g}"
+            yield rates, "–", "–", f"turned back {r['turns']} times", r["changes"], f.link(page)
+
+    header = "faults per product | target met | cheapest fixed level that meets it | time over that one's | changes of plan | file"
+    return table(header, [row for f in files("adaptive*") for row in rows(f)], "python -m bench adaptive")
+
+
+def fleets(page: str) -> str:
+    """Failure prediction on simulated fleets, as assumed and otherwise."""
+
+    def row(f: File, r: Record) -> tuple[object, ...]:
+        def interval(name: str) -> str:
+            low, high = (100 * float(v) for v in r[f"{name}_interval"])
+            return f"{100 * float(r[name]):.1f} % ({low:.1f} to {high:.1f})"
+
+        saved = f"{100 * float(r['downtime_saved']):.0f} %"
+        return r["key"], r["fleets"], r["failures"], r["alarms"], interval("precision"), interval("recall"), saved, f.link(page)
+
+    rows = [row(f, r) for f in files("prediction") for r in f.kind("fleets")]
+    return table("fleets | how many | failures | alarms | precision | recall | downtime saved | file", rows, "python -m bench prediction")
+
+
+def reliability(page: str) -> str:
+    """What was said, and what came true."""
+    rows = [
+        (b["windows"], f"{float(b['said']):.3f}", f"{float(b['was']):.3f}", f.link(page))
+        for f in files("prediction") for r in f.kind("fleets") if r["key"] == "as assumed" for b in r["reliability"]
+    ]  # fmt: skip
+    return table("windows | mean probability said | share that failed within the horizon | file", rows, "python -m bench prediction")
+
+
 def predictions(page: str) -> str:
     def row(f: File, r: Record) -> tuple[object, ...]:
         size = f"{r['m']:,} × {r['n']:,} × {r['k']:,}"
@@ -447,10 +502,12 @@ def statistics(page: str) -> str:
             asked = f"{r['alarms']} alarms, {r['quarantines']} of them for quarantine; {r['above_soft']} residuals above the soft threshold"
             rows.append((f"a training run, {r['dtype']}, {r['rows']:,} rows, no fault", asked, f.link(page)))
             (low, high), (a, b) = r["drift_of_mean"], r["drift_of_ln_variance"]
-            rows.append(("… drift over it, of e", f"mean {low:+.3f} … {high:+.3f} σ; variance × {math.exp(a):.2f} … {math.exp(b):.2f}", f.link(page)))
+            drift = f"mean {low:+.3f} … {high:+.3f} σ; variance × {math.exp(a):.2f} … {math.exp(b):.2f}"
+            rows.append(("… drift over it, of e", drift, f.link(page)))
         for r in f.kind("marginal"):
             what = f"bias {r['size']} σ" if r["defect"] == "bias" else f"noise + {100 * r['size']:.0f} %"
-            found = f"{r['found']} of {r['trials']} within 10,000 tiles; median {r['tiles_median']:,.0f}, longest {r['tiles_most']:,.0f} tiles"
+            tiles = f"median {r['tiles_median']:,.0f}, longest {r['tiles_most']:,.0f} tiles"
+            found = f"{r['found']} of {r['trials']} within 10,000 tiles; {tiles}"
             rows.append((f"{what} on one unit of 132", found, f.link(page)))
         for r in f.kind("quarantines"):
             said = f"{r['per_day']:.1e} a day; {r['per_day_worst_site']:.1e} with the worst site's residuals"
@@ -654,6 +711,10 @@ TABLES: dict[str, Callable[[str], str]] = {
     "protection-figure": protection_figure,
     "scaling": scaling,
     "commands": commands,
+    "adaptive": adaptive,
+    "adaptive-summary": adaptive_summary,
+    "fleets": fleets,
+    "reliability": reliability,
     "memory": memory,
     "predictions": predictions,
     "audit": audit,

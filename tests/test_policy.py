@@ -18,10 +18,11 @@ from abft.inject import Fault, faults
 
 DEFAULTS = dict(  # noqa: C408
     level="correct", backend="auto", redundancy="none", panel="full", group=None, roles=frozenset({"fprop", "dgrad", "wgrad"}), timing="immediate",
-    detector="checksum", weights="tracked", max_floor=None, on_uncorrected="warn",
+    detector="checksum", weights="tracked", max_floor=None, on_uncorrected="warn", every=1,
 )  # fmt: skip
 CHOICES = {
-    "level": ["off", "detect", "correct"], "backend": ["auto", "triton", "reference", "vendor"], "redundancy": ["none", "dmr", "tmr"],
+    "level": ["off", "detect", "correct", "planned"], "every": [1, 2, 100], "backend": ["auto", "triton", "reference", "vendor"],
+    "redundancy": ["none", "dmr", "tmr"],
     "panel": ["lean", "full"], "detector": ["checksum", "statistical", "both"], "group": [16, 128, 512], "weights": ["tracked", "frozen"], "max_floor": [1e-3, 1],
     "on_uncorrected": ["record", "warn", "raise"], "roles": [frozenset(), frozenset({"fprop"}), {"dgrad", "wgrad"}, ["fprop"], ("wgrad",), {"fprop", "qk"}, {"pv"}],
 }  # fmt: skip

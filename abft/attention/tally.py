@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from abft import faults, ledger, reporting, sites
+from abft import faults, ledger, plans, reporting, sites
 from abft.backends.call import Call
 from abft.faults import Strike, Target
 from abft.ledger import Finding, Outcome, Verdict
@@ -103,7 +103,7 @@ class Tally:
             if self.checks(ROLES[name]) or alone:
                 book.count(self.site, product.outcome, repeated)
             else:
-                ledger.bypass("level off" if self.policy.level == "off" else f"role {ROLES[name]} not in policy")
+                ledger.bypass(plans.why_unchecked(self.policy, ROLES[name]))
         for role in ("qk", "pv"):
             self._announce(role, book)
 

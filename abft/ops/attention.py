@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from abft import ledger, policy, redundancy, sites, threshold
+from abft import ledger, plans, redundancy, sites, threshold
 from abft.attention import products
 from abft.attention.backward import Given, Gradients, gradients
 from abft.attention.forward import attend
@@ -28,7 +28,7 @@ from abft.errors import DeviceError, PolicyError
 from abft.ledger import Verdict
 from abft.ops import attention_kernels, checked
 from abft.ops.checked import LIBRARY, bypass
-from abft.policy import Policy
+from abft.policy import Policy, decode
 
 _OPTIONS = "float scale, bool causal, int offset, int window, float softcap, float dropout"
 LIBRARY.define(
@@ -48,7 +48,7 @@ def _attention(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     options = Options.read(scale, causal, offset, window, softcap, dropout)
     problem = Problem(q, k, v, mask, _seed(seed), options)
-    chosen = policy.decode(policy_text)
+    chosen = plans.now(policy_text, sites.index_of(site), "fprop", on_gpu=q.is_cuda)
     _refuse(problem, chosen)
     if _in_kernels(q, chosen):
         words = ledger_ if q.device.type != "cpu" else torch.from_numpy(ledger.cpu().words)
@@ -74,7 +74,7 @@ def _attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     options = Options.read(scale, causal, offset, window, softcap, dropout)
     problem = Problem(q, k, v, mask, _seed(seed), options)
-    chosen = policy.decode(policy_text)
+    chosen = plans.now(policy_text, sites.index_of(site), "dgrad", on_gpu=q.is_cuda)
     if _in_kernels(q, chosen):
         assert out is not None, "the kernels take δ from the forward's output"
         words = ledger_ if q.device.type != "cpu" else torch.from_numpy(ledger.cpu().words)
@@ -195,7 +195,7 @@ class CheckedAttention(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         out, statistics, full = attention(q, k, v, mask, seed, *options, weights, book, site, policy_text)
         # The reference computes δ from probabilities, the kernels from the output.
-        kept = out if _in_kernels(q, policy.decode(policy_text)) else None
+        kept = out if _in_kernels(q, decode(policy_text)) else None
         ctx.save_for_backward(q, k, v, mask, seed, kept, statistics)
         ctx.ledger, ctx.site = book, site  # see CheckedProduct
         ctx.options, ctx.weights, ctx.policy = options, weights, policy_text

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from abft import faults, ledger, redundancy, sites
+from abft import faults, ledger, plans, redundancy, sites
 from abft.attention.problem import Problem
 from abft.backends import masked
 from abft.faults import Place, Strike, Target
@@ -49,7 +49,7 @@ def attend(problem: Problem, policy: Policy, site: Tensor, words: Tensor) -> tup
         policy, roles,
     )  # fmt: skip
     for role in PLACES.keys() - roles:
-        ledger.bypass(f"role {role} not in policy")
+        ledger.bypass(plans.why_unchecked(policy, role))
     if faults.active is not None:
         call = _struck(call, site)
     # A record on a device does not carry its policy: whoever reads it finds the reaction at the site.
@@ -87,7 +87,7 @@ def gradients(
     for role, products in (("qk", 3), ("pv", 2)):
         if policy.level == "off" or not {role, "dgrad"} & policy.roles:
             for _ in range(products):
-                ledger.bypass("level off" if policy.level == "off" else f"role {role} not in policy")
+                ledger.bypass(plans.why_unchecked(policy, role))
     hits = _hits(problem, given, site) if faults.active is not None else ()
     sites.site_of(sites.index_of(site)).on_uncorrected = policy.on_uncorrected
     try:

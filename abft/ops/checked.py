@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from abft import faults, floating, ledger, panels, policy, redundancy, reporting, sites, threshold
+from abft import faults, floating, ledger, panels, plans, policy, redundancy, reporting, sites, threshold
 from abft.backends import arbitration, lane, masked, quick, reference, tolerance
 from abft.backends.call import Call
 from abft.checksum import Layout, Panel
@@ -51,11 +51,13 @@ def _product(
         # A backward inside autocast: what is computed here has the types it has, and its checks are fp32.
         with torch.autocast(a.device.type, enabled=False):
             return _product(a, ta, b, tb, bias, ledger_, site, role, policy_text)
+    chosen = policy.decode(policy_text)
+    if chosen.dynamic:
+        chosen = plans.now(policy_text, sites.index_of(site), role, on_gpu=a.is_cuda)
     if not ta:
-        fitting = lane.find(a, b, tb, bias, role, policy_text)
+        fitting = lane.find(a, b, tb, bias, role, chosen.text)
         if fitting is not None:
             return take(fitting, a, b, tb, bias, role, sites.index_of(site))
-    chosen = policy.decode(policy_text)
     source = b if role != "wgrad" and isinstance(b, torch.nn.Parameter) else None
     left = a.mT if ta else a
     right = b if b.dtype == a.dtype else b.to(a.dtype)
@@ -225,7 +227,7 @@ def product_on_device(call: Call, words: Tensor, site: Tensor, backend: str, onc
     unchecked = call.policy.level == "off" or call.role not in call.policy.roles
     if call.policy.redundancy == "none":
         if unchecked:
-            ledger.bypass("level off" if call.policy.level == "off" else f"role {call.role} not in policy")
+            ledger.bypass(plans.why_unchecked(call.policy, call.role))
         return run(call, words)
     # No host decision can save the third execution, so dmr costs here what tmr costs. Replicas keep no books.
     scratch = ledger.scratch(words.device)
@@ -248,7 +250,7 @@ def product_on_host(
     if checked:
         y = (check or _check)(call, y, outcome, backend)
     elif call.policy.redundancy == "none":
-        ledger.bypass("level off" if call.policy.level == "off" else f"role {call.role} not in policy")
+        ledger.bypass(plans.why_unchecked(call.policy, call.role))
         return y
     repeated = call.role == "fprop" and torch._C._current_graph_task_id() != -1
     book = ledger.cpu()

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from abft import faults, ledger, policy, sites
+from abft import faults, ledger, plans, sites
 from abft.backends import integer, masked_integer
 from abft.backends.call import Call
 from abft.checksum import Panel
@@ -32,7 +32,7 @@ def _int_product(a: Tensor, b: Tensor, tb: bool, ledger_: Tensor, site: Tensor, 
     if torch.is_grad_enabled():
         with torch.no_grad():
             return _int_product(a, b, tb, ledger_, site, policy_text)
-    chosen = policy.decode(policy_text)
+    chosen = plans.now(policy_text, sites.index_of(site), "fprop", on_gpu=a.is_cuda)
     source = b if isinstance(b, WEIGHTS) else None
     call = Call(a, b.mT if tb else b, None, source, tb, "fprop", chosen, sites.index_of(site))
     if a.numel() == 0 or b.numel() == 0:

@@ -1,0 +1,35 @@
+"""Plans and samples on the kernels' backend: the same decisions, made before the kernel is chosen."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+import abft
+from abft import inject, plans, sites
+
+
+def test_plans_and_samples_reach_the_kernels() -> None:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.manual_seed(0)
+    layer, x = nn.Linear(32, 32, device=device), torch.randn(16, 32, device=device)
+    base = abft.Policy(backend="triton", on_uncorrected="record")
+    abft.protect(layer, base.replace(level="planned"), name="kernels")
+    abft.report(reset=True)
+    plans._counts.clear()
+    site = sites.site_of(sites.number_of(layer._abft_site))
+    with torch.no_grad():
+        wanted = layer(x)
+        for plan, products, left_alone in (
+            (base.replace(level="off"), 0, {"level off": 4}),
+            (base.replace(every=2), 2, {plans.NOT_SAMPLED: 2}),
+            (base, 4, {}),
+        ):
+            site.plan = plan
+            abft.report(reset=True)
+            assert all(torch.equal(layer(x), wanted) for _ in range(4))
+            report = abft.report(reset=True)
+            assert (report.products, report.bypassed) == (products, left_alone)
+        with inject.faults(inject.Fault("nullify", pattern="row")):
+            assert torch.equal(layer(x), wanted)
+    assert abft.report(reset=True).corrected == 1

@@ -444,13 +444,15 @@ def statistics(page: str) -> str:
     rows: list[tuple[object, ...]] = []
     for f in files("statistics*"):
         for r in f.kind("training"):
-            asked = f"{r['alarms']} alarms, {r['quarantines']} of them for quarantine; {r['above_soft']} residuals above the soft threshold"
+            asked = f"{r['alarms']} alarm(s), {r['quarantines']} for quarantine; {r['above_soft']} residuals above the soft threshold"
             rows.append((f"a training run, {r['dtype']}, {r['rows']:,} rows, no fault", asked, f.link(page)))
             (low, high), (a, b) = r["drift_of_mean"], r["drift_of_ln_variance"]
-            rows.append(("… drift over it, of e", f"mean {low:+.3f} … {high:+.3f} σ; variance × {math.exp(a):.2f} … {math.exp(b):.2f}", f.link(page)))
+            drift = f"mean {low:+.3f} … {high:+.3f} σ; variance × {math.exp(a):.2f} … {math.exp(b):.2f}"
+            rows.append(("… drift over it, of e", drift, f.link(page)))
         for r in f.kind("marginal"):
             what = f"bias {r['size']} σ" if r["defect"] == "bias" else f"noise + {100 * r['size']:.0f} %"
-            found = f"{r['found']} of {r['trials']} within 10,000 tiles; median {r['tiles_median']:,.0f}, longest {r['tiles_most']:,.0f} tiles"
+            after = f"median {r['tiles_median']:,.0f}, longest {r['tiles_most']:,.0f} tiles"
+            found = f"{r['found']} of {r['trials']} within 10,000 tiles; {after}"
             rows.append((f"{what} on one unit of 132", found, f.link(page)))
         for r in f.kind("quarantines"):
             said = f"{r['per_day']:.1e} a day; {r['per_day_worst_site']:.1e} with the worst site's residuals"

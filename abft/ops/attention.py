@@ -97,6 +97,11 @@ def _in_kernels(q: Tensor, chosen: Policy) -> bool:
     return chosen.backend == "triton" or q.device.type != "cpu"
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _asks_for_kernels(policy_text: str) -> bool:
+    return decode(policy_text).backend == "triton"
+
+
 def _seed(seed: Tensor | None) -> int:
     return 0 if seed is None else int(seed.numpy())
 
@@ -195,7 +200,7 @@ class CheckedAttention(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         out, statistics, full = attention(q, k, v, mask, seed, *options, weights, book, site, policy_text)
         # The reference computes δ from probabilities, the kernels from the output.
-        kept = out if _in_kernels(q, decode(policy_text)) else None
+        kept = out if q.device.type != "cpu" or _asks_for_kernels(policy_text) else None
         ctx.save_for_backward(q, k, v, mask, seed, kept, statistics)
         ctx.ledger, ctx.site = book, site  # see CheckedProduct
         ctx.options, ctx.weights, ctx.policy = options, weights, policy_text

@@ -6,7 +6,7 @@ A batch is what every unit has added between two looks, (units, kinds, fields).
     alone (one unit)        mean, in units of the σ of now, against the frozen μ, beyond 0.2 σ;
                             ln variance against its own slow average, beyond a factor of 1.6
 
-What data do to residuals is common to peers. A lone unit has none: over a training run the variance drifts by e^0.7 and more, the
+What data do to residuals is common to peers. A lone unit has none: over a training run the variance drifts by a factor of 1.5, the
 mean hardly (the random signs of the columns leave little that is systematic; bench/results/statistics.jsonl has both), except where
 all rows are alike.
 """

@@ -18,6 +18,7 @@ from abft.attention.tally import Tally
 from abft.backends import triton_attention_backward as backend
 from abft.backends.triton_attention_backward import Given, Hit
 from abft.faults import BitOperation, Region, Strike
+from abft.ops.attention_kernels import gradient_call
 from abft.policy import Policy
 
 DTYPES = (torch.float32, torch.float16)
@@ -69,7 +70,7 @@ class Case:
     def run(self, policy=CORRECT, hits=(), again=()) -> Run:
         words = harness.fresh_ledger()
         site = torch.tensor(harness.SITE, device=harness.DEVICE)
-        found = backend.gradients(self.problem, self.given, policy, words, site, tuple(hits), tuple(again))
+        found = backend.gradients(gradient_call(self.problem, policy), self.given, words, site, tuple(hits), tuple(again))
         return Run(found, harness.counters_of(words, harness.SITE), harness.records_of(words))
 
 

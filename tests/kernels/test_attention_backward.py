@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import abft
 from abft import ledger
 from abft.attention import forward
 from abft.attention.problem import Options, Problem
@@ -302,6 +303,35 @@ def test_operands_that_hold_nan_are_input(which):
     run = case.run()
     assert run.counters["input_rows"] > 0 and run.counters["recomputed"] == 0
     assert {ledger.VERDICTS[r["verdict"]].name for r in run.records} == {"INPUT"}
+
+
+@pytest.mark.parametrize("where, role", [("S", "qk"), ("P", "pv"), ("dS", "pv"), ("dK", "qk"), (None, None)])
+def test_training_takes_the_kernels_and_an_injector_reaches_them(where, role):
+    generator = torch.Generator().manual_seed(4)
+    make = lambda *s: torch.randn(s, generator=generator).to(harness.DEVICE)  # noqa: E731
+    operands, above = (make(1, 2, 24, 16), make(1, 1, 40, 16), make(1, 1, 40, 16)), make(1, 2, 24, 16)
+
+    def step(backend_name):
+        leaves = [t.clone().requires_grad_() for t in operands]
+        policy = abft.Policy(backend=backend_name, on_uncorrected="record")
+        abft.scaled_dot_product_attention(*leaves, enable_gqa=True, policy=policy).backward(above)
+        return [t.grad for t in leaves]
+
+    abft.report(reset=True)
+    if where is None:
+        got, report = step("triton"), abft.report(reset=True)
+        assert (report.products, report.detected, report.bypassed) == (7, 0, {})
+        for a, b in zip(got, step("reference" if harness.DEVICE.type == "cpu" else "auto"), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+        return
+    # S and P are struck in the backward: the second time that they are computed.
+    with abft.inject.faults(abft.inject.Fault("inf", where, role=role, call=1 if where in ("S", "P") else 0), seed=1) as log:
+        got = step("triton")
+    report = abft.report(reset=True)
+    assert len(log) == 1 and log[0].effect > 1e-3
+    assert report.recomputed == report.detected >= 1 and report.uncorrected == 0
+    for a, b in zip(got, step("triton"), strict=True):
+        assert oracles.bits_equal(a.cpu(), b.cpu())
 
 
 def test_deferred_checks_repair_nothing(struck):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cache
 
@@ -247,7 +248,8 @@ def test_the_record_names_the_row(struck, place, by_keys, role, rows):
     (record,) = [r for r in run.records if ledger.ROLE_NAMES[r["role"]] == role]
     assert (record["site"], record["row"], record["m"], record["rows"]) == (harness.SITE, 29, rows, 1)
     assert ledger.BACKEND_NAMES[record["backend"]] == "triton"
-    assert not abs(ledger.bits_float(record["residual"])) <= ledger.bits_float(record["bound"])
+    residual, bound = ledger.bits_float(record["residual"]), ledger.bits_float(record["bound"])
+    assert not abs(residual) <= bound or not math.isfinite(bound), "a bound whose squares overflowed explains nothing"
 
 
 @pytest.fixture

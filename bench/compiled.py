@@ -24,7 +24,7 @@ from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from abft import ledger, policy, threshold
 from abft.backends import triton as backend
-from abft.backends import triton_attention, triton_integer
+from abft.backends import triton_attention, triton_attention_backward, triton_integer
 from abft.backends.call import Call
 from abft.checksum import Panel
 from abft.faults import BitOperation, Region, Strike
@@ -154,6 +154,31 @@ def attention_launches(operands: str, architecture: int, *, columns: int = 128, 
         twin.attend(triton_attention.plan(call))
         triton_attention.attend(call, words, site)
     return launches
+
+
+def attention_gradient_launches(operands: str, architecture: int, *, columns: int = 128, length: int = 4096, strike: bool = False,
+                                numbered: bool = True) -> list[Launch]:  # fmt: skip
+    """The launches of the gradient of such an attention, causal, after those of its unchecked twin: the same kernels without checks."""
+    dtype = OPERANDS[operands]
+    q, k = torch.empty(2, 4, 2, length, columns, dtype=dtype), torch.empty(2, 4, length, columns, dtype=dtype)
+    call = triton_attention.AttentionCall(
+        q, k, torch.empty_like(k), None, 0, columns**-0.5, True, 0, None, None, 0.0, policy.Policy(), frozenset({"qk", "pv"})
+    )
+    given = triton_attention_backward.Given(q, q, torch.empty(2, *q.shape[:-1]))
+    hits = tuple(
+        triton_attention_backward.Hit(Strike(place, Region(0, 1, 0, 1), BitOperation(flip=1)))  # type: ignore[arg-type]
+        for place in (("S", "dV") if strike else ())
+    )
+    words, site = torch.zeros(ledger.WORDS, dtype=torch.int64), torch.zeros((), dtype=torch.int64)
+    with recorded() as launches, mock.patch.object(backend, "family_of", lambda device: architecture), _as_if_on_a_gpu():
+        for roles in (frozenset(), call.roles):
+            triton_attention_backward.gradients(replace(call, roles=roles), given, words, site, hits)
+    return launches
+
+
+def _as_if_on_a_gpu() -> contextlib.AbstractContextManager[Any]:
+    """Host tensors choose what a GPU's would."""
+    return mock.patch.object(triton_attention_backward, "on_host", lambda device: False)
 
 
 def compile_launch(launch: Launch, architecture: int) -> Any:

@@ -123,12 +123,11 @@ def gradients(given: Given, scores: Scores, causal: bool, config: Config, judge:
     order = wide | {"CAUSAL": causal, "CHECK": judge is not None}
     by_rows = order | {"BM": config.dq.rows, "BN": config.dq.step} | _launch(config.dq)
     by_keys = order | {"BM": config.dkv.step, "BN": config.dkv.rows} | _launch(config.dkv)
-    hits = fault_argument(faults)
     if judge is None:
-        for_rows = (at_q, at_k, at_v, at_do, at_o, x, scores, None, None, None, None, None)
-        for_keys = (at_q, at_k, at_v, at_do, x, scores, None, None, None, None, None, None)
-        attention_dq[(row_blocks,)](*for_rows, dq, None, words, site, hits, **by_rows)
-        attention_dkv[(key_blocks,)](*for_keys, dk, dv, None, words, site, hits, **by_keys)
+        plain_rows = (at_q, at_k, at_v, at_do, at_o, x, scores, None, None, None, None, None)
+        plain_keys = (at_q, at_k, at_v, at_do, x, scores, None, None, None, None, None, None)
+        attention_dq[(row_blocks,)](*plain_rows, dq, None, words, site, fault_argument(faults), **by_rows)
+        attention_dkv[(key_blocks,)](*plain_keys, dk, dv, None, words, site, fault_argument(faults), **by_keys)
         return dq, dk, dv
 
     summary = torch.empty(4, dtype=torch.int32, device=q.device)
@@ -138,12 +137,12 @@ def gradients(given: Given, scores: Scores, causal: bool, config: Config, judge:
     rows, columns = planes * length, of_keys * keys
     seen, seen_again = (_status(row_blocks, rows, summary[i : i + 1]) for i in (0, 2))
     found, found_again = (_status(key_blocks, columns, summary[i : i + 1]) for i in (1, 3))
-    attention_dq[(row_blocks,)](*for_rows, dq, seen, words, site, hits, **by_rows)
+    attention_dq[(row_blocks,)](*for_rows, dq, seen, words, site, fault_argument(faults), **by_rows)
     if judge.repair:
         attention_dq_again[(min(row_blocks, REPAIR_PROGRAMS),)](
             *for_rows, dq, seen, seen_again, words, site, row_blocks, fault_argument(again), **by_rows
         )
-    attention_dkv[(key_blocks,)](*for_keys, dk, dv, found, words, site, hits, **by_keys)
+    attention_dkv[(key_blocks,)](*for_keys, dk, dv, found, words, site, fault_argument(faults), **by_keys)
     if judge.repair:
         attention_dkv_again[(min(key_blocks, REPAIR_PROGRAMS),)](
             *for_keys, dk, dv, found, found_again, words, site, key_blocks, fault_argument(again),

@@ -11,14 +11,13 @@ import torch
 from torch import Tensor
 
 from abft import checksum, floating, ledger, sites, threshold
-from abft.attention.problem import Problem
-from abft.attention.softmax import KAPPA_SOFTMAX
 from abft.backends import triton as backend
+from abft.backends.triton_attention import AttentionCall
 from abft.faults import Strike
 from abft.ledger import Verdict
-from abft.policy import Policy
 
-UNIT = 2.0**-23
+#: Bound of sums over the softmax and its gradient, in units of 2⁻²³: the reference's, bench/results/attention.jsonl.
+KAPPA_SUMS, UNIT = 48.0, 2.0**-23
 PLACES = ("S", "P", "dP", "dS", "dQ", "dK", "dV")  # in the order of the kernels' own numbers
 FIRST_PLACE = 16
 
@@ -61,7 +60,7 @@ def _bounds(arithmetic: threshold.Arithmetic, dtype: torch.dtype, keys: int, dep
 
     # The forward sums the probabilities that multiply V, rounded to half precision; its output is rounded, too.
     rounding = floating.UNIT_ROUNDOFF[dtype] if dtype != torch.float32 else 0.0
-    vanishing = KAPPA_SOFTMAX * UNIT
+    vanishing = KAPPA_SUMS * UNIT
     of_probabilities = threshold.of_probabilities(arithmetic)
     return Bounds(
         of(e), of(d), of(keys, width=e), of(depth, width=e), of(depth, of_probabilities, width=d),
@@ -69,59 +68,63 @@ def _bounds(arithmetic: threshold.Arithmetic, dtype: torch.dtype, keys: int, dep
     )  # fmt: skip
 
 
-def _labels(problem: Problem, policy: Policy) -> Any:
+def _labels(call: AttentionCall) -> Any:
     from abft.triton_kernels.attention_verdicts import Labels
 
-    q, k, v = problem.q, problem.k, problem.v
-    queries, keys, depth = problem.rows, k.shape[:3].numel(), q.shape[2] * q.shape[3]
-    qk, pv = (bool({role, "dgrad"} & policy.roles) for role in ("qk", "pv"))
+    q, k, v = call.q, call.k, call.v
+    queries, keys, depth = q.shape[:-1].numel(), k.shape[:3].numel(), q.shape[2] * q.shape[3]
+    qk, pv = (role in call.roles for role in ("qk", "pv"))
     names = ledger.ROLE_NAMES
     return Labels(
         names.index("qk"), names.index("pv"), (2 * queries + keys) * qk, (queries + keys) * pv, ledger.DTYPES.index(q.dtype),
-        ledger.BACKEND_NAMES.index("triton"), queries, keys, problem.keys, depth, q.shape[-1], v.shape[-1], sites.CAPACITY,
+        ledger.BACKEND_NAMES.index("triton"), queries, keys, k.shape[2], depth, q.shape[-1], v.shape[-1], sites.CAPACITY,
     )  # fmt: skip
 
 
-def _judge(problem: Problem, policy: Policy, config: Any, architecture: int | None) -> Any:
+def _judge(call: AttentionCall, config: Any, architecture: int | None) -> Any:
     from abft.triton_kernels.attention_gradients import Judge
 
-    q, device = problem.q, problem.q.device
-    e, d, depth = q.shape[-1], problem.v.shape[-1], q.shape[2] * q.shape[3]
+    q, policy, device, keys = call.q, call.policy, call.q.device, call.k.shape[2]
+    e, d, depth = q.shape[-1], call.v.shape[-1], q.shape[2] * q.shape[3]
     arithmetic = backend.ARITHMETIC.get((architecture, backend.KIND[q.dtype]), threshold.FMA_32)  # type: ignore[arg-type]
-    sketch = checksum.sketch_coefficients(max(q.shape[3], problem.keys), device)
+    sketch = checksum.sketch_coefficients(max(q.shape[3], keys), device)
     told = Verdict.OBSERVED if policy.level == "detect" else Verdict.UNCORRECTED
     return Judge(
-        _bounds(arithmetic, q.dtype, problem.keys, depth, e, d),
+        _bounds(arithmetic, q.dtype, keys, depth, e, d),
         _weights(config.dkv.step, 1, device), _weights(config.dq.step, 1, device), _weights(e, 2, device), _weights(d, 2, device), sketch,
-        _labels(problem, policy), policy.level == "correct" and policy.timing == "immediate", list(Verdict).index(told),
+        _labels(call), policy.level == "correct" and policy.timing == "immediate", list(Verdict).index(told),
     )  # fmt: skip
 
 
 # --- the gradient ---------------------------------------------------------------------------------
 
 
+def on_host(device: torch.device) -> bool:
+    """Whether the kernels are interpreted."""
+    return device.type == "cpu"
+
+
 def gradients(
-    problem: Problem, given: Given, policy: Policy, words: Tensor, site: Tensor, hits: tuple[Hit, ...] = (), again: tuple[Hit, ...] = ()
+    call: AttentionCall, given: Given, words: Tensor, site: Tensor, hits: tuple[Hit, ...] = (), again: tuple[Hit, ...] = ()
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dQ, dK, dV, checked and, if the policy says so, repaired; nothing is read back to the host.
 
-    words: the ledger's, on the device of q; site: 0-d int64. ``again``: what hits the repetition.
+    call.roles: those that are judged in the backward; without any, nothing is. words: the ledger's, on the device of q; site: 0-d int64.
+    ``again``: what hits the repetition.
     """
     from abft.triton_kernels import attention_gradients as kernels
     from abft.triton_kernels.attention_scores import scores_of
 
-    q, o = problem.q, problem.options
-    device = q.device
-    architecture = None if device.type == "cpu" else backend.family_of(device)
-    config = kernels.config_for(architecture, q.dtype, max(q.shape[-1], problem.v.shape[-1]))
-    checked = policy.level != "off" and bool({"qk", "pv", "dgrad"} & policy.roles)
-    scores, _ = scores_of(q, problem.k, problem.mask, o.scale, o.offset, o.window, o.softcap, o.dropout, problem.seed)
+    q, device = call.q, call.q.device
+    architecture = None if on_host(device) else backend.family_of(device)
+    config = kernels.config_for(architecture, q.dtype, max(q.shape[-1], call.v.shape[-1]))
+    scores, _ = scores_of(q, call.k, call.mask, call.scale, call.offset, call.window, call.softcap, call.dropout, call.seed)
     maxima, sums = given.statistics
-    inputs = kernels.Given(q, problem.k, problem.v, given.d_out, given.out, maxima.contiguous(), sums.contiguous())
-    judge = _judge(problem, policy, config, architecture) if checked else None
+    inputs = kernels.Given(q, call.k, call.v, given.d_out, given.out, maxima.contiguous(), sums.contiguous())
+    judge = _judge(call, config, architecture) if call.roles else None
     with backend.quiet(), backend.host_ledger(words):
         return kernels.gradients(
-            inputs, scores, o.causal, config, judge, words, site, descriptors(hits, device), descriptors(again, device)
+            inputs, scores, call.causal, config, judge, words, site, descriptors(hits, device), descriptors(again, device)
         )
 
 

@@ -83,19 +83,19 @@ def gradients(
     """dQ, dK, dV of a problem whose forward left ``out`` and ``statistics``; roles that a policy does not name are counted as unchecked."""
     from abft.backends import triton_attention_backward as backend
 
-    given = backend.Given(d_out, out, statistics)
+    given, call = backend.Given(d_out, out, statistics), gradient_call(problem, policy)
     for role, products in (("qk", 3), ("pv", 2)):
-        if policy.level == "off" or not {role, "dgrad"} & policy.roles:
+        if role not in call.roles:
             for _ in range(products):
                 ledger.bypass(plans.why_unchecked(policy, role))
-    hits = _hits(problem, given, site) if faults.active is not None else ()
+    hits = _hits(call, given, site) if faults.active is not None else ()
     sites.site_of(sites.index_of(site)).on_uncorrected = policy.on_uncorrected
     try:
-        first = backend.gradients(problem, given, policy, words, site, hits)
+        first = backend.gradients(call, given, words, site, hits)
         if policy.redundancy == "none":
             return first
         scratch = ledger.scratch(words.device)
-        second, third = (backend.gradients(problem, given, policy, scratch, site) for _ in range(2))
+        second, third = (backend.gradients(call, given, scratch, site) for _ in range(2))
         return tuple(_vote(*results, words, site) for results in zip(first, second, third, strict=True))  # type: ignore[return-value]
     finally:
         ledger.issued()
@@ -107,12 +107,23 @@ def _vote(x: Tensor, y: Tensor, z: Tensor, words: Tensor, site: Tensor) -> Tenso
     return redundancy.vote(x, y, z)
 
 
-def _hits(problem: Problem, given: Given, site: Tensor) -> tuple[Hit, ...]:
+def gradient_call(problem: Problem, policy: Policy) -> AttentionCall:
+    """What the backward's kernels take: the roles are those that a policy checks in it."""
+    from abft.backends.triton_attention import AttentionCall
+
+    o, named = problem.options, policy.roles if policy.level != "off" else frozenset()
+    return AttentionCall(
+        problem.q, problem.k, problem.v, problem.mask, problem.seed, o.scale, o.causal, o.offset, o.window, o.softcap, o.dropout,
+        policy, frozenset(role for role in PLACES if {role, "dgrad"} & named),
+    )  # fmt: skip
+
+
+def _hits(call: AttentionCall, given: Given, site: Tensor) -> tuple[Hit, ...]:
     """The faults that an injector sends to the five products, in the order of the reference; it is told what they do to a gradient."""
     from abft.backends import triton_attention_backward as backend
 
-    b, h, group, length, e = problem.q.shape
-    rows, keys, d = group * length, problem.keys, problem.v.shape[-1]
+    b, h, group, length, e = call.q.shape
+    rows, keys, d = group * length, call.k.shape[2], call.v.shape[-1]
     sent: tuple[Hit, ...] = ()
     for role, name, columns, depth, places in (
         ("qk", "S", keys, e, ("S",)), ("pv", "dV", d, rows, ("dV", "P")), ("pv", "dP", keys, d, ("dP", "dS")),
@@ -120,12 +131,12 @@ def _hits(problem: Problem, given: Given, site: Tensor) -> tuple[Hit, ...]:
     ):  # fmt: skip
         height = keys if name in ("dK", "dV") else rows
         where = sites.site_of(sites.index_of(site)).name
-        target = Target(where, role, height, columns, depth, problem.q.dtype, torch.float32, b * h, check=torch.float32, places=places)
+        target = Target(where, role, height, columns, depth, call.q.dtype, torch.float32, b * h, check=torch.float32, places=places)
         drawn = tuple(faults.strikes(target))
         hits = tuple(backend.hit_of(name, strike) for strike in drawn)
         if drawn and checked.on_strike is not None:
-            scratch, off = ledger.scratch(problem.q.device), Policy(level="off")
-            clean, struck = (backend.gradients(problem, given, off, scratch, site, some) for some in ((), hits))
+            scratch, off = ledger.scratch(call.q.device), replace(call, roles=frozenset())
+            clean, struck = (backend.gradients(off, given, scratch, site, some) for some in ((), hits))
             changed = 0 if not hits[0].by_keys and name != "dK" else 2 if hits[0].strike.place in ("P", "dV") else 1
             checked.on_strike(None, target, clean[changed], struck[changed], drawn)  # type: ignore[arg-type]
         sent += hits

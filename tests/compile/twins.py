@@ -96,6 +96,9 @@ def main() -> None:
         for launch in compiled.attention_launches("fp16", 90, columns=64, strike=what == "struck"):
             if launch.kwargs.get("CHECKED", launch.name == "settle_attention"):
                 ptx[f"fp16 {launch.name}"] = compiled.compile_launch(launch, 90).asm["ptx"]
+        for launch in compiled.attention_gradient_launches("fp16", 90, columns=64, strike=what == "struck"):
+            if launch.name in ("attention_dq", "attention_dkv") and launch.kwargs["CHECK"]:
+                ptx[f"fp16 {launch.name}"] = compiled.compile_launch(launch, 90).asm["ptx"]
         out.write_text(json.dumps({"blocks": blocks, "ptx": ptx}))
 
 

@@ -377,8 +377,9 @@ def test_votes_agree(redundancy):
 
 def test_what_kernels_do_not_cover_is_said_and_not_done_otherwise():
     q, k, v = operands(length=5, keys=9)
-    with pytest.raises(abft.errors.DeviceError, match="no gradients yet"):
-        abft.scaled_dot_product_attention(q.requires_grad_(), k, v, enable_gqa=True, policy=KERNELS)
+    with pytest.raises(abft.errors.DeviceError, match="no gradient of a mask"):
+        added = torch.zeros(q.shape[-2], k.shape[-2], requires_grad=True)
+        abft.scaled_dot_product_attention(q, k, v, added, enable_gqa=True, policy=KERNELS)
     with pytest.raises(abft.errors.DeviceError, match="up to 256 columns"):
         attend(*operands(length=2, keys=3, e=257))
     with pytest.raises(abft.errors.DeviceError, match="float64"):

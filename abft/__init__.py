@@ -35,7 +35,7 @@ from abft.policy import Policy
 from abft.protection import protect, refresh, restore, unprotect
 from abft.reporting import Report, report
 from abft.training import StepGuard
-from abft.verification import CheckResult, verify_matmul
+from abft.verification import CheckResult, verify_attention, verify_matmul
 
 __all__ = [
     "AbftError",
@@ -75,6 +75,7 @@ __all__ = [
     "restore",
     "scaled_dot_product_attention",
     "unprotect",
+    "verify_attention",
     "verify_deferred",
     "verify_matmul",
 ]

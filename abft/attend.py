@@ -1,7 +1,7 @@
 """``abft.scaled_dot_product_attention``: torch's signature over the checked operator.
 
 What torch would refuse is handed to torch, whose error it is; what is unusual (other dtypes, subclasses, functorch, another device
-than a CPU) is computed by torch and counted in ``Report.bypassed``.
+than a CPU) is computed by torch and counted in ``Report.bypassed``. On a GPU kernels compute it; what they do not cover is torch's, too.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from abft.attention import dropout
 from abft.attention.problem import Options
 from abft.errors import DeviceError
 from abft.functional import _site_here, bypassed, why_not
+from abft.ops import attention_kernels
 from abft.ops.attention import CheckedAttention, attention
 from abft.policy import Policy, PolicyLike
 
@@ -86,7 +87,7 @@ def attention_with_weights_at(
         return out, out
     policy = scope.in_force(own)
     query, key, value = (_autocast(t) for t in (query, key, value))
-    reason = _why_not(query, key, value, mask, dropout_p, is_causal, False, policy)
+    reason = _why_not(query, key, value, mask, dropout_p, is_causal, False, policy, weights=True)
     if reason is None:
         return attend(site, query, key, value, mask, dropout_p, is_causal, None, False, policy, name, weights=True)
 
@@ -94,6 +95,18 @@ def attention_with_weights_at(
         return torch.ops.aten._scaled_dot_product_attention_math(query, key, value, mask, dropout_p, is_causal)
 
     return bypassed(reason, by_torch)  # type: ignore[return-value, arg-type]
+
+
+def attention_or_none(
+    site: Tensor | None, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout_p: float, is_causal: bool,
+    scale: float | None, enable_gqa: bool, *, own: Policy | None, more: More, weights: bool, name: str = NAME,
+) -> tuple[Tensor, Tensor] | None:  # fmt: skip
+    """``attend`` with autocast and the policy in force; None where the caller has to compute this otherwise, and to count it."""
+    policy = scope.in_force(own)
+    query, key, value = (_autocast(t) for t in (query, key, value))
+    if _why_not(query, key, value, mask, dropout_p, is_causal, enable_gqa, policy) is not None:
+        return None
+    return attend(site, query, key, value, mask, dropout_p, is_causal, scale, enable_gqa, policy, name, more, weights)
 
 
 def attend(
@@ -150,8 +163,9 @@ def _mask(mask: Tensor, batch: torch.Size, group: int) -> Tensor:
 
 
 def _why_not(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout_p: float, is_causal: bool, enable_gqa: bool, policy: Policy
-) -> str | None:
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout_p: float, is_causal: bool, enable_gqa: bool, policy: Policy,
+    weights: bool = False,
+) -> str | None:  # fmt: skip
     """Why torch has to compute this attention, and to refuse it where that is what it does; None if it is checked."""
     try:
         reason = why_not(query, key, value)
@@ -161,14 +175,32 @@ def _why_not(
         reason = _why_not_mask(query, mask)
     if reason is not None:
         return reason
-    if query.device.type == "cuda":
-        if policy.backend not in ("auto", "vendor") and policy.level != "off":
-            raise DeviceError(f"backend={policy.backend!r} has no attention on a GPU yet; backend='auto' leaves it to torch and counts it")
-        return "attention on a GPU"
+    if query.device.type == "cuda" or policy.backend == "triton":
+        reason = _why_no_kernel(query, key, value, mask, policy, weights)
+        if reason is not None:
+            return reason
     fit = _operands_fit(query, key, value, enable_gqa) and 0.0 <= dropout_p <= 1.0
     if not (fit and (mask is None or not is_causal and _mask_fits(query, key, value, mask, enable_gqa))):
         return "attention of operands that do not fit"
     return _EMPTY if query.numel() == 0 or key.numel() == 0 or value.numel() == 0 else None
+
+
+def _why_no_kernel(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, policy: Policy, weights: bool) -> str | None:
+    """Why no kernel computes what only kernels may compute; DeviceError where the policy insists on them."""
+    if not attention_kernels.roles_of(policy):
+        return "level off" if policy.level == "off" else "roles qk and pv not in policy"
+    reason = attention_kernels.unavailable(query.device, query.dtype, query.shape[-1], value.shape[-1])
+    if reason is None and weights:
+        reason = "the kernels of attention do not return its probabilities"
+    if reason is None and torch.is_grad_enabled() and mask is not None and mask.requires_grad:
+        reason = "the kernels of attention compute no gradient of a mask"
+    if policy.backend == "vendor" or (reason is not None and policy.backend == "auto"):
+        return "attention on a GPU: " + (reason or "a vendor's kernel is not checked")
+    if policy.backend == "reference":
+        reason = "backend='reference' has no attention on a GPU"
+    if reason is not None:
+        raise DeviceError(f"backend={policy.backend!r} cannot run this attention: {reason}. 'auto' counts what it leaves to torch.")
+    return None
 
 
 def _why_not_mask(query: Tensor, mask: Tensor) -> str | None:

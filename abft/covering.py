@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from abft import panels, plans, protection, scope, sites
+from abft import attention_interface, panels, plans, protection, scope, sites
 from abft import policy as policies
-from abft.nn.checked import Checked, ScopedForward
+from abft.nn.checked import Checked, InterfacedForward, ScopedForward
 from abft.ops.attention import attention, attention_backward
 from abft.ops.checked import product
 from abft.ops.flops import attention_parts, int_product_flops
@@ -62,7 +62,7 @@ def coverage(model: nn.Module, *args: Any, **kwargs: Any) -> Coverage:
     """Report every module of ``model`` that multiplies matrices. With inputs, one forward and backward is counted.
 
     The counting pass leaves parameters' ``.grad``, buffers and random states as they were; it does add to the ledger.
-    Anything computed by functions rather than modules, attention included, shows in ``flop_share`` only.
+    Anything computed by functions rather than modules, other attention included, shows in ``flop_share`` only.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"coverage needs a torch.nn.Module; got {type(model).__name__}")
@@ -73,7 +73,7 @@ def coverage(model: nn.Module, *args: Any, **kwargs: Any) -> Coverage:
 
 
 def _multiplies(module: nn.Module) -> bool:
-    if isinstance(module, (nn.Linear, *_MULTIPLYING)):
+    if isinstance(module, (nn.Linear, *_MULTIPLYING)) or attention_interface.multiplies(module):
         return True
     # Layers like GPT-2's Conv1D: a leaf with a matrix that is no embedding and no normalisation.
     weight = module.__dict__.get("_parameters", {}).get("weight")
@@ -111,7 +111,13 @@ def _describe(name: str, module: nn.Module, reader: nn.Module | None) -> ModuleC
         return ModuleCoverage(name, kind, False, "", "", "", f"its weight is a {type(weight).__name__}, left to its own kernels")
     if policy.level == "off" and policy.redundancy == "none":
         return ModuleCoverage(name, kind, False, "", "", "", "level off")
-    how = "products inside its own forward" if isinstance(module, ScopedForward) else "its products"
+    how = "products inside its own forward" if isinstance(module, ScopedForward | InterfacedForward) else "its products"
+    if isinstance(module, InterfacedForward):
+        weight = next(module.parameters(), None)
+        if attention_interface.is_on(module):
+            how = "attention"
+            if isinstance(weight, Tensor) and weight.is_cuda:
+                return ModuleCoverage(name, kind, False, "", "", "", "attention left to torch on a GPU")
     if heads is not None:
         how = "projections and attention" if isinstance(weight, Tensor) and not weight.is_cuda else "projections, attention left to torch"
     roles = "" if policy.roles == policies.ROLES else f", roles {'+'.join(sorted(policy.roles))}"

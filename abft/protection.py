@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from abft import bits, panels
+from abft import attention_interface, bits, panels
 from abft import policy as policies
 from abft.errors import AbftError
 from abft.nn.checked import ATTRIBUTES, Checked, attach, checked_type, unchecked_type
@@ -27,7 +27,10 @@ _FAST_PATHS: tuple[tuple[type[nn.Module], str, object], ...] = (
 def protect(
     model: Model, policy: PolicyLike | Mapping[str, Any] | Strategy = None, *, filter_fn: FilterFn | None = None, name: str | None = None
 ) -> Model:
-    """Check every product of the ``nn.Linear`` and ``nn.MultiheadAttention`` modules of ``model``, in place; returns the model.
+    """Check every product of the linear layers and attention modules of ``model``, in place; returns the model.
+
+    Those are nn.Linear and nn.MultiheadAttention; in models of transformers also GPT-2's Conv1D, and attention: where it goes through
+    transformers' interface the configuration is switched to ``attn_implementation="abft"`` (see ``abft.huggingface``).
 
     policy: a Policy, a preset's name, None (the policy in force when a layer runs), a mapping from module names
     to either, where exact names win over ``"re:…"`` keys and a None value means unprotected, or an
@@ -35,8 +38,8 @@ def protect(
     filter_fn(module, fqn): True = protect. name: prefix of the sites' names. Idempotent; a second call may change policies.
 
     Parameters, hooks, tying, state-dict keys and ``isinstance`` stay. Not covered (see ``abft.coverage``):
-    attention that a model calls as a function (use ``protected``), convolutions, embeddings, and layers whose weights another module reads
-    by itself. Raises TypeError for something that is no
+    attention that other models call as a function (use ``protected``), convolutions, embeddings, and layers whose weights another module
+    reads by itself. Raises TypeError for something that is no
     module, or a mapping together with filter_fn; PolicyError (a ValueError) for a mapping key that matches nothing.
     """
     if not isinstance(model, nn.Module):
@@ -65,6 +68,7 @@ def protect(
     if isinstance(policy, Strategy):
         policy.enforce()
     _switch_fast_paths(model, on=False)
+    attention_interface.switch(model, lambda module: isinstance(module, Checked))
     return model
 
 
@@ -75,6 +79,7 @@ def unprotect(model: Model) -> Model:
     for module in model.modules():
         _unprotect_one(module)
     _switch_fast_paths(model, on=True)
+    attention_interface.restore(model)
     return model
 
 
@@ -114,7 +119,7 @@ def restore(model: nn.Module) -> int:
 
 def why_not(module: nn.Module) -> str | None:
     """Why a module cannot be protected by exchanging its class; None if it can."""
-    if not isinstance(module, nn.Linear | nn.MultiheadAttention):
+    if not isinstance(module, nn.Linear | nn.MultiheadAttention) and not attention_interface.multiplies(module):
         return "not an nn.Linear"
     if isinstance(module, nn.modules.lazy.LazyModuleMixin):
         return "uninitialised lazy module: run one forward first"

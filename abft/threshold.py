@@ -37,6 +37,13 @@ KAPPA_SLOPE_SOFTMAX = 2.0
 KAPPA_WIDTH = 512
 #: Sums of equal results round the same way at every step: worst case u per step of a chain of G/8, measured G/16.
 KAPPA_PER_COLUMN_ONE = 1.0 / 16.0
+#: Scores of a query and this many keys sum within the base (emulated: 512 … 8,192 keys, largest 4.3 of 20); their sum over more grows as
+#: the root of the number of blocks that are added one by one.
+KAPPA_KEYS = 8192
+#: Of exponents x = s - m, whose m should drop out of a balanced sum: largest clean 1.7 of 20 (emulated).
+KAPPA_SHIFT = 20.0
+#: Sums of probabilities, by the unit that multiplies and beside it: relative, per accumulation step, and for the sum beside it.
+SUM_PER_STEP, SUM_BASE = 3.0, 1e-6
 #: Rounding moves a sum over a segment by 0.43 u_out ‖y‖ rms where mantissas are spread, by up to u_out/√3 ‖y‖ where all lie just
 #: above a power of two. Seven of the larger are nine of the usual; both are below 1e-11 a check.
 ROUNDING_SIGMA = math.sqrt(1.0 / 3.0)
@@ -140,6 +147,25 @@ def coefficients(arithmetic: Arithmetic, k: int, kinds: tuple[Kind, ...], width:
         tuple(w * (arithmetic.floor_abs + _spacing(arithmetic, kind, width)) for w, kind in zip(rms, kinds, strict=True)),
         arithmetic.largest,
     )
+
+
+@dataclass(frozen=True)
+class AttentionCoefficients:
+    """Bounds of a fused attention forward: |Σ ε x - c| <= scores · S + shift · |m|; |Σ w O - c_w| <= output_w · S; |ℓ - ℓ'| <= sums · ℓ."""
+
+    scores: float
+    shift: float
+    output: tuple[float, ...]
+    sums: float
+
+
+@lru_cache(maxsize=8192)
+def attention(arithmetic: Arithmetic, e: int, d: int, keys: int, kinds: tuple[Kind, ...]) -> AttentionCoefficients:
+    """Of heads of ``e`` columns and values of ``d``, over so many keys. Constants: docs/explanation/attention.md."""
+    own = arithmetic.base * max(1.0, math.sqrt(keys / KAPPA_KEYS)) + KAPPA_SLOPE * e / arithmetic.depth
+    output = coefficients(of_probabilities(arithmetic), keys, kinds, d).accumulate
+    sums = SUM_PER_STEP * arithmetic.unit * keys / arithmetic.depth + SUM_BASE
+    return AttentionCoefficients(arithmetic.unit * own, arithmetic.unit * KAPPA_SHIFT * math.sqrt(keys), output, sums)
 
 
 def _judged_as(kind: Kind, width: int) -> Kind:

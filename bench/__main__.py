@@ -13,9 +13,8 @@ COMMANDS = {
     "emulated-faults": "flips and nullifications in emulated tensor-core accumulators, weights and panels",
     "floors": "the smallest deviation found, per backend, dtype and K, beside threshold.expected_floor",
     "activations": "a real sentence encoder's activations and gradients, fault-free",
-    "attention": "fault-free attention: the largest residual of every check",
+    "attention-clean": "fault-free attention: the largest residual of every check",
     "attention-faults": "random faults in every place inside attention: detected, repaired, missed",
-    "attention-times": "checked attention beside the unchecked reference and torch's, on a CPU",
     "adaptive": "the adaptive policy against fixed levels at several rates of real faults, and through a step of the rate",
     "prediction": "uncorrected faults predicted on simulated fleets that the predictor has not seen",
     "memory": "bytes of panels, per direction and group",
@@ -24,6 +23,7 @@ COMMANDS = {
     "layer": "… of a transformer layer",
     "model": "… of a whole model",
     "train": "… of a training step",
+    "attention": "… of attention alone, beside each of torch's kernels",
     "scaling": "cost against K, N, M and G, beside what counting predicts",
     "tune": "search launch shapes on a GPU, and write the table that the kernels read",
     "gpu": "the one call for a rented GPU: tests, calibration, times, campaigns, each in a process and a time of its own",
@@ -41,7 +41,7 @@ MODULES = {
     "emulated-faults": "emulated_faults",
     "kernel-tests": "kernel_tests",
     "attention-faults": "attention_faults",
-    "attention-times": "attention_times",
+    "attention-clean": "attention_clean",
 }
 
 

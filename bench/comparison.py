@@ -55,8 +55,8 @@ def list_providers() -> None:
 
 
 def run_named(command: str, text: str | None, family: Callable[[Passes, bool], Iterable[Workload]], passes: list[Passes], argv: list[str],
-              on_cpu: Sequence[str] = providers.ON_CPU) -> int:  # fmt: skip
-    """A command whose workloads have names of their own; ``on_cpu``: its providers there."""
+              on_cpu: Sequence[str] = providers.ON_CPU, on_gpu: Sequence[str] = providers.ON_GPU) -> int:  # fmt: skip
+    """A command whose workloads have names of their own; ``on_cpu``, ``on_gpu``: its providers there."""
     asking = parser(command, text)
     if len(passes) > 1:
         asking.add_argument("--passes", nargs="+", choices=passes, default=passes)
@@ -72,8 +72,8 @@ def run_named(command: str, text: str | None, family: Callable[[Passes, bool], I
     chosen = [w for w in every if any(fnmatch.fnmatchcase(w.name, pattern) for pattern in wanted)]
     if not chosen:
         asking.error(f"nothing is called {' or '.join(wanted)}; --list names what there is")
-    if options.providers is None and not cuda:
-        options.providers = list(on_cpu)
+    if options.providers is None:
+        options.providers = list(on_gpu if cuda else on_cpu)
     return run(command, chosen, options)
 
 

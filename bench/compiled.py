@@ -22,9 +22,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
-from abft import ledger, policy
+from abft import ledger, policy, threshold
 from abft.backends import triton as backend
-from abft.backends import triton_integer
+from abft.backends import triton_attention, triton_integer
 from abft.backends.call import Call
 from abft.checksum import Panel
 from abft.faults import BitOperation, Region, Strike
@@ -126,6 +126,33 @@ def _integer_launches(call: Call, architecture: int) -> list[Launch]:
     of_this_plan = mock.patch.multiple(triton_integer, plan_for=lambda call: plan, panel_of=lambda call, plan: panel)
     with recorded() as launches, of_this_plan:
         triton_integer.product(call, words, site)
+    return launches
+
+
+def attention_launches(operands: str, architecture: int, *, columns: int = 128, length: int = 4096, form: str = "full", causal: bool = True,
+                       masked: bool = False, strike: bool = False, numbered: bool = True) -> list[Launch]:  # fmt: skip
+    """The launches of one checked attention of 2 × 8 heads, two to each of keys, and before it its unchecked twin.
+
+    columns: of every head. masked: a boolean mask, a window, a soft-cap and dropout. numbered: as in ``launches_of``.
+    """
+    from abft.triton_kernels import configs
+
+    dtype = OPERANDS[operands]
+    q, k = torch.empty(2, 4, 2, length, columns, dtype=dtype), torch.empty(2, 4, length, columns, dtype=dtype)
+    mask = torch.empty(1, 1, 1, length, length, dtype=torch.bool) if masked else None
+    window, softcap, dropout = (1024, 30.0, 0.1) if masked else (None, None, 0.0)
+    strikes = tuple((role, Strike("accumulator", Region(0, 1, 0, 1), BitOperation(flip=1))) for role in ("qk", "pv")) if strike else ()
+    call = triton_attention.AttentionCall(
+        q, k, torch.empty_like(k), mask, 2**40, columns**-0.5, causal, 0, window, softcap, dropout, policy.Policy(panel=form),
+        frozenset({"qk", "pv"}), strikes,
+    )  # fmt: skip
+    kind = "ieee" if operands == "ieee" else "16-bit"
+    choice = configs.choose_attention(architecture, kind, columns), backend.ARITHMETIC.get((architecture, kind), threshold.FMA_32)
+    words, site = torch.zeros(ledger.WORDS, dtype=torch.int64), torch.zeros((), dtype=torch.int64)
+    on_the_device = mock.patch.object(backend, "_numbered", lambda device: numbered)
+    with recorded() as launches, on_the_device, mock.patch.object(triton_attention, "_choice", lambda *_: choice):
+        twin.attend(triton_attention.plan(call))
+        triton_attention.attend(call, words, site)
     return launches
 
 

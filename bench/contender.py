@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import abft
+from bench import attention_layer
 from bench.providers import TWIN, Provider
 from bench.workloads import Passes, Workload
 
@@ -97,6 +98,8 @@ def _in_hands_of(provider: Provider, model: nn.Module) -> nn.Module:
         from bench import twin_layer
 
         return twin_layer.exchange(model)
+    if provider.whole or not any(isinstance(m, nn.Linear) for m in model.modules()):
+        attention_layer.given(model, provider.policy, provider.kernel)
     return model if provider.policy is None else abft.protect(model, provider.policy, name=f"bench/{provider.name}")
 
 

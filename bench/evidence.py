@@ -24,6 +24,7 @@ from abft.backends.call import Call
 from abft.inject import Fault
 from abft.ops import checked
 from bench import campaign, intervals
+from bench.attention_layer import Attention
 from bench.contender import Contender, results
 from bench.workloads import Workload
 
@@ -72,6 +73,10 @@ def expected_floor(contender: Contender, tokens: int, device: torch.device, dtyp
             if contender.workload.passes != "forward":
                 products += [(tokens, k, n), (n, k, tokens)]
             floors += [_floor(policy, *product, device, dtype) for product in products]
+        elif isinstance(module, Attention) and module.policy is not None and module.shape is not None:
+            queries, keys, width = module.shape
+            products = [(queries, keys, width), (queries, width, keys)]  # S, and O; in the backward again dP, and the others
+            floors += [_floor(policy, *product, device, torch.float32) for product in products]
     return max(floors)
 
 

@@ -45,6 +45,12 @@ ON_GPU = (
     _timed("times-decode", DECODING, FEW, 8, "--passes", "forward", "--ways", "graph", "eager", "--dtypes", "bf16"),
     _timed("times-backward", TRAINED, FEW, 6, "--passes", "backward", "--ways", "eager", "--dtypes", "bf16"),
     Part("times-layer", ("layer", "--providers", *FEW, "--dtypes", "bf16", *FEW_FAULTS, *UNTIL), 6),
+    Part(
+        "times-attention",
+        ("attention", "--shapes", "*-8x16x2048x128-causal", "*-1x16x16384x128-causal", "*-4x32x4096x64", "decode-*", "--dtypes", "bf16",
+         "--ways", "eager", *FEW_FAULTS, *UNTIL),
+        6,
+    ),
     Part("clean-bf16", ("clean", "--backend", "triton", "--dtype", "bf16", "--rows", "1e9", *UNTIL), 8),
     Part("faults-bf16", ("campaign", "--backend", "triton", "--dtype", "bf16", "--trials", "10", *UNTIL), 8),
     _timed("times-small", SMALL, FORWARD, 4, "--passes", "forward", "--ways", "graph", "eager", "--dtypes", "bf16", "fp16"),

@@ -1,4 +1,4 @@
-"""One decoder layer with the sizes of Llama 3 (arXiv 2407.21783, table 3), in plain torch, with random weights.
+"""Decoder layers with the sizes of Llama 3 (arXiv 2407.21783, table 3), and a small model of them, in plain torch, with random weights.
 
 RMS normalisation, rotary positions, grouped-query attention over a cache of earlier tokens, and a gated feed-forward.
 """
@@ -9,10 +9,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from bench.attention_layer import Attention
 from bench.shapes import LLAMA
 
 HEAD = 128
 BASE = 500_000.0  # of rotary positions, ibid.
+#: (width, of all keys' heads, feed-forward): of the models, and of a small one with the same proportions.
+SIZES = {name: tuple(layers[x][0] for x in ("q, o", "k, v", "gate, up")) for name, layers in LLAMA.items()}
+SIZES["small"] = (1024, 256, 3584)
+SMALL_LAYERS, SMALL_VOCABULARY = 4, 4096
 
 
 class Layer(nn.Module):
@@ -20,13 +25,15 @@ class Layer(nn.Module):
 
     def __init__(self, model: str, past: int = 0, batch: int = 1) -> None:
         super().__init__()
-        (width, _), (narrow, _), (wide, _) = (LLAMA[model][layer] for layer in ("q, o", "k, v", "gate, up"))
+        width, narrow, wide = SIZES[model]
         self.q, self.o = (nn.Linear(width, width, bias=False) for _ in range(2))
         self.k, self.v = (nn.Linear(width, narrow, bias=False) for _ in range(2))
         self.gate, self.up = (nn.Linear(width, wide, bias=False) for _ in range(2))
         self.down = nn.Linear(wide, width, bias=False)
         self.norm_attention, self.norm_feed_forward = nn.RMSNorm(width), nn.RMSNorm(width)
         self.past = past
+        # Without a cache every token sees those before it; with one, the new tokens are few and see it all.
+        self.attention = Attention(causal=not past)
         for name in ("keys", "values"):
             self.register_buffer(name, torch.randn(batch, narrow // HEAD, past, HEAD))
 
@@ -40,9 +47,22 @@ class Layer(nn.Module):
         q, k = _rotate(q, self.past), _rotate(k, self.past)
         if self.past:
             k, v = torch.cat([self.keys, k], 2), torch.cat([self.values, v], 2)
-        # Without a cache every token sees those before it; with one, the new tokens are few and see it all.
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=not self.past, enable_gqa=True)
-        return y.transpose(1, 2).flatten(-2)
+        return self.attention(q, k, v).transpose(1, 2).flatten(-2)
+
+
+class Llama(nn.Module):
+    """A small model end to end: token numbers (batch, time) in, logits out; with targets, their loss."""
+
+    def __init__(self, past: int = 0, batch: int = 1) -> None:
+        super().__init__()
+        width, _, _ = SIZES["small"]
+        self.words, self.norm = nn.Embedding(SMALL_VOCABULARY, width), nn.RMSNorm(width)
+        self.layers = nn.Sequential(*(Layer("small", past, batch) for _ in range(SMALL_LAYERS)))
+        self.head = nn.Linear(width, SMALL_VOCABULARY, bias=False)
+
+    def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
+        logits = self.head(self.norm(self.layers(self.words(tokens))))
+        return logits if targets is None else F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
 
 def _rotate(x: Tensor, first: int) -> Tensor:

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from bench.attention_layer import Attention
+
 WIDTH, LAYERS, HEADS, FEED_FORWARD, VOCABULARY, POSITIONS = 384, 6, 12, 1536, 30522, 512
 EPSILON = 1e-12  # layer_norm_eps
 
@@ -22,10 +24,11 @@ class Layer(nn.Module):
         self.query, self.key, self.value, self.out = (nn.Linear(WIDTH, WIDTH) for _ in range(4))
         self.up, self.down = nn.Linear(WIDTH, FEED_FORWARD), nn.Linear(FEED_FORWARD, WIDTH)
         self.norm_attention, self.norm_feed_forward = (nn.LayerNorm(WIDTH, EPSILON) for _ in range(2))
+        self.attention = Attention()
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = (f(x).unflatten(-1, (HEADS, -1)).transpose(1, 2) for f in (self.query, self.key, self.value))
-        attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(-2)
+        attended = self.attention(q, k, v).transpose(1, 2).flatten(-2)
         x = self.norm_attention(x + self.out(attended))
         return self.norm_feed_forward(x + self.down(F.gelu(self.up(x))))
 

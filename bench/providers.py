@@ -2,8 +2,9 @@
 
     torch, torch-again    torch's modules, twice: what separates the two is the harness (A/A)
     abft                  Policy(): the backend that ``auto`` takes, correction on, full panel
-    abft:WORDS            words of a policy after a colon, with commas: a backend (triton, reference, vendor), detect, lean, deferred,
-                          frozen, g=WIDTH; and guarded: the step under StepGuard (train)
+    torch:KERNEL          attention by one of torch's kernels: flash, efficient, cudnn, math
+    abft:WORDS            words of a policy after a colon, with commas: a backend (triton, reference, vendor), off, detect, lean, deferred,
+                          frozen, g=WIDTH; guarded: the step under StepGuard (train); whole: a model's attention, too
     dmr, tmr              two or three executions, compared bit for bit, and no checksum
     twin                  the kernel without its check (bench/twin.py): checked over twin is what the check costs
 """
@@ -16,12 +17,14 @@ import torch
 
 import abft
 from abft import floating
+from bench import attention_layer
 
 BASELINE, AGAIN, TWIN = "torch", "torch-again", "twin"
 WORDS: dict[str, dict[str, str]] = {
     "triton": {"backend": "triton"},
     "reference": {"backend": "reference"},
     "vendor": {"backend": "vendor"},
+    "off": {"level": "off"},
     "detect": {"level": "detect"},
     "lean": {"panel": "lean"},
     "deferred": {"timing": "deferred"},
@@ -31,7 +34,9 @@ REPETITIONS = ("dmr", "tmr")
 MEANINGS = {
     BASELINE: "torch's own modules",
     AGAIN: "the same again: what separates it from torch is the harness (A/A)",
-    "abft": "checked and repaired, backend auto, full panel; abft:triton|reference|vendor,detect,lean,deferred,frozen,g=256,guarded",
+    "abft": "checked and repaired, backend auto, full panel; abft:triton|reference|vendor,detect,lean,deferred,frozen,g=256,guarded,whole",
+    "abft:off": "attention: the same code without its checks",
+    "torch:flash": "attention by torch's kernel of that name; also efficient, cudnn, math",
     "dmr": "every product executed twice and compared bit for bit, a third time where they differ; no checksum",
     "tmr": "every product executed three times and voted on; no checksum",
     TWIN: "the checked kernel without its check (CUDA, or the interpreter)",
@@ -50,11 +55,13 @@ class Provider:
     name: str
     policy: abft.Policy | None = None
     guarded: bool = False
+    whole: bool = False  # attention within a model is checked, too
+    kernel: str | None = None  # of torch's attention
 
     @property
     def checks(self) -> bool:
         """Whether it can find anything."""
-        return self.policy is not None
+        return self.policy is not None and (self.policy.level != "off" or self.policy.redundancy != "none")
 
 
 def parse(name: str) -> Provider:
@@ -62,6 +69,8 @@ def parse(name: str) -> Provider:
     head, _, tail = name.partition(":")
     if head in (BASELINE, AGAIN, TWIN) and not tail:
         return Provider(name)
+    if head == BASELINE and tail in attention_layer.KERNELS:
+        return Provider(name, kernel=tail)
     if head in REPETITIONS and not tail:
         return Provider(name, abft.Policy(level="off", redundancy=head, on_uncorrected="record"))  # type: ignore[arg-type]
     words = tail.split(",") if tail else []
@@ -71,11 +80,13 @@ def parse(name: str) -> Provider:
             choices["group"] = int(word[2:])
         elif word in WORDS:
             choices |= WORDS[word]
-        elif word != "guarded":
+        elif word not in ("guarded", "whole"):
             head = ""
     if head != "abft":
-        raise ValueError(f"no provider is called {name!r}; there are {', '.join(MEANINGS)}, and abft: with {', '.join(WORDS)}, g=, guarded")
-    return Provider(name, abft.Policy(on_uncorrected="record", **choices), "guarded" in words)  # type: ignore[arg-type]
+        raise ValueError(
+            f"no provider is called {name!r}; there are {', '.join(MEANINGS)}, and abft: with {', '.join(WORDS)}, g=, guarded, whole"
+        )
+    return Provider(name, abft.Policy(on_uncorrected="record", **choices), "guarded" in words, "whole" in words)  # type: ignore[arg-type]
 
 
 def unavailable(provider: Provider, device: torch.device, dtype: torch.dtype) -> str | None:

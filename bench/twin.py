@@ -1,8 +1,9 @@
-"""The unchecked twin: the checked product's kernel without its check, and nothing else different.
+"""Unchecked twins: the kernels without their checks, and nothing else different.
 
     Y = A Wᵀ + b        persistent programs over the same tiles, through the same device functions, in the same configuration
 
-What a check costs is the checked product's time over this one's; what the kernel itself costs is this one's over the vendor's.
+What a check costs is the checked product's time over its twin's; what the kernel itself costs is the twin's over the vendor's. That of
+attention is the same kernel, compiled without checks.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from abft.triton_kernels.attention_forward import Attention, unchecked
 from abft.triton_kernels.configs import multiprocessors
 from abft.triton_kernels.gemm import Product
 from abft.triton_kernels.tiles import accumulate, finish, store_tile, tile_of
@@ -41,3 +43,8 @@ def multiply(product: Product) -> Tensor:
     options = {key: value for key, value in config.launch().items() if key != "BC"}
     unchecked_product[(programs,)](a_at, w_at, a_tiles, w_tiles, product.bias, y, m, n, k, batch, **order, **options)
     return y
+
+
+def attend(attention: Attention) -> Tensor:
+    """O of an attention, unchecked; its weights are not looked at."""
+    return unchecked(attention)

@@ -1,4 +1,4 @@
-"""A small character-level GPT in plain torch. Every projection is an ``nn.Linear``, so ``abft.protect`` finds it."""
+"""A small character-level GPT in plain torch: ``nn.Linear`` and ``nn.MultiheadAttention``, so ``abft.protect`` finds every product."""
 
 from __future__ import annotations
 
@@ -20,32 +20,19 @@ class Shape:
     layers: int = 3
 
 
-class Attention(nn.Module):
-    def __init__(self, shape: Shape) -> None:
-        super().__init__()
-        self.heads = shape.heads
-        self.qkv = nn.Linear(shape.width, 3 * shape.width)
-        self.out = nn.Linear(shape.width, shape.width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        batch, time, width = x.shape
-        # (batch, time, 3·width) → three of (batch, heads, time, width/heads)
-        q, k, v = self.qkv(x).view(batch, time, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        return self.out(y.transpose(1, 2).reshape(batch, time, width))
-
-
 class Block(nn.Module):
     def __init__(self, shape: Shape) -> None:
         super().__init__()
         self.norm_attention = nn.LayerNorm(shape.width)
-        self.attention = Attention(shape)
+        self.attention = nn.MultiheadAttention(shape.width, shape.heads, batch_first=True)
         self.norm_mlp = nn.LayerNorm(shape.width)
         self.up = nn.Linear(shape.width, 4 * shape.width)
         self.down = nn.Linear(4 * shape.width, shape.width)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attention(self.norm_attention(x))
+        y, length = self.norm_attention(x), x.shape[1]
+        later = torch.ones(length, length, dtype=torch.bool, device=x.device).triu(1)  # True: not seen
+        x = x + self.attention(y, y, y, attn_mask=later, is_causal=True, need_weights=False)[0]
         return x + self.down(F.gelu(self.up(self.norm_mlp(x))))
 
 
@@ -72,5 +59,7 @@ def _initialise(module: nn.Module) -> None:
     if isinstance(module, nn.Linear):
         nn.init.normal_(module.weight, std=module.in_features**-0.5)
         nn.init.zeros_(module.bias)
+    elif isinstance(module, nn.MultiheadAttention):
+        nn.init.normal_(module.in_proj_weight, std=module.embed_dim**-0.5)
     elif isinstance(module, nn.Embedding):
         nn.init.normal_(module.weight, std=0.02)

@@ -18,7 +18,7 @@ def of_retrieval(result: Retrieval) -> str:
         "  harmful: changes a row of a product by ≥ 1e-3.  missed: asked under a harmful fault, nothing detected.",
         "  alarms: detections without a fault.  wrong, top-5: not the fault-free answer, not its list of five.",
         "  ms: median of a request, under faults with the injector's own work (at 0 % without).",
-        "  The products inside attention (QKᵀ, PV) are neither struck nor checked.",
+        "  The fault-free arm is torch's own; the others compute attention (QKᵀ, softmax, PV) in abft's reference for a CPU.",
     ]
     example = next((example for example in result.wrong_answers if example.arm == "unprotected"), None)
     if example is not None:
@@ -45,7 +45,8 @@ def of_training(text: Text, rows: Sequence[tuple[Run, Distance]]) -> str:
         tables.training_table(rows),
         "  Δ: against the fault-free run of the same seed.  held-out: final loss on other text, without faults.",
         "  reversed: the same batches, their rows in reverse: what separates it is rounding alone.",
-        "  ms: mean of a step, except in the fault-free runs with the injector's own work.",
+        "  ms: mean of a step, except in the fault-free runs with the injector's own work; in all of them attention is abft's reference",
+        "  for a CPU, checked in the protected ones only.",
         f"  NaN watching skipped {skipped} steps; StepGuard replayed {replays} and dropped {dropped}.",
         f"  Largest |Δloss|: unprotected {_furthest(rows, 'unprotected')}, protected {_furthest(rows, 'protected')}, "
         f"rounding {_furthest(rows, YARDSTICK)}.",

@@ -14,7 +14,20 @@ from torch import nn
 
 import abft
 from abft import panels
-from bench import comparison, evidence, intervals, linear, providers, shapes, stamp, timing, timing_table, workloads
+from bench import (
+    attention,
+    attention_layer,
+    comparison,
+    evidence,
+    intervals,
+    linear,
+    providers,
+    shapes,
+    stamp,
+    timing,
+    timing_table,
+    workloads,
+)
 from bench.contender import Contender, results
 from bench.results import Results, read
 
@@ -156,7 +169,7 @@ def test_shapes_have_names_of_their_own() -> None:
 
 def test_default_shapes_and_providers_exist() -> None:
     assert shapes.named(shapes.ON_CPU)
-    for name in (*providers.ON_CPU, *providers.ON_GPU):
+    for name in (*providers.ON_CPU, *providers.ON_GPU, *attention.ON_CPU, *attention.ON_GPU):
         assert providers.parse(name).name == name
 
 
@@ -166,7 +179,10 @@ def test_a_provider_is_a_policy_in_words() -> None:
     )
     assert providers.parse("dmr").policy == abft.Policy(level="off", redundancy="dmr", on_uncorrected="record")
     assert providers.parse("abft:guarded").guarded
+    assert providers.parse("abft:whole").whole and not providers.parse("abft").whole
+    assert providers.parse("torch:flash").kernel == "flash" and providers.parse("torch:flash").policy is None
     assert providers.parse("torch").policy is None and not providers.parse("twin").checks
+    assert not providers.parse("abft:off").checks and providers.parse("dmr").checks
     for name in ("abft:fast", "cublas", "torch:lean", "abft:g=x"):
         with pytest.raises(ValueError, match="no provider is called"):
             providers.parse(name)
@@ -355,19 +371,73 @@ def test_workloads_count_what_they_compute() -> None:
     once, thrice = (workloads.linear(SMALL, passes) for passes in ("forward", "backward"))
     assert (once.multiplications, once.numbers, once.times) == (24 * 96 * 64, 24 * 64 + 96 * 64 + 24 * 96, 1)
     assert (thrice.multiplications, thrice.times) == (once.multiplications, 3)
-    (batch, one) = workloads.models("forward", cuda=False)
+    batch, one, *_ = workloads.models("forward", cuda=False)
     per_token = 6 * (4 * 384 * 384 + 2 * 384 * 1536)
     assert (batch.multiplications, one.multiplications, one.numbers) == (16 * 128 * per_token, 16 * per_token, per_token)
 
 
-@pytest.mark.parametrize("module", ["linear", "layer", "model", "train"])
+@pytest.mark.parametrize("module", ["linear", "layer", "model", "train", "attention"])
 def test_commands_list_what_they_have(module: str, capsys) -> None:
     import importlib
 
     assert importlib.import_module(f"bench.{module}").main(["--list"]) == 0
     shown = capsys.readouterr().out
     assert "providers" in shown and "dmr" in shown
-    assert {"linear": "llama70b-gateup-8192", "layer": "minilm-layer-1x16", "model": "minilm-16x128", "train": "gpt-16x64"}[module] in shown
+    here = {"linear": "llama70b-gateup-8192", "layer": "minilm-layer-1x16", "model": "llama-small-1x512", "train": "gpt-16x64"}
+    assert {**here, "attention": "decode-1x32x1x128-4096"}[module] in shown
+
+
+# --- attention -----------------------------------------------------------------------------------------
+
+
+def _attention(causal: bool, passes: workloads.Passes) -> workloads.Workload:
+    return workloads._attention(1, 4, 2, 24, 24, 16, causal=causal, passes=passes)
+
+
+@pytest.mark.parametrize("passes", ["forward", "backward"])
+def test_attention_is_raced_beside_its_evidence(tmp_path, one_thread, passes: workloads.Passes) -> None:
+    asked = options(tmp_path, "--providers", "abft", "abft:off", "dmr", "torch:math")
+    assert comparison.run("test", [_attention(True, passes)], asked) == 0
+    rows = {r["provider"]: r for r in read(tmp_path / "time-test-cpu.jsonl") if r["kind"] == "timing"}
+    assert list(rows) == ["torch", "torch-again", "abft", "abft:off", "dmr", "torch:math"]
+    for name, r in rows.items():
+        assert 0 < r["error"] < 24 * 2.0**-24 and r["trials"] == (2 if name in ("abft", "dmr") else 0)
+    # Of a row of 24 scores or 16 outputs: more than rounding, less than what harms.
+    assert 2.0**-24 < rows["abft"]["expected_floor"] < 1e-3
+
+
+def test_attention_in_fp64_is_the_definition(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention_layer, "SCORES", 100)  # several blocks
+    for causal in (False, True):
+        q, k, v = (t.double().requires_grad_() for t in _attention(causal, "forward").inputs(CPU, torch.float64, 0))
+        ours = attention_layer.exactly(q, k, v, causal)
+        right = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=True)
+        for a, b in zip(torch.autograd.grad(ours.square().sum(), (q, k, v)), torch.autograd.grad(right.square().sum(), (q, k, v)), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13)
+        torch.testing.assert_close(ours, right, rtol=1e-12, atol=1e-13)
+
+
+def test_a_whole_model_has_its_attention_checked_too() -> None:
+    from bench import minilm
+
+    workload = next(iter(workloads.layers("forward", cuda=False)))
+    counted = {}
+    for name in ("abft", "abft:whole"):
+        torch.manual_seed(0)
+        c = Contender(providers.parse(name), workload, minilm.Layer(), "eager", CPU, torch.float32)
+        abft.report(reset=True)
+        c.results(workload.inputs(CPU, torch.float32, 5, 1))
+        counted[name] = abft.report(reset=True).products
+    assert (counted["abft"], counted["abft:whole"]) == (6, 8)  # six linear layers; S and O
+
+
+def test_the_small_llama_sees_its_cache_and_has_a_loss() -> None:
+    from bench import llama
+
+    with torch.device("meta"):
+        assert llama.Llama(past=7, batch=2)(torch.zeros(2, 1, dtype=torch.long)).shape == (2, 1, llama.SMALL_VOCABULARY)
+        words = torch.zeros(2, 5, dtype=torch.long)
+        assert llama.Llama()(words, words).shape == ()
 
 
 def test_an_unknown_shape_is_refused(capsys) -> None:

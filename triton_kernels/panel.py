@@ -155,7 +155,7 @@ def pack_scaled(wide, peaks, columns, integrity, scales, scales_batch, K, checks
 
 @triton.jit
 def _write_scaled(columns, integrity, scales, scales_batch, batch, first, pieces, PIECES: tl.constexpr, values, peak, k, K, block):
-    scale, inverse = _power_of_two(peak)
+    scale, inverse = power_of_two(peak)
     for i in tl.static_range(PIECES):
         if i < pieces:
             tl.store(scales + tl.cast(batch, tl.int64) * scales_batch + first + i, scale)
@@ -164,7 +164,7 @@ def _write_scaled(columns, integrity, scales, scales_batch, batch, first, pieces
 
 
 @triton.jit
-def _power_of_two(peak):
+def power_of_two(peak):
     """(2^(e - 12), its inverse) for a peak in [2^(e-1), 2^e); (1, 1) if the peak is zero or not finite.
 
     The peaks of fp16 sums lie between 2⁻²⁵ and 2³⁶: both powers are normal numbers.

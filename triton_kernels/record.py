@@ -103,9 +103,21 @@ def keep(details, row, rows_total, residual, tau, column, cause, case, tile, mas
 @triton.jit
 def report(words, site, summary, details, units, verdict, ratio, first_row, rows_total, labels):
     """Add one block's verdicts to the call's; the last block to arrive enters the call into the ledger."""
+    add_verdicts(summary, verdict, ratio, first_row)
+    arrive(words, site, summary, details, units, rows_total, labels)
+
+
+@triton.jit
+def add_verdicts(summary, verdict, ratio, first_row):
+    """Add one block's verdicts to the call's."""
     if tl.max((verdict != CLEAN).to(tl.int32), 0) > 0:
         for v in range(VERDICTS):
             _add_verdict(summary, v, verdict == v, ratio, first_row)
+
+
+@triton.jit
+def arrive(words, site, summary, details, units, rows_total, labels):
+    """Say that this program has no more verdicts; the last one to say so enters the call into the ledger."""
     tl.debug_barrier()  # the details of every thread, before the arrival that announces them
     arrived = tl.atomic_add(summary + SETTLED, tl.cast(1, tl.int64), sem="acq_rel")
     if arrived == tl.num_programs(0) - 1:

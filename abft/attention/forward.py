@@ -6,45 +6,40 @@ judged is what was used.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
-from abft.attention import judgement, products, softmax
-from abft.attention.problem import Problem, Tile
+from abft.attention import fused, judgement, products, softmax
+from abft.attention.problem import Attended, Problem, Tile
 from abft.attention.products import Panels
 from abft.attention.softmax import Softmax
 from abft.attention.tally import Tally
 
 
-@dataclass
-class Attended:
-    """out (B, H, G, L, D); statistics (2, B, H, G, L): maxima and sums of the softmax, for the backward; weights: as dropped, or None."""
-
-    out: Tensor
-    statistics: Tensor
-    weights: Tensor | None
-
-
 def attend(problem: Problem, tally: Tally, weights: bool = False) -> Attended:
     """Attention of a problem; (B, H, G, L, S) probabilities too if ``weights``."""
     q, v = problem.q, problem.v
-    out = q.new_empty((*q.shape[:-1], v.shape[-1]))
-    statistics = torch.empty((2, *q.shape[:-1]), dtype=problem.wide, device=q.device)
-    full = q.new_zeros((*q.shape[:-1], problem.keys)) if weights else None
     tally.expect("S", problem.rows, problem.keys, q.shape[-1])
     tally.expect("O", problem.rows, v.shape[-1], problem.keys)
+    if fused.covers(problem, tally, weights):
+        return fused.attend(problem, tally, lambda books: _by_steps(problem, books, False))
+    return _by_steps(problem, tally, weights)
+
+
+def _by_steps(problem: Problem, tally: Tally, weights: bool) -> Attended:
+    q, whole = problem.q, problem.empty()
+    full = q.new_zeros((*q.shape[:-1], problem.keys)) if weights else None
     for plane in problem.planes():
         k_plane, v_plane, panels = plane.of_keys(problem.k), plane.of_keys(problem.v), Panels(tally)
         for tile in plane.tiles():
             o, soft, p = _tile(tile, tally, panels, tile.of_queries(), k_plane[:, tile.keys], v_plane[:, tile.keys].mT)
-            tile.write_rows(out, o)
-            tile.write_rows(statistics[0], soft.maxima)
-            tile.write_rows(statistics[1], soft.sums)
+            tile.write_rows(whole.out, o)
+            tile.write_rows(whole.statistics[0], soft.maxima)
+            tile.write_rows(whole.statistics[1], soft.sums)
             if full is not None:
                 full[plane.batch, plane.heads, :, tile.rows, tile.keys] = tile.view(p).to(q.dtype)
-    return Attended(out, statistics, full)
+    whole.weights = full
+    return whole
 
 
 def _tile(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from abft import floating
-from abft.attention import dropout
+from abft.attention import dropout, steps
 
 #: Scores per tile: 4 MiB in fp32, of which a backward holds about six at a time.
 ELEMENTS = 1 << 20
@@ -43,6 +43,15 @@ class Options:
         return Options(scale, causal, offset, window or None, softcap or None, dropout)
 
 
+@dataclass
+class Attended:
+    """out (B, H, G, L, D); statistics (2, B, H, G, L): maxima and sums of the softmax, for the backward; weights: as dropped, or None."""
+
+    out: Tensor
+    statistics: Tensor
+    weights: Tensor | None = None
+
+
 @dataclass(frozen=True)
 class Problem:
     """q (B, H, G, L, E); k (B, H, S, E); v (B, H, S, D): G query heads share each of the H key heads.
@@ -67,6 +76,11 @@ class Problem:
         if flat is None or flat.numel() < like.numel():
             flat = self._kept[name] = torch.empty(like.numel(), dtype=like.dtype, device=like.device)
         return flat[: like.numel()].view(like.shape)
+
+    def empty(self) -> Attended:
+        """A result to be filled."""
+        statistics = torch.empty((2, *self.q.shape[:-1]), dtype=self.wide, device=self.q.device)
+        return Attended(self.q.new_empty((*self.q.shape[:-1], self.v.shape[-1])), statistics)
 
     @property
     def wide(self) -> torch.dtype:
@@ -125,6 +139,8 @@ class Plane:
         for start in range(0, length, self.rows_each):
             stop = min(start + self.rows_each, length)
             first = 0 if o.window is None else min(max(0, start + o.offset - o.window + 1), keys - 1)
+            if steps.compiled(self.problem.wide, self.problem.q.device):
+                first -= first % steps.CHUNK
             last = min(keys, max(first + 1, stop + o.offset)) if o.causal else keys
             yield Tile(self, slice(start, stop), slice(first, last))
 

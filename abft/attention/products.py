@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 from torch import Tensor
 
 from abft import threshold
+from abft.attention import steps
 from abft.attention.tally import ROLES, Tally
 from abft.backends import arbitration, reference
 from abft.backends.call import Call
@@ -25,6 +26,8 @@ from abft.ledger import Outcome
 
 #: Products of which P is the left operand.
 OF_PROBABILITIES = ("O", "dV")
+#: Products of the fused pass, which have its bits wherever they are computed.
+FUSED = ("S", "O")
 #: Products that are added up over tiles.
 SUMMED = ("dK", "dV")
 
@@ -65,9 +68,9 @@ def multiply(tally: Tally, name: str, a: Tensor, w: Tensor, hits: Strikes | None
     if hits is None:
         hits = strikes(tally, name, (a.shape[0], a.shape[1], w.shape[1], a.shape[2]), a.dtype)
     call = Call(a, w, None, None, False, ROLES[name], tally.policy, tally.site, hits)
-    y = reference.execute(call, hits)
+    y = _execute(name, call, hits)
     if any(hit.place not in (name, "dS") for hit in hits):
-        tally.struck_by(hits, reference.multiply(a if clean is None else clean, w, None), y)
+        tally.struck_by(hits, _product(name, a if clean is None else clean, w), y)
     return Multiplied(name, call, y)
 
 
@@ -75,7 +78,18 @@ def anew(tally: Tally, product: Multiplied, a: Tensor) -> Multiplied:
     """The same product of another left operand."""
     tally.outcome(product.name).executions += 1
     call = replace(product.call, a=a, strikes=())
-    return Multiplied(product.name, call, reference.execute(call))
+    return Multiplied(product.name, call, _execute(product.name, call))
+
+
+def _product(name: str, a: Tensor, w: Tensor) -> Tensor:
+    return steps.multiply(a, w) if name in FUSED else reference.multiply(a, w, None)
+
+
+def _execute(name: str, call: Call, hits: Strikes = ()) -> Tensor:
+    y = _product(name, call.a, call.w)
+    reference.strike_accumulators(y, call, hits)
+    reference.strike_output(y, hits)
+    return y
 
 
 def judge(tally: Tally, product: Multiplied, row_of: Callable[[int], int], panel: Panel | None = None) -> tuple[Tensor, Judgement | None]:
@@ -91,7 +105,7 @@ def judge(tally: Tally, product: Multiplied, row_of: Callable[[int], int], panel
         outcome.worst = max(outcome.worst, j.worst)
         return product.y, j
     here = Outcome()
-    case = arbitration.Case(call, p, product.y, j, panel, None, None, reference.execute, here)
+    case = arbitration.Case(call, p, product.y, j, panel, None, None, partial(_execute, name), here)
     y = arbitration.settle(case)
     outcome.executions += here.executions - 1
     outcome.findings += [replace(f, row=row_of(f.row)) for f in here.findings]

@@ -23,7 +23,7 @@ from abft.checksum import sketch_coefficients
 from abft.faults import Strike
 from abft.ledger import Verdict
 
-#: Bound of both sums relative to |δ| + Σ_t |dX|, in units of 2⁻²³ (2⁻⁵²): largest measured 14.5, see bench/results/attention.jsonl.
+#: Bound of both sums relative to |δ| + Σ_t |dX|, in units of 2⁻²³ (2⁻⁵²): largest measured 14.5, see bench/results/attention-clean.jsonl.
 KAPPA_VANISHING = 48.0
 PRODUCT = "dP"
 

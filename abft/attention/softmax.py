@@ -16,11 +16,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from abft.attention import steps
 from abft.attention.problem import Tile
 from abft.faults import Strike
 from abft.floating import ACCUMULATOR
 
-#: Bound of (1) and (2) relative to l, in units of 2⁻²³ (2⁻⁵²): largest measured 6.0, see bench/results/attention.jsonl.
+#: Bound of (1) and (2) relative to l, in units of 2⁻²³ (2⁻⁵²): largest measured 6.0, see bench/results/attention-clean.jsonl.
 KAPPA_SOFTMAX = 48.0
 #: The largest p is exp(0) = 1; the range of (3) is wider than any rounding. design: 1 - 2e-3 <= l <= N.
 RANGE = 2.0**-9
@@ -78,19 +79,19 @@ def exponentials(s: Tensor, tile: Tile, out: Tensor | None = None) -> tuple[Tens
     x = logits(s, tile)
     m = x.amax(-1)
     m = torch.where(m == -torch.inf, 0.0, m)  # a row that sees no key: exp(-inf - 0) = 0 throughout
-    return shifted(x, s, m, out=out).exp_(), m
+    return steps.exp_(shifted(x, s, m, out=out)), m
 
 
 def divided(p: Tensor, sums: Tensor) -> Tensor:
-    """p / l, in place."""
-    return p.div_(torch.where(sums == 0, 1.0, sums).unsqueeze(-1))
+    """p · (1 / l), in place."""
+    return p.mul_(torch.where(sums == 0, 1.0, sums).reciprocal_().unsqueeze(-1))
 
 
 def softmax(s: Tensor, tile: Tile, strikes: tuple[Strike, ...] = (), out: Tensor | None = None) -> Softmax:
     """The softmax of scaled scores, P in ``out``; strikes in "P" hit its exponentials, those in "l" their sums."""
     p, m = exponentials(s, tile, out)
     strike(p, "P", strikes)
-    sums = p.sum(-1)
+    sums = steps.row_sums(p)
     strike(sums.unsqueeze(-1), "l", strikes)
     return Softmax(divided(p, sums), m, sums)
 
@@ -99,7 +100,7 @@ def remembered(
     s: Tensor, tile: Tile, maxima: Tensor, sums: Tensor, strikes: tuple[Strike, ...] = (), out: Tensor | None = None
 ) -> Softmax:
     """The same probabilities from the maxima and sums of an earlier softmax of these scores."""
-    p = shifted(logits(s, tile), s, maxima, out=out).exp_()
+    p = steps.exp_(shifted(logits(s, tile), s, maxima, out=out))
     strike(p, "P", strikes)
     return Softmax(divided(p, sums), maxima, sums)
 

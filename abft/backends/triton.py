@@ -1,6 +1,6 @@
 """The triton backend: the checked product in two stages on the device, its plan made on the host.
 
-Only this module and triton_integer.py import Triton and the kernels, and only when a product asks for it.
+Only this module, triton_attention.py and triton_integer.py import Triton and the kernels, and only when a product asks for it.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What makes an existing module a checked one: a subclass built from the module's own class.
 
 ``module.__class__`` is exchanged in place, so Parameters, hooks, tying, optimizer references, ``isinstance`` and wrappers
-around the module stay as they are. The state abft keeps on the module is the three attributes below; none is a
+around the module stay as they are. The state abft keeps on the module is the attributes below; none is a
 parameter, a buffer or a key of the state dict.
 """
 
@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from abft import ledger, panels, sites
-from abft.functional import linear_at
+from abft import attention_interface, ledger, panels, sites
+from abft.functional import bypassed, linear_at
 from abft.modes import ProductMode
 from abft.policy import Policy
 
-ATTRIBUTES = ("_abft_site", "_abft_policy", "_abft_name")
+ATTRIBUTES = ("_abft_site", "_abft_policy", "_abft_name", "_abft_attended")
 
 
 class Checked:
@@ -72,11 +72,32 @@ class CheckedForward(Checked):
 
 
 class ScopedForward(Checked):
-    """For nn.MultiheadAttention, and subclasses of nn.Linear with a forward of their own: the products inside it are intercepted."""
+    """For nn.MultiheadAttention, and other modules with a forward of their own: the products inside it are intercepted."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         with ProductMode(self._abft_site, self._abft_policy):
             return super().forward(*args, **kwargs)  # type: ignore[misc]
+
+
+class InterfacedForward(Checked):
+    """For attention of transformers' models that comes to ``abft.huggingface`` by itself. No mode is on meanwhile: its projections
+    are modules of their own, and take the shortest way."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if not attention_interface.is_on(self):  # type: ignore[arg-type]  # it was refused, or somebody has set another one since
+            with ProductMode(self._abft_site, self._abft_policy):
+                out = super().forward(*args, **kwargs)  # type: ignore[misc]
+            if getattr(getattr(self, "config", None), "_attn_implementation", None) == "eager":
+                _count("the softmax of eager attention")
+            return out
+        out = super().forward(*args, **kwargs)  # type: ignore[misc]
+        if not torch.compiler.is_compiling() and not self.__dict__.pop("_abft_attended", False):
+            _count(f"{self._abft_name}: attention beside the interface")
+        return out
+
+
+def _count(reason: str) -> None:
+    bypassed(reason, lambda: None)
 
 
 def attach(module: nn.Module, name: str, policy: Policy | None, *, moved: bool = False) -> None:
@@ -111,7 +132,10 @@ def _device_of(module: nn.Module) -> torch.device:
 @cache
 def checked_class(base: type[nn.Module]) -> type[nn.Module]:
     """The checked subclass of a module class; one per class, so that graphs are shared."""
-    mixin = CheckedForward if base.forward is nn.Linear.forward else ScopedForward
+    mixin: type[Checked] = CheckedForward if base.forward is nn.Linear.forward else ScopedForward
+    if attention_interface.is_called_by(base):  # type: ignore[arg-type]
+        attention_interface.register()  # not only for protect: the class may come out of a pickle
+        mixin = InterfacedForward
     return type(f"Checked{base.__name__}", (mixin, base), {"_abft_base": base, "__module__": base.__module__})
 
 

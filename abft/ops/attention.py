@@ -1,7 +1,7 @@
 """``torch.ops.abft.attention``: the operators behind checked attention, forward and backward, and their gradients.
 
     attention(q, k, v, mask, seed, …, weights, ledger, site, policy) -> (out, statistics, weights)
-    attention_backward(d_out, d_weights, q, k, v, mask, seed, statistics, …, of_mask, ledger, site, policy) -> (dq, dk, dv, d_mask)
+    attention_backward(d_out, d_weights, q, k, v, mask, seed, statistics, …, of_mask, ledger, site, policy, out) -> (dq, dk, dv, d_mask)
 
 q (B, H, G, L, E); k (B, H, S, E); v (B, H, S, D); mask None or five dimensions that broadcast to (B, H, G, L, S); seed 0-d int64 on
 a CPU, or None without dropout; statistics (2, B, H, G, L), maxima and sums of the softmax. The … are ``Options``. What is not asked for
@@ -17,16 +17,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from abft import plans, redundancy, sites, threshold
+from abft import ledger, plans, policy, redundancy, sites, threshold
 from abft.attention import products
 from abft.attention.backward import Given, Gradients, gradients
-from abft.attention.forward import Attended, attend
+from abft.attention.forward import attend
 from abft.attention.plain import plain
-from abft.attention.problem import Options, Problem
+from abft.attention.problem import Attended, Options, Problem
 from abft.attention.tally import Tally
 from abft.errors import DeviceError, PolicyError
 from abft.ledger import Verdict
-from abft.ops import checked
+from abft.ops import attention_kernels, checked
 from abft.ops.checked import LIBRARY, bypass
 from abft.policy import Policy
 
@@ -37,7 +37,7 @@ LIBRARY.define(
 )
 LIBRARY.define(
     "attention_backward(Tensor d_out, Tensor? d_weights, Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? seed, Tensor statistics, "
-    f"{_OPTIONS}, bool of_mask, Tensor ledger, Tensor site, str policy) -> (Tensor, Tensor, Tensor, Tensor)"
+    f"{_OPTIONS}, bool of_mask, Tensor ledger, Tensor site, str policy, Tensor? out=None) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 
 
@@ -50,6 +50,11 @@ def _attention(
     problem = Problem(q, k, v, mask, _seed(seed), options)
     chosen = plans.now(policy_text, sites.index_of(site), "fprop", on_gpu=q.is_cuda)
     _refuse(problem, chosen)
+    if _in_kernels(q, chosen):
+        chosen = plans.checked(chosen)
+        words = ledger_ if q.device.type != "cpu" else torch.from_numpy(ledger.cpu().words)
+        with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
+            return *attention_kernels.attend(problem, chosen, site, words), q.new_empty(0)
 
     def run(tally: Tally) -> Attended:
         return attend(problem, tally, weights)
@@ -66,11 +71,16 @@ def _attention(
 def _attention_backward(
     d_out: Tensor, d_weights: Tensor | None, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, seed: Tensor | None, statistics: Tensor,
     scale: float, causal: bool, offset: int, window: int, softcap: float, dropout: float,
-    of_mask: bool, ledger_: Tensor, site: Tensor, policy_text: str,
+    of_mask: bool, ledger_: Tensor, site: Tensor, policy_text: str, out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     options = Options.read(scale, causal, offset, window, softcap, dropout)
     problem = Problem(q, k, v, mask, _seed(seed), options)
     chosen = plans.now(policy_text, sites.index_of(site), "dgrad", on_gpu=q.is_cuda)
+    if _in_kernels(q, chosen):
+        assert out is not None, "the kernels take δ from the forward's output"
+        words = ledger_ if q.device.type != "cpu" else torch.from_numpy(ledger.cpu().words)
+        with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
+            return *attention_kernels.gradients(problem, d_out, out, statistics, chosen, site, words), q.new_empty(0)
     given = Given(d_out, d_weights, statistics)
 
     def run(tally: Tally) -> Gradients:
@@ -82,6 +92,10 @@ def _attention_backward(
     with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
         dq, dk, dv, *rest = _execute(run, results, Tally(chosen, sites.index_of(site), "dgrad", q.dtype, note=checked.on_strike))
     return dq, dk, dv, rest[0] if rest else q.new_empty(0)
+
+
+def _in_kernels(q: Tensor, chosen: Policy) -> bool:
+    return chosen.backend == "triton" or q.device.type != "cpu"
 
 
 def _seed(seed: Tensor | None) -> int:
@@ -123,11 +137,6 @@ def _vote(tally: Tally, name: str, x: Tensor, y: Tensor, z: Tensor) -> Tensor:
 
 def _refuse(problem: Problem, chosen: Policy) -> None:
     """What cannot be done under this policy is said, never done differently."""
-    if chosen.backend == "triton":
-        raise DeviceError(
-            'backend="triton" has no attention yet. Use backend="auto", which runs the reference on a CPU, or protect attention and linear '
-            "layers by different policies."
-        )
     if chosen.max_floor is None or chosen.level == "off":
         return
     for name, n, k in (("qk", problem.keys, problem.q.shape[-1]), ("pv", problem.v.shape[-1], problem.keys)):
@@ -165,7 +174,9 @@ def _on_meta_alone(q: Tensor) -> None:
 
 
 LIBRARY.impl("attention", _attention, "CPU")
+LIBRARY.impl("attention", _attention, "CUDA")
 LIBRARY.impl("attention_backward", _attention_backward, "CPU")
+LIBRARY.impl("attention_backward", _attention_backward, "CUDA")
 torch.library.register_fake("abft::attention", _attention_meta, lib=LIBRARY)
 torch.library.register_fake("abft::attention_backward", _attention_backward_meta, lib=LIBRARY)
 
@@ -184,7 +195,9 @@ class CheckedAttention(torch.autograd.Function):
         book: Tensor, site: Tensor, policy_text: str,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         out, statistics, full = attention(q, k, v, mask, seed, *options, weights, book, site, policy_text)
-        ctx.save_for_backward(q, k, v, mask, seed, statistics)
+        # The reference computes δ from probabilities, the kernels from the output.
+        kept = out if _in_kernels(q, policy.decode(policy_text)) else None
+        ctx.save_for_backward(q, k, v, mask, seed, kept, statistics)
         ctx.ledger, ctx.site = book, site  # see CheckedProduct
         ctx.options, ctx.weights, ctx.policy = options, weights, policy_text
         if not weights:
@@ -194,7 +207,7 @@ class CheckedAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, d_out: Tensor | None, d_weights: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        q, k, v, mask, seed, statistics = ctx.saved_tensors
+        q, k, v, mask, seed, kept, statistics = ctx.saved_tensors
         of_mask = bool(mask is not None and ctx.needs_input_grad[3])
         rest = (None,) * 6
         if d_out is None and d_weights is None:
@@ -205,7 +218,7 @@ class CheckedAttention(torch.autograd.Function):
             d_out = q.new_zeros((*q.shape[:-1], v.shape[-1]))
         above = d_weights if ctx.weights else None
         dq, dk, dv, d_mask = attention_backward(
-            d_out, above, q, k, v, mask, seed, statistics, *ctx.options, of_mask, ctx.ledger, ctx.site, ctx.policy
+            d_out, above, q, k, v, mask, seed, statistics, *ctx.options, of_mask, ctx.ledger, ctx.site, ctx.policy, kept
         )
         return dq, dk, dv, d_mask if of_mask else None, *rest
 

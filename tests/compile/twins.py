@@ -93,6 +93,9 @@ def main() -> None:
                 for launch in compiled.launches_of(kind, 90, strike=what == "struck", **shape):
                     if launch.name.startswith(("checked_", "deferred_", "recompute")):
                         ptx[f"{kind}{name} {launch.name}"] = compiled.compile_launch(launch, 90).asm["ptx"]
+        for launch in compiled.attention_launches("fp16", 90, columns=64, strike=what == "struck"):
+            if launch.kwargs.get("CHECKED", launch.name == "settle_attention"):
+                ptx[f"fp16 {launch.name}"] = compiled.compile_launch(launch, 90).asm["ptx"]
         out.write_text(json.dumps({"blocks": blocks, "ptx": ptx}))
 
 

@@ -1,0 +1,238 @@
+"""The forward in one compiled pass over blocks of scores that stay in the cache (abft/native/attention.c), with all its checks.
+
+What it finds clean is delivered. Else the pass is repeated: rows that are clean then were struck by something transient, and have
+the bits of a fault-free run. Rows that are suspect twice go to the specification, step by step (``forward``), which decides.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from abft import bits, checksum, encoding, threshold
+from abft.attention import products, softmax, steps
+from abft.attention.problem import Attended, Problem
+from abft.attention.tally import Tally
+from abft.ledger import Verdict
+from abft.native import library
+
+#: What a row of scores, and a head's keys and values with their panels, may take of a thread's memory.
+MOST_KEYS = 16384
+MOST_WIDTH = 1024
+KINDS = checksum.FULL.kinds
+NO_MASK, SEEN, ADDED = range(3)
+#: The places that attention.c names.
+IN_SCORES, IN_PROBABILITIES, IN_SUM, IN_OUT = range(1, 5)
+
+
+class _Group(ctypes.Structure):
+    _fields_ = [
+        ("width", ctypes.c_int64), ("weights", ctypes.c_void_p),
+        *((name, ctypes.c_double * len(KINDS)) for name in ("accumulate2", "absolute2", "share")),
+    ]  # fmt: skip
+
+
+class _Place(ctypes.Structure):
+    _fields_ = [("row", ctypes.c_int64), ("product", ctypes.c_int64), ("residual", ctypes.c_double), ("bound", ctypes.c_double)]
+
+
+class _Attended(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in (
+            "batch", "heads", "members", "length", "keys", "width", "depth",
+            "dtype", "mask_kind", "checked", "causal", "offset", "window",
+        )),
+        ("q_steps", ctypes.c_int64 * 4), ("k_steps", ctypes.c_int64 * 3), ("v_steps", ctypes.c_int64 * 3),
+        ("out_steps", ctypes.c_int64 * 4), ("mask_steps", ctypes.c_int64 * 4),
+        *((name, ctypes.c_void_p) for name in ("q", "k", "v", "mask", "out", "maxima", "sums")),
+        *((name, ctypes.c_double) for name in ("scale", "softmax_bound", "range", "largest2")),
+        ("keys_group", _Group), ("last_keys", _Group), ("columns", _Group),
+        *((name, ctypes.c_int64) for name in ("strike", "strike_row", "strike_column")), ("strike_value", ctypes.c_double),
+        ("worst2", ctypes.c_double * 2), ("count", ctypes.c_int64), ("places", ctypes.c_void_p),
+    ]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Struck:
+    """For tests: a number that the pass finds in place of another. row: among all heads'; column: a key, or one of the result's."""
+
+    place: int
+    row: int
+    column: int
+    value: float
+
+
+#: What strikes every pass, or, as an iterator of one, the next; for tests.
+strike: Callable[[], Struck | None] = lambda: None  # noqa: E731
+
+
+@dataclass(frozen=True)
+class Passed:
+    """One execution: what it gives, and its suspect rows."""
+
+    attended: Attended
+    worst: tuple[float, float]  # largest |residual| / bound of S; of the softmax and O
+    suspects: np.ndarray  # (n,) of row, product, residual, bound
+
+
+def covers(problem: Problem, tally: Tally, weights: bool) -> bool:
+    """Whether this attention can be computed in one pass; an injector strikes between steps."""
+    o, group = problem.options, tally.policy.group
+    tensors = [t for t in (problem.q, problem.k, problem.v, problem.mask) if t is not None]
+    return (
+        steps.compiled(problem.wide, problem.q.device)
+        and not weights and not o.dropout and o.softcap is None and not tally.may_be_struck
+        and 0 < problem.keys <= MOST_KEYS and max(problem.q.shape[-1], problem.v.shape[-1]) <= MOST_WIDTH
+        and (group is None or group >= max(problem.v.shape[-1], min(problem.keys, steps.CHUNK)))
+        and all(bits.readable(t) and t.numel() for t in tensors)
+    )  # fmt: skip
+
+
+def attend(problem: Problem, tally: Tally, by_steps: Callable[[Tally], Attended]) -> Attended:
+    """Attention of a problem that is covered. by_steps: the same, step by step, with findings of its own."""
+    named = {IN_SCORES: "S", IN_PROBABILITIES: "O", IN_OUT: "O"}
+    first = _once(problem, tally)
+    if first is None:
+        return by_steps(tally)
+    for name, worst in zip(("S", "O"), first.worst, strict=True):
+        if _checked(tally, name):
+            tally.outcome(name).worst = max(tally.outcome(name).worst, worst)
+    suspects = first.suspects[[_checked(tally, named[int(place)]) for place in first.suspects["product"]]]
+    if len(suspects) == 0:
+        return first.attended
+    second = _once(problem, tally)
+    for name in ("S", "O"):
+        tally.outcome(name).executions += 1
+    still = suspects["row"] if second is None else second.suspects["row"]
+    verdict = Verdict.RECOMPUTED if tally.repairs else tally.only_told
+    gone = suspects[~np.isin(suspects["row"], still)]
+    _find(tally, verdict, {"S": gone[gone["product"] == IN_SCORES], "O": gone[gone["product"] != IN_SCORES]}, "transient")
+    if second is None or len(still):
+        fresh = by_steps(tally)
+        if second is not None:
+            _compare(tally, second, fresh)
+    else:
+        fresh = second.attended
+    return fresh if tally.repairs else first.attended
+
+
+def _checked(tally: Tally, name: str) -> bool:
+    return tally.checks(products.ROLES[name])
+
+
+def _find(tally: Tally, verdict: Verdict, found: dict[str, np.ndarray], cause: str) -> None:
+    for name, places in found.items():
+        if len(places):
+            with np.errstate(all="ignore"):
+                worst = places[int(np.nan_to_num(places["residual"] / places["bound"], nan=np.inf).argmax())]
+            tally.find(name, verdict, len(places), int(worst["row"]), float(worst["residual"]), float(worst["bound"]), cause)
+
+
+def _compare(tally: Tally, passed: Passed, fresh: Attended) -> None:
+    """Rows that were suspect twice, on which the steps found nothing to repair, and yet differ: the pass is persistently wrong there."""
+    said = {f.verdict for name in ("S", "O") for f in tally.outcome(name).findings if f.cause != "transient"}
+    if said & {Verdict.RECONSTRUCTED, Verdict.UNCORRECTED, Verdict.OBSERVED}:
+        return
+    same = bits.same(passed.attended.out, fresh.out).all(-1).reshape(-1).numpy()
+    twice = passed.suspects
+    wrong = twice[~same[twice["row"]]]
+    verdict = Verdict.RECONSTRUCTED if tally.repairs else tally.only_told
+    _find(tally, verdict, {"S": wrong[wrong["product"] == IN_SCORES], "O": wrong[wrong["product"] != IN_SCORES]}, "persistent")
+
+
+PLACE = np.dtype([("row", np.int64), ("product", np.int64), ("residual", np.float64), ("bound", np.float64)])
+
+
+def _once(problem: Problem, tally: Tally) -> Passed | None:
+    """One pass; None if memory is short."""
+    functions = library.functions()
+    assert functions is not None
+    q, k, v, mask = (_adjacent(t) for t in (problem.q, problem.k, problem.v, _readable_mask(problem)))
+    assert q is not None and k is not None and v is not None
+    attended = problem.empty()
+    out = attended.out if q.dtype == torch.float32 else torch.empty_like(attended.out, dtype=torch.float32)
+    checked = _checked(tally, "S") or _checked(tally, "O")
+    places = np.empty(problem.rows if checked else 0, PLACE)
+    x = _described(problem, mask, checked)
+    x.q_steps[:], x.k_steps[:], x.v_steps[:], x.out_steps[:] = q.stride()[:4], k.stride()[:3], v.stride()[:3], out.stride()[:4]
+    x.q, x.k, x.v, x.out, x.places = q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), places.ctypes.data
+    x.mask = q.data_ptr() if mask is None else mask.data_ptr()
+    x.maxima, x.sums = (t.data_ptr() for t in attended.statistics)
+    hit = strike()
+    if hit is not None:
+        x.strike, x.strike_row, x.strike_column, x.strike_value = hit.place, hit.row, hit.column, hit.value
+    work = problem.rows * problem.keys * (q.shape[-1] + v.shape[-1])
+    if not functions.abft_attention(ctypes.byref(x), steps.threads_for(work)):
+        return None
+    if out is not attended.out:
+        attended.out.copy_(out)
+    return Passed(attended, (math.sqrt(x.worst2[0]), math.sqrt(x.worst2[1])), places[: x.count])
+
+
+def _adjacent(t: Tensor | None) -> Tensor | None:
+    """Its numbers adjacent along the last dimension."""
+    return t if t is None or t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
+
+
+def _readable_mask(problem: Problem) -> Tensor | None:
+    """A mask of bool or fp32, whole along the keys, and whatever it was along the rest."""
+    mask = problem.mask
+    if mask is None:
+        return None
+    mask = mask if mask.dtype == torch.bool else mask.to(torch.float32)
+    return mask if mask.shape[-1] == problem.keys else mask.expand(*mask.shape[:-1], problem.keys).contiguous()
+
+
+def _described(problem: Problem, mask: Tensor | None, checked: bool) -> _Attended:
+    q, o = problem.q, problem.options
+    x = _Attended()
+    batch, heads, members, length, width = q.shape
+    x.batch, x.heads, x.members, x.length = batch, heads, members, length
+    x.keys, x.width, x.depth = problem.keys, width, problem.v.shape[-1]
+    x.dtype, x.checked = encoding.DTYPES[q.dtype], checked
+    x.causal, x.offset, x.window, x.scale = o.causal, o.offset, o.window or 0, o.scale
+    if mask is not None:
+        x.mask_kind = SEEN if mask.dtype == torch.bool else ADDED
+        x.mask_steps[:] = [0 if size == 1 else step for size, step in zip(mask.shape[:4], mask.stride()[:4], strict=True)]
+    plan = _plan(problem.keys, width, problem.v.shape[-1])
+    x.keys_group, x.last_keys, x.columns, x.largest2 = plan.keys, plan.last_keys, plan.columns, plan.largest2
+    x.softmax_bound, x.range = softmax.KAPPA_SOFTMAX * softmax.UNIT[torch.float32], softmax.RANGE
+    return x
+
+
+@dataclass(frozen=True)
+class _Plan:
+    keys: _Group
+    last_keys: _Group
+    columns: _Group
+    largest2: float
+    kept: tuple[object, ...]  # what the groups' addresses lead to
+
+
+@lru_cache(maxsize=1024)
+def _plan(keys: int, width: int, depth: int) -> _Plan:
+    """How the sums of an attention are weighted and judged: scores by CHUNK keys, the result by all its columns."""
+    last = keys % steps.CHUNK or steps.CHUNK
+    kept: list[object] = []
+
+    def group(columns: int, over: int, probabilities: bool) -> _Group:
+        arithmetic = threshold.with_wide_squares(products.plan(columns, over, torch.float32, "full", None, probabilities).arithmetic)
+        c = threshold.coefficients(arithmetic, over, KINDS, columns)
+        weights = encoding.padded(np.stack([checksum.column_weights(kind, columns) for kind in KINDS]))
+        kept.append(weights)
+        four = ctypes.c_double * len(KINDS)
+        return _Group(
+            columns, weights.ctypes.data, four(*np.square(c.accumulate)), four(*np.square(c.absolute)),
+            four(*(checksum.weight_rms(kind, columns) ** -2 for kind in KINDS)),
+        )  # fmt: skip
+
+    groups = group(min(keys, steps.CHUNK), width, False), group(last, width, False), group(depth, keys, True)
+    return _Plan(*groups, torch.finfo(torch.float32).max ** 2, tuple(kept))
+

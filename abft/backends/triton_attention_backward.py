@@ -1,0 +1,153 @@
+"""The triton backend's attention gradient: its plan made on the host, everything else decided on the device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from abft import checksum, floating, ledger, sites, threshold
+from abft.attention.problem import Problem
+from abft.attention.softmax import KAPPA_SOFTMAX
+from abft.backends import triton as backend
+from abft.faults import Strike
+from abft.ledger import Verdict
+from abft.policy import Policy
+
+UNIT = 2.0**-23
+PLACES = ("S", "P", "dP", "dS", "dQ", "dK", "dV")  # in the order of the kernels' own numbers
+FIRST_PLACE = 16
+
+
+@dataclass(frozen=True)
+class Given:
+    """From above, d_out; from the forward its output, both (B, H, G, L, D), and its statistics (2, B, H, G, L)."""
+
+    d_out: Tensor
+    out: Tensor
+    statistics: Tensor
+
+
+@dataclass(frozen=True)
+class Hit:
+    """A strike, and which of the two kernels it hits: S, P, dP and dS are computed by queries (for dQ) and by keys (for dK and dV)."""
+
+    strike: Strike
+    by_keys: bool = False
+
+
+# --- plan -----------------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=256)
+def _weights(width: int, count: int, device: torch.device) -> Tensor:
+    """Fixed random ±U(0.5, 1.5)/1.041, (count, width) fp32, of balanced sign: rms 1, and no two equal as signs alone would be."""
+    rng = np.random.default_rng(0xAB47)
+    signs = [checksum.signs(width)] + [rng.permutation(checksum.signs(width)) for _ in range(count - 1)]
+    return torch.from_numpy((np.stack(signs) * rng.uniform(0.5, 1.5, (count, width)) / 1.041).astype(np.float32)).to(device)
+
+
+@lru_cache(maxsize=1024)
+def _bounds(arithmetic: threshold.Arithmetic, dtype: torch.dtype, keys: int, depth: int, e: int, d: int) -> Any:
+    """The bounds of products of ``depth`` queries and ``keys`` keys, U κ; and of the sums of the softmax."""
+    from abft.triton_kernels.attention_backward import Bounds
+
+    def of(k: int, arithmetic: threshold.Arithmetic = arithmetic, width: int = 1) -> float:
+        return arithmetic.unit * threshold.kappa(arithmetic, k, width=width)
+
+    # The forward sums the probabilities that multiply V, rounded to half precision; its output is rounded, too.
+    rounding = floating.UNIT_ROUNDOFF[dtype] if dtype != torch.float32 else 0.0
+    vanishing = KAPPA_SOFTMAX * UNIT
+    of_probabilities = threshold.of_probabilities(arithmetic)
+    return Bounds(
+        of(e), of(d), of(keys, width=e), of(depth, width=e), of(depth, of_probabilities, width=d),
+        vanishing, rounding + vanishing, rounding + vanishing, arithmetic.floor_abs,
+    )  # fmt: skip
+
+
+def _labels(problem: Problem, policy: Policy) -> Any:
+    from abft.triton_kernels.attention_verdicts import Labels
+
+    q, k, v = problem.q, problem.k, problem.v
+    queries, keys, depth = problem.rows, k.shape[:3].numel(), q.shape[2] * q.shape[3]
+    qk, pv = (bool({role, "dgrad"} & policy.roles) for role in ("qk", "pv"))
+    names = ledger.ROLE_NAMES
+    return Labels(
+        names.index("qk"), names.index("pv"), (2 * queries + keys) * qk, (queries + keys) * pv, ledger.DTYPES.index(q.dtype),
+        ledger.BACKEND_NAMES.index("triton"), queries, keys, problem.keys, depth, q.shape[-1], v.shape[-1], sites.CAPACITY,
+    )  # fmt: skip
+
+
+def _judge(problem: Problem, policy: Policy, config: Any, architecture: int | None) -> Any:
+    from abft.triton_kernels.attention_gradients import Judge
+
+    q, device = problem.q, problem.q.device
+    e, d, depth = q.shape[-1], problem.v.shape[-1], q.shape[2] * q.shape[3]
+    arithmetic = backend.ARITHMETIC.get((architecture, backend.KIND[q.dtype]), threshold.FMA_32)  # type: ignore[arg-type]
+    sketch = checksum.sketch_coefficients(max(q.shape[3], problem.keys), device)
+    told = Verdict.OBSERVED if policy.level == "detect" else Verdict.UNCORRECTED
+    return Judge(
+        _bounds(arithmetic, q.dtype, problem.keys, depth, e, d),
+        _weights(config.dkv.step, 1, device), _weights(config.dq.step, 1, device), _weights(e, 2, device), _weights(d, 2, device), sketch,
+        _labels(problem, policy), policy.level == "correct" and policy.timing == "immediate", list(Verdict).index(told),
+    )  # fmt: skip
+
+
+# --- the gradient ---------------------------------------------------------------------------------
+
+
+def gradients(
+    problem: Problem, given: Given, policy: Policy, words: Tensor, site: Tensor, hits: tuple[Hit, ...] = (), again: tuple[Hit, ...] = ()
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dQ, dK, dV, checked and, if the policy says so, repaired; nothing is read back to the host.
+
+    words: the ledger's, on the device of q; site: 0-d int64. ``again``: what hits the repetition.
+    """
+    from abft.triton_kernels import attention_gradients as kernels
+    from abft.triton_kernels.attention_scores import scores_of
+
+    q, o = problem.q, problem.options
+    device = q.device
+    architecture = None if device.type == "cpu" else backend.family_of(device)
+    config = kernels.config_for(architecture, q.dtype, max(q.shape[-1], problem.v.shape[-1]))
+    checked = policy.level != "off" and bool({"qk", "pv", "dgrad"} & policy.roles)
+    scores, _ = scores_of(q, problem.k, problem.mask, o.scale, o.offset, o.window, o.softcap, o.dropout, problem.seed)
+    maxima, sums = given.statistics
+    inputs = kernels.Given(q, problem.k, problem.v, given.d_out, given.out, maxima.contiguous(), sums.contiguous())
+    judge = _judge(problem, policy, config, architecture) if checked else None
+    with backend.quiet(), backend.host_ledger(words):
+        return kernels.gradients(
+            inputs, scores, o.causal, config, judge, words, site, descriptors(hits, device), descriptors(again, device)
+        )
+
+
+# --- injection ------------------------------------------------------------------------------------
+
+
+def hit_of(product: str, strike: Strike) -> Hit:
+    """Where a strike on a product lands. An accumulator is the product's own; what both kernels compute is struck in one of them, P where
+    it multiplies dO."""
+    place = product if strike.place == "accumulator" else strike.place
+    by_keys = place in ("P", "dK", "dV") or (place in PLACES[:4] and (strike.region.row0 + strike.region.col0) % 2 == 1)
+    return Hit(replace(strike, place=place), by_keys)  # type: ignore[arg-type]
+
+
+def descriptors(hits: tuple[Hit, ...], device: torch.device) -> Tensor | None:
+    """The faults that strike inside the kernels, (count, 12) int32, or None. All act on fp32 patterns.
+
+    Regions lie in matrices of one head of keys: S, P, dP, dS (G·L, S), dQ (G·L, E), dK (S, E), dV (S, D).
+    """
+    rows = []
+    for hit in hits:
+        r, op = hit.strike.region, hit.strike.operation
+        if hit.strike.place not in PLACES:
+            continue  # the operands and the checks of these kernels cannot be struck
+        by_keys = hit.by_keys or hit.strike.place in ("dK", "dV")
+        place = FIRST_PLACE + PLACES.index(hit.strike.place)
+        words = (place, r.batch, r.row0, r.row1, r.col0, r.col1, r.stride, int(by_keys), 0, op.keep, op.flip, op.add)
+        rows.append([(word + 2**31) % 2**32 - 2**31 for word in words])
+    return torch.tensor(rows, dtype=torch.int32).to(device) if rows else None

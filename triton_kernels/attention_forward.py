@@ -1,0 +1,523 @@
+"""Checked flash attention, forward: O = softmax(Q Kᵀ) V, block of queries by block of queries, and what tells whether it is right.
+
+    for each block of keys     s = q kᵀ;  x₂ (attention_scores.py);  m ← max(m, x₂);  p = exp2(x₂ - m);  P = p rounded to V's dtype
+                               α = exp2(m before - m);  ℓ ← α ℓ + Σ P;  acc ← α acc + P V;  C ← α' C + P panel(V)
+    O = acc / ℓ                α' = exp2(½(m before - m))²: the same number by another argument
+
+What must hold, per row, before O is rounded:
+
+    qk  (1) Σ ε x₂ = scale · q · Σ ε k      from the registers that enter exp2 where no key of the block is hidden, else from the scores;
+                                            ε balances in a block: m drops out
+    pv  (2) Σ_d w O = C_w / ℓ               kinds e, hi, lo of w: V as it was read, the accumulator, α, the division
+        (3) ℓ = C_1                         the column of ones: P as it multiplied, ℓ, α
+        (4) 1 - 2⁻⁹ <= ℓ <= keys (1 + 2⁻⁹)  or no key is seen: a maximum that is none
+        (5) Π α = exp2(m first - m last)    m and α
+        (6) Π p = exp2(Σ x₂) over four keys EXPONENTIALS; both with x₂ clamped at -30, so that a hidden or tiny one does not hide the
+                                            others: exp2 and p. Nothing else sees an exponential that is wrong at once for ℓ and for O.
+
+Under dropout P is what it keeps and ℓ sums all: (3) compares what was kept, and ℓ with kept + left out.
+
+Rows are whole in one program, so it judges them itself: no partial sums, no launch that verifies. What is suspect is marked for
+attention_settle.py, which computes those blocks again by the same device function.
+
+Bounds: U κ S as everywhere (docs/explanation/thresholds.md), S from the sketches, and computed of numbers divided by the largest of them,
+so that squares neither over- nor underflow. The constants of (3) to (6): docs/explanation/attention.md.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .attention_panel import KINDS, PANEL, PREFIX_ROWS, SIGNED, SPREAD, SPREADS, SQUARES, Sums, Weights, build
+from .attention_scores import (
+    Scores,
+    dropout_base,
+    exponents,
+    heads,
+    heads_of,
+    hidden,
+    kept,
+    natural,
+    rectangle,
+    sign_of_block,
+    start_of,
+    visited,
+)
+from .configs import MAX_REGISTERS, AttentionConfig
+from .gemm import fault_argument, note_unit
+from .judgement import SKETCHES, TINY, explained, is_finite, ratio_of
+from .panel import power_of_two
+from .record import DETAILS, count_call, keep, raise_worst
+from .summary import UNQUIET
+from .summary import words as summary_words
+from .tiles import strike
+
+#: Places of faults in these kernels, as abft.backends.triton_attention numbers them.
+S, P, L, O, ALPHA, M, CHECKSUM_S, CHECKSUM_O, QUERIES, STATISTICS, PROBABILITIES = (tl.constexpr(i) for i in range(11))
+#: Status of a row, a bit for each role.
+QK, PV = tl.constexpr(1), tl.constexpr(2)
+#: (4), (5): design of the checks, docs/explanation/attention.md.
+RANGE_L, RATIO_ALPHA, RATIO_EXP, FLOOR_EXP = (tl.constexpr(x) for x in (2.0**-9, 3e-5, 3e-5, -30.0))
+UNIT = tl.constexpr(2.0**-23)
+#: exp2 of less is no number that matters.
+VANISHED = tl.constexpr(2.0**-100)
+
+
+class Limits(NamedTuple):
+    """Coefficients of the bounds (abft.backends.triton_attention)."""
+
+    scores: Any  # U κ of (1)
+    shift: Any  # of (1): U κ √keys, times |m|
+    output: Any  # (3,): U κ w̄ of (2)
+    sums: Any  # of (3), relative to ℓ
+
+
+class Finding(NamedTuple):
+    """Of every row and one role: whether it is explained, residual and bound of what stands out."""
+
+    fine: Any
+    residual: Any
+    tau: Any
+
+
+class Way(NamedTuple):
+    """A block of rows: its head, and where its keys and values begin."""
+
+    batch: Any
+    head: Any
+    member: Any
+    plane: Any  # batch × heads of keys
+    rows: Any
+    dropout: Any
+
+
+@triton.jit
+def checked_attention(q, k, v, out, statistics, sums, weights, scores, limits, words, site, status, details, units, flags, summary,
+                      E, D, rows_total, roles, FAULT, CAUSAL: tl.constexpr, SCALED: tl.constexpr, CHECKED: tl.constexpr,
+                      EXPONENTIALS: tl.constexpr, REPEAT: tl.constexpr, PARTS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+                      BE: tl.constexpr, BD: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """A block of queries of one head per program. roles: bits of those that are judged. details: (2, DETAILS, rows) int32."""
+    blocks = tl.cdiv(scores.length, BM)
+    number, block = tl.program_id(0) // blocks, blocks - 1 - tl.program_id(0) % blocks  # under a causal mask the last takes longest
+    y, m, l, qk, pv = attend_block(q, k, v, sums, weights, scores, limits, number, block, E, D, FAULT, CAUSAL, SCALED, CHECKED,
+                                   EXPONENTIALS, PARTS, BM, BN, BE, BD, PRECISION)  # fmt: skip
+    rows = block * BM + tl.arange(0, BM)
+    inside, row = rows < scores.length, tl.cast(number, tl.int64) * scores.length + rows
+    store_rows(out, statistics, y, m, l, scores, number, rows, D, rows_total, inside, FAULT, BD)
+    if CHECKED:
+        note_unit(units, number * blocks + block)
+        code = tl.where(inside, suspects(qk, pv, roles), 0)
+        tl.store(status + row, code.to(tl.int8), mask=inside)
+        gravest = tl.max(code, 0)
+        tl.store(flags + number * blocks + block, gravest.to(tl.int8))
+        if tl.program_id(0) == 0:
+            if (roles & QK) > 0:
+                count_call(words, site, rows_total, REPEAT)
+            if (roles & PV) > 0:
+                count_call(words, site, rows_total, REPEAT)
+        worst = tl.maximum(_worst(qk, (roles & QK) > 0), _worst(pv, (roles & PV) > 0))
+        raise_worst(words, site, tl.max(tl.where(inside, worst, 0.0), 0))
+        if gravest > 0:
+            tl.atomic_add(summary + UNQUIET, tl.cast(1, tl.int64))
+            _remember(details, qk, row, rows_total, number * blocks + block, (code & QK) > 0)
+            _remember(details + DETAILS * tl.cast(rows_total, tl.int64), pv, row, rows_total, number * blocks + block, (code & PV) > 0)
+
+
+@triton.jit
+def suspects(qk, pv, roles):
+    """The status of rows: a bit for each role that is judged and not explained."""
+    return tl.where(qk.fine, 0, QK & roles) | tl.where(pv.fine, 0, PV & roles)
+
+
+@triton.jit
+def _worst(finding, judged):
+    return tl.where(finding.fine & judged, ratio_of(finding.residual, finding.tau), 0.0)
+
+
+@triton.jit
+def _remember(details, finding, row, rows_total, tile, mask):
+    """What a record may say of suspect rows."""
+    zero = tl.zeros(row.shape, tl.int32)
+    keep(details, row, rows_total, finding.residual, finding.tau, zero - 1, zero, zero, zero + tile, mask)
+
+
+@triton.jit
+def store_rows(out, statistics, y, m, l, scores, number, rows, D, rows_total, mask, FAULT, BD: tl.constexpr):
+    """O (contiguous), rounded, and the statistics (2, rows) of some rows of a head."""
+    cols, row = tl.arange(0, BD), tl.cast(number, tl.int64) * scores.length + rows
+    tl.store(out + row[:, None] * D + cols[None, :], y.to(out.dtype.element_ty), mask=mask[:, None] & (cols[None, :] < D))
+    m, l = natural(m, l)
+    if FAULT is not None:
+        m = _strike_rows(m, FAULT, STATISTICS, scores, number, rows, 0)
+        l = _strike_rows(l, FAULT, STATISTICS, scores, number, rows, 1)
+    tl.store(statistics + row, m, mask=mask)
+    tl.store(statistics + tl.cast(rows_total, tl.int64) + row, l, mask=mask)
+
+
+# --- a block of rows ------------------------------------------------------------------------------
+
+
+@triton.jit
+def attend_block(q, k, v, sums, weights, scores, limits, number, block, E, D, FAULT, CAUSAL: tl.constexpr, SCALED: tl.constexpr,
+                 CHECKED: tl.constexpr, EXPONENTIALS: tl.constexpr, PARTS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+                 BE: tl.constexpr, BD: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """(O before it is rounded, m₂, ℓ, findings of qk, of pv)"""
+    batch, head, member = heads_of(scores, number)
+    rows = block * BM + tl.arange(0, BM)
+    base = dropout_base(scores, batch, head, member) if scores.dropped is not None else None
+    way = Way(batch, head, member, batch * scores.heads + head, rows, base)
+    queries = rectangle(start_of(q, batch, head, member), q, rows, tl.arange(0, BE), scores.length, E)
+    read = queries
+    if FAULT is not None:
+        read = strike(queries, FAULT, QUERIES, way.plane, member * scores.length + rows, tl.arange(0, BE), 0, 1)
+    m, first = tl.full((BM,), float("-inf"), tl.float32), tl.full((BM,), float("-inf"), tl.float32)
+    l, signed, wrong = tl.zeros((BM,), tl.float32), tl.zeros((BM,), tl.float32), tl.zeros((BM,), tl.float32)
+    fall, held, left = tl.full((BM,), 1.0, tl.float32), tl.zeros((BM,), tl.float32), tl.zeros((BM,), tl.float32)
+    acc, check = tl.zeros((BM, BD), tl.float32), tl.zeros((BM, PANEL), tl.float32)
+    begin, whole, masked, end = visited(scores, block * BM, CAUSAL, BM, BN)
+    if scores.mask is not None:
+        whole = end  # every block may hide keys
+        masked = end
+    if (scores.window is not None) | (scores.mask is not None):
+        for n in tl.range(begin, whole):
+            m, l, acc, check, signed, first, fall, wrong, held, left = _step(
+                m, l, acc, check, signed, first, fall, wrong, held, left, read, k, v, sums, weights, scores, way, n, E, D, FAULT, CAUSAL,
+                SCALED, CHECKED, EXPONENTIALS, BN, BE, BD, PRECISION, True)  # fmt: skip
+    if scores.mask is None:
+        for n in tl.range(whole, masked):
+            m, l, acc, check, signed, first, fall, wrong, held, left = _step(
+                m, l, acc, check, signed, first, fall, wrong, held, left, read, k, v, sums, weights, scores, way, n, E, D, FAULT, CAUSAL,
+                SCALED, CHECKED, EXPONENTIALS, BN, BE, BD, PRECISION, False)  # fmt: skip
+        for n in tl.range(masked, end):
+            m, l, acc, check, signed, first, fall, wrong, held, left = _step(
+                m, l, acc, check, signed, first, fall, wrong, held, left, read, k, v, sums, weights, scores, way, n, E, D, FAULT, CAUSAL,
+                SCALED, CHECKED, EXPONENTIALS, BN, BE, BD, PRECISION, True)  # fmt: skip
+    if FAULT is not None:
+        acc = strike(acc, FAULT, O, way.plane, member * scores.length + rows, tl.arange(0, BD), 0, 1)
+        l = _strike_rows(l, FAULT, L, scores, number, rows, 0)
+    y = acc * (1.0 / tl.where(l == 0, 1.0, l))[:, None]
+    if CHECKED:
+        qk = _judge_scores(queries, signed, m, first, sums, weights, scores, limits, way, begin, end, E, FAULT, PARTS, BN, BE, PRECISION)
+        pv = _judge_values(y, l, m, check, first, fall, wrong, held, left, weights, scores, limits, way, end - begin, D, FAULT, PARTS, BD)
+    else:  # nobody asks
+        qk = Finding(l == l, l, l)
+        pv = qk
+    if scores.dropped is not None:
+        y = y * scores.undropped
+    return y, m, l, qk, pv
+
+
+@triton.jit
+def _step(m, l, acc, check, signed, first, fall, wrong, held, left, queries, k, v, sums, weights, scores, way, block, E, D, FAULT,
+          CAUSAL: tl.constexpr, SCALED: tl.constexpr, CHECKED: tl.constexpr, EXPONENTIALS: tl.constexpr, BN: tl.constexpr,
+          BE: tl.constexpr, BD: tl.constexpr, PRECISION: tl.constexpr, HIDES: tl.constexpr):  # fmt: skip
+    """One block of keys. HIDES: it may hold keys that some rows do not see."""
+    cols = block * BN + tl.arange(0, BN)
+    own = way.member * scores.length + way.rows
+    s = tl.dot(queries, tl.trans(_tile(k, way, block, tl.arange(0, BE), scores.keys, E, BN, HIDES)), input_precision=PRECISION)
+    if FAULT is not None:
+        s = strike(s, FAULT, S, way.plane, own, cols, 0, 1)
+        m = _strike_rows(m, FAULT, M, scores, way.plane * scores.group + way.member, way.rows, block * BN)
+    if CHECKED:
+        signs = tl.load(weights.signs + tl.arange(0, BN))[None, :]
+        sign = sign_of_block(block)
+    if SCALED and not HIDES:
+        new = tl.maximum(m, tl.max(s, 1) * scores.scale2)
+        shift = tl.where(new == float("-inf"), 0.0, new)
+        x = s * scores.scale2 - shift[:, None]
+        if CHECKED:
+            signed += sign * tl.sum(x * signs, 1)
+    else:
+        x = exponents(s, scores, way.rows, cols, way.batch, way.head, way.member)
+        if CHECKED:
+            signed += sign * tl.sum(x * signs, 1) if SCALED else (sign * scores.scale2) * tl.sum(s * signs, 1)
+        if HIDES:
+            x = tl.where(hidden(scores, way.rows, cols, way.batch, way.head, way.member, CAUSAL), float("-inf"), x)
+        new = tl.maximum(m, tl.max(x, 1))
+        shift = tl.where(new == float("-inf"), 0.0, new)
+        x = x - shift[:, None]
+    p = tl.exp2(x)
+    nothing = m == float("-inf")
+    alpha = tl.where(nothing, 1.0, tl.exp2(m - shift))
+    if FAULT is not None:
+        p = strike(p, FAULT, P, way.plane, own, cols, 0, 1)
+        alpha = _strike_rows(alpha, FAULT, ALPHA, scores, way.plane * scores.group + way.member, way.rows, block * BN)
+    used = p.to(v.ptr.dtype.element_ty)
+    l = l * alpha + tl.sum(used.to(tl.float32), 1)
+    if scores.dropped is not None:
+        stays = kept(scores, way.dropout, way.rows, cols)
+        if CHECKED:
+            held = held * alpha + tl.sum(tl.where(stays, used.to(tl.float32), 0.0), 1)
+            left = left * alpha + tl.sum(tl.where(stays, 0.0, used.to(tl.float32)), 1)
+        used = tl.where(stays, used, 0.0)
+    if FAULT is not None:
+        used = strike(used, FAULT, PROBABILITIES, way.plane, own, cols, 0, 1)
+    if CHECKED:
+        if EXPONENTIALS:
+            wrong += _disagreeing(x, p)
+        half = tl.exp2((m - shift) * 0.5)
+        check = check * tl.where(nothing, 1.0, half * half)[:, None]
+        at = sums.panel + (tl.cast(way.plane, tl.int64) * PANEL * tl.cdiv(scores.keys, BN) + block) * BN + tl.arange(0, BN)[:, None]
+        columns = tl.load(at + tl.arange(0, PANEL)[None, :] * (tl.cdiv(scores.keys, BN) * BN))
+        if sums.scales is None:
+            check = tl.dot(used, columns, check, input_precision=PRECISION)
+        else:
+            scale = (tl.cast(way.plane, tl.int64) * tl.cdiv(scores.keys, BN) + block) * PANEL + tl.arange(0, PANEL)
+            check += tl.dot(used, columns, input_precision=PRECISION) * tl.load(sums.scales + scale)[None, :]
+        first = tl.where(first == float("-inf"), new, first)
+        fall = fall * alpha
+    acc = tl.dot(used, _tile(v, way, block, tl.arange(0, BD), scores.keys, D, BN, HIDES), acc * alpha[:, None], input_precision=PRECISION)
+    return new, l, acc, check, signed, first, fall, wrong, held, left
+
+
+@triton.jit
+def _tile(t, way, block, cols, ROWS, COLS, BN: tl.constexpr, HIDES: tl.constexpr):
+    """A block of keys or values, zero beyond the last; 32-bit offsets from a 64-bit start."""
+    local = tl.arange(0, BN)
+    start = start_of(t, way.batch, way.head, way.member) + tl.cast(block, tl.int64) * BN * t.row
+    inside = cols[None, :] < COLS
+    if HIDES:
+        inside &= local[:, None] < ROWS - block * BN
+    else:
+        inside &= local[:, None] >= 0
+    return tl.load(start + local[:, None] * t.row + cols[None, :] * t.col, mask=inside, other=0.0)
+
+
+@triton.jit
+def _disagreeing(x, p):
+    """(6): of every row the number of quads of which the product of p is not exp2 of the sum of x₂. NaN disagrees."""
+    x0, x1 = _halves(tl.maximum(x, FLOOR_EXP))
+    p0, p1 = _halves(tl.maximum(p, tl.exp2(FLOOR_EXP)))
+    x0, x1 = _halves(x0 + x1)
+    p0, p1 = _halves(p0 * p1)
+    expected = tl.exp2(x0 + x1)
+    return tl.sum(tl.where(tl.abs(p0 * p1 - expected) <= RATIO_EXP * expected, 0.0, 1.0), 1)
+
+
+@triton.jit
+def _halves(x):
+    """Columns of the left and of the right half: the same thread holds both."""
+    return tl.split(tl.permute(tl.reshape(x, (x.shape[0], 2, x.shape[1] // 2)), (0, 2, 1)))
+
+
+@triton.jit
+def _strike_rows(values, faults, PLACE: tl.constexpr, scores, number, rows, col):
+    """Faults in a number per row; its column is the key at which it is computed."""
+    own = number % scores.group * scores.length + rows
+    return tl.sum(strike(values[:, None], faults, PLACE, number // scores.group, own, col + tl.arange(0, 1), 0, 1), 1)
+
+
+# --- judging --------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _judge_scores(queries, signed, m, first, sums, weights, scores, limits, way, begin, end, E, FAULT, PARTS: tl.constexpr,
+                  BN: tl.constexpr, BE: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """(1) of every row."""
+    columns, undo = _sketches(sums, weights, scores, way, begin, end, E, PARTS, BN, BE, queries.dtype)
+    raw = tl.dot(queries, columns, input_precision=PRECISION) * undo[None, :]
+    which = tl.arange(0, PANEL)
+    if FAULT is not None:
+        raw = strike(raw, FAULT, CHECKSUM_S, way.plane, way.member * scores.length + way.rows, which, 0, 1)
+    predicted = tl.sum(tl.where((which < PARTS)[None, :], raw, 0.0), 1)
+    # h² + Σ s² are means of four and of eight squares; c² is another of Σ s².
+    share = tl.where(which < PARTS, 0.0, tl.where(which < PARTS + SKETCHES, 1.0 / SKETCHES, 1.0 / SPREAD))
+    share = tl.where(which < PARTS + SKETCHES + SPREAD, share, 0.0)
+    largest = tl.max(tl.abs(raw), 1)
+    unit = tl.where(largest > 0, largest, 1.0)
+    parts, c = raw / unit[:, None], predicted / unit
+    size = tl.sqrt(tl.sum(parts * parts * share[None, :], 1) + c * c) * unit
+    # Zero where nothing is shifted: m is then no number.
+    shifted = tl.where(m == float("-inf"), 0.0, tl.maximum(tl.abs(m), tl.abs(first)))
+    tau = tl.abs(scores.scale2) * limits.scores * size + limits.shift * shifted + TINY
+    residual = signed - predicted * scores.scale2
+    return Finding(explained(residual, tau), residual, tau)
+
+
+@triton.jit
+def _sketches(sums, weights, scores, way, begin, end, E, PARTS: tl.constexpr, BN: tl.constexpr, BE: tl.constexpr, DTYPE: tl.constexpr):
+    """((BE, 16) numbers that q multiplies, what undoes their scaling): Σ ε k in parts, ν u, and the ±_i sums, of the visited keys."""
+    which, k = tl.arange(0, PANEL), tl.arange(0, BE)
+    is_sum, is_sketch = which < PARTS, (which >= PARTS) & (which < PARTS + SKETCHES)
+    source = tl.where(is_sum, SIGNED, tl.where(is_sketch, SQUARES, SPREADS + which - PARTS - SKETCHES))
+    inside = (k[:, None] < E) & (which < PARTS + SKETCHES + SPREAD)[None, :]
+    plane = sums.prefix + tl.cast(way.plane, tl.int64) * (tl.cdiv(scores.keys, BN) + 1) * PREFIX_ROWS * E
+    value = _between(plane, begin, end, source[None, :] * E + k[:, None], E, inside, scores)
+    signed = _between(plane, begin, end, SIGNED * E + k, E, k < E, scores)
+    u = tl.load(weights.keys_sketch + (which - PARTS)[None, :] * weights.keys_sketch_row + k[:, None],
+                mask=is_sketch[None, :] & (k[:, None] < E), other=0.0)  # fmt: skip
+    # The difference of two prefixes of squares may round below zero.
+    value = tl.where(is_sketch[None, :], tl.sqrt(tl.maximum(value, 0.0) + (signed * signed)[:, None]) * u, value)
+    undo = tl.full((PANEL,), 1.0, tl.float32)
+    if tl.float16 == DTYPE:
+        undo, inverse = power_of_two(tl.max(tl.where(is_finite(value), tl.abs(value), float("inf")), 0))
+        value = value * inverse[None, :]
+    piece = value.to(DTYPE)
+    out = piece
+    for i in tl.static_range(1, PARTS):
+        value = tl.where(is_finite(piece.to(tl.float32)), value - piece.to(tl.float32), 0.0)
+        piece = value.to(DTYPE)
+        out = tl.where((which == i)[None, :], piece, out)
+    return out, undo
+
+
+@triton.jit
+def _between(plane, begin, end, at, E, inside, scores):
+    """A row of prefix sums at the last visited block, less that at the first."""
+    value = tl.load(plane + tl.cast(end, tl.int64) * PREFIX_ROWS * E + at, mask=inside, other=0.0)
+    if scores.window is not None:
+        value -= tl.load(plane + tl.cast(begin, tl.int64) * PREFIX_ROWS * E + at, mask=inside, other=0.0)
+    return value
+
+
+@triton.jit
+def _judge_values(y, l, m, check, first, fall, wrong, held, left, weights, scores, limits, way, blocks, D, FAULT, PARTS: tl.constexpr,
+                  BD: tl.constexpr):  # fmt: skip
+    """(2) to (6) of every row."""
+    which, cols = tl.arange(0, PANEL), tl.arange(0, BD)
+    if FAULT is not None:
+        check = strike(check, FAULT, CHECKSUM_O, way.plane, way.member * scores.length + way.rows, which, 0, 1)
+    divided = check / tl.where(l == 0, 1.0, l)[:, None]
+    is_sketch = (which >= KINDS * PARTS) & (which < KINDS * PARTS + SKETCHES)
+    ones = tl.sum(tl.where((which == KINDS * PARTS + SKETCHES)[None, :], check, 0.0), 1)
+    largest = tl.max(tl.abs(y), 1)
+    unit = tl.where(largest > 0, largest, 1.0)
+    relative = y / unit[:, None]
+    sketched = tl.where(is_sketch[None, :], divided, 0.0) / unit[:, None]
+    squares = tl.sum(relative * relative, 1) + tl.sum(sketched * sketched, 1) / SKETCHES
+    # (3), (4), (5): relative to ℓ, ℓ and Π α.
+    sum_of_used = l if scores.dropped is None else held
+    residual, tau = sum_of_used - ones, limits.sums * l + TINY
+    fine = _within(residual, tau)
+    if scores.dropped is not None:
+        fine, residual, tau = _and(fine, residual, tau, l - (held + left), limits.sums * l + TINY)
+    nobody = m == float("-inf")
+    beyond = tl.where(l < 1.0, 1.0 - l, tl.maximum(l - scores.keys, 0.0) / scores.keys)
+    fine, residual, tau = _and(fine, residual, tau, tl.where(nobody, l, beyond), tl.zeros_like(l) + RANGE_L)
+    should = tl.where(nobody, 1.0, tl.exp2(first - m))
+    fine, residual, tau = _and(fine, residual, tau, fall - should, (RATIO_ALPHA + blocks * (4.0 * UNIT)) * should + VANISHED)
+    fine, residual, tau = _and(fine, residual, tau, wrong, tl.zeros_like(l) + 0.5)
+    for kind in tl.static_range(KINDS):
+        mine = (which >= kind * PARTS) & (which < kind * PARTS + PARTS)
+        c = tl.sum(tl.where(mine[None, :], divided, 0.0), 1)
+        weight = tl.load(weights.columns + kind * D + cols, mask=cols < D, other=0.0)
+        own = tl.sum(y * weight[None, :], 1) - c
+        size = tl.sqrt(squares + (c / unit) * (c / unit)) * unit
+        fine, residual, tau = _and(fine, residual, tau, own, limits.output[kind] * size + TINY)
+    return Finding(fine, residual, tau)
+
+
+@triton.jit
+def _within(residual, tau):
+    """As ``explained``, where nothing may be wrong of what is zero."""
+    return (tl.abs(residual) <= tau) & is_finite(tau)
+
+
+@triton.jit
+def _and(fine, residual, tau, own, own_tau):
+    """One more condition: residual and bound of what stands out most."""
+    more = ratio_of(own, own_tau) > ratio_of(residual, tau)
+    return fine & _within(own, own_tau), tl.where(more, own, residual), tl.where(more, own_tau, tau)
+
+
+# --- launcher -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Attention:
+    """Everything about one attention that its launches share. q (B, H, G, L, E), k (B, H, S, E), v (B, H, S, D), none of them empty."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    scores: Scores
+    scaled: bool  # attention_scores.scores_of
+    causal: bool
+    weights: Weights
+    limits: Limits
+    config: AttentionConfig
+    parts: int
+    exponentials: bool
+    numbered: bool = True  # multiprocessors have numbers
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """(heads of queries over the batch, blocks of queries of each, rows)"""
+        heads_, length = self.q.shape[:3].numel(), self.q.shape[3]
+        return heads_, -(-length // self.config.bm), heads_ * length
+
+    def operands(self) -> tuple[Any, ...]:
+        return heads(self.q), heads(self.k), heads(self.v)
+
+    def order(self) -> dict[str, Any]:
+        """The keyword arguments that decide the bits: launches that agree in them agree in these."""
+        c = self.config
+        return {
+            "CAUSAL": self.causal, "SCALED": self.scaled, "EXPONENTIALS": self.exponentials, "PARTS": self.parts,
+            "BM": c.bm, "BN": c.bn, "BE": padded(self.q.shape[-1]), "BD": padded(self.v.shape[-1]), "PRECISION": "ieee",
+            "num_warps": c.warps, "num_stages": c.stages, "enable_fp_fusion": True, "maxnreg": MAX_REGISTERS,
+        }  # fmt: skip
+
+    def units(self) -> Tensor | None:
+        """Uninitialised room for the number of every block's multiprocessor."""
+        count = self.sizes[0] * self.sizes[1]
+        return torch.empty(count, dtype=torch.int32, device=self.q.device) if self.numbered else None
+
+
+def padded(columns: int) -> int:
+    """Columns of a tile that holds a whole row of a head."""
+    return max(16, triton.next_power_of_2(columns))
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """An attention, and what is suspect of it."""
+
+    out: Tensor  # (B, H, G, L, D), contiguous
+    statistics: Tensor  # (2, B, H, G, L): m and l
+    sums: Sums
+    status: Tensor  # (rows,) int8: a bit for each role
+    flags: Tensor  # (blocks,) int8: whether any row is suspect
+    details: Tensor  # (2, DETAILS, rows) int32, of suspect rows
+    units: Tensor | None
+    summary: Tensor  # two summaries, of qk and of pv
+
+
+def attend(attention: Attention, words: Tensor, site: Tensor, roles: int, repeat: bool = False, faults: Tensor | None = None) -> Evidence:
+    """Launch: the sums of K and V, then the attention. roles: bits QK, PV of those that are judged and counted."""
+    q, v = attention.q, attention.v
+    heads_, blocks, rows = attention.sizes
+    summary = torch.empty(2 * summary_words(1, 1), dtype=torch.int64, device=q.device)
+    sums = build(attention.k, v, attention.weights, attention.parts, attention.config.bn, summary)
+    out = torch.empty(*q.shape[:-1], v.shape[-1], dtype=q.dtype, device=q.device)
+    statistics = torch.empty(2, *q.shape[:-1], dtype=torch.float32, device=q.device)
+    status = torch.empty(rows, dtype=torch.int8, device=q.device)
+    flags = torch.empty(heads_ * blocks, dtype=torch.int8, device=q.device)
+    details = torch.empty(2, DETAILS.value, rows, dtype=torch.int32, device=q.device)
+    units = attention.units()
+    checked_attention[(heads_ * blocks,)](
+        *attention.operands(), out, statistics, sums, attention.weights, attention.scores, attention.limits, words, site, status, details,
+        units, flags, summary, q.shape[-1], v.shape[-1], rows, roles, fault_argument(faults), CHECKED=True, REPEAT=repeat,
+        **attention.order(),
+    )  # fmt: skip
+    return Evidence(out, statistics, sums, status, flags, details, units, summary)
+
+
+def unchecked(attention: Attention) -> Tensor:
+    """O by the same kernel compiled without checks: what they cost is the difference."""
+    q, v = attention.q, attention.v
+    heads_, blocks, rows = attention.sizes
+    out = torch.empty(*q.shape[:-1], v.shape[-1], dtype=q.dtype, device=q.device)
+    statistics = torch.empty(2, *q.shape[:-1], dtype=torch.float32, device=q.device)
+    nothing, order = (None,) * 7, attention.order() | {"EXPONENTIALS": False}
+    checked_attention[(heads_ * blocks,)](
+        *attention.operands(), out, statistics, Sums(None, None, None), attention.weights, attention.scores, attention.limits, *nothing,
+        q.shape[-1], v.shape[-1], rows, 0, fault_argument(None), CHECKED=False, REPEAT=False, **order,
+    )  # fmt: skip
+    return out

@@ -1,0 +1,110 @@
+"""Settle an attention: compute blocks of suspect rows again, before anyone reads O, and say what became of each row.
+
+    suspect at first; after the repetition
+        explained                                   RECOMPUTED     a transient fault
+        not, an operand not being finite            INPUT          q of the row, or K or V among the visited keys, by their sums
+        not, otherwise                              UNCORRECTED
+
+At level detect nothing is written, and RECOMPUTED and UNCORRECTED are OBSERVED. Rows of O whose scores were suspect, and that are
+explained with the right ones, count with their scores only.
+
+The same device function in the same configuration on the same operands: without a fault a repetition has the bits that the first
+execution should have had. Every block at most once: the work is bounded by one more attention. Only rows that were suspect are written.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .attention_forward import PV, QK, Attention, Evidence, attend_block, store_rows, suspects
+from .attention_panel import PANEL, PREFIX_ROWS, SIGNED
+from .attention_scores import heads_of, rectangle, start_of, visited
+from .configs import REPAIR_PROGRAMS
+from .gemm import fault_argument, note_unit
+from .judgement import is_finite, ratio_of
+from .record import CLEAN, DETAILS, INPUT, OBSERVED, RECOMPUTED, TRANSIENT, UNCORRECTED, Labels, Units, add_verdicts, arrive, keep
+from .summary import CASE, SUMMARY, UNQUIET
+
+#: Steps of the loop over keys in flight, at most: the registers of more are not there.
+STAGES = 2
+
+
+@triton.jit(do_not_specialize_on_alignment=["site"])
+def settle_attention(q, k, v, out, statistics, sums, weights, scores, limits, words, site, status, details, units, flags, summary,
+                     E, D, rows_total, tiles, roles, labels_qk, labels_pv, FAULT, CORRECT: tl.constexpr, CAUSAL: tl.constexpr,
+                     SCALED: tl.constexpr, EXPONENTIALS: tl.constexpr, PARTS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+                     BE: tl.constexpr, BD: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """A few programs share the blocks; they leave at once when nothing is suspect."""
+    if tl.load(summary + UNQUIET) > 0:
+        blocks = tl.cdiv(scores.length, BM)
+        of_pv, details_pv = summary + SUMMARY + CASE, details + DETAILS * tl.cast(rows_total, tl.int64)
+        for index in tl.range(tl.program_id(0), tiles, tl.num_programs(0), disable_licm=True):
+            if tl.load(flags + index) > 0:
+                number, block = index // blocks, index % blocks
+                note_unit(units.again, index)
+                y, m, l, qk, pv = attend_block(q, k, v, sums, weights, scores, limits, number, block, E, D, FAULT, CAUSAL, SCALED, True,
+                                               EXPONENTIALS, PARTS, BM, BN, BE, BD, PRECISION)  # fmt: skip
+                rows, first = block * BM + tl.arange(0, BM), tl.cast(number, tl.int64) * scores.length + block * BM
+                inside, row = rows < scores.length, first + tl.arange(0, BM)
+                was = tl.load(status + row, mask=inside, other=0).to(tl.int32)
+                if CORRECT:
+                    store_rows(out, statistics, y, m, l, scores, number, rows, D, rows_total, inside & (was > 0), FAULT, BD)
+                still = suspects(qk, pv, roles) & tl.where(was > 0, QK | PV, 0)
+                # With right scores a row of O is right; alone it was wrong only if its scores were not.
+                own = tl.where((was & QK) > 0, still & PV, (was | still) & PV)
+                bad_scores, bad_values = _not_finite(q, sums, scores, number, block, E, CAUSAL, BM, BN, BE)
+                _settle(details, qk, row, rows_total, index, summary, first, (was | still) & QK, still & QK, bad_scores, CORRECT)
+                _settle(details_pv, pv, row, rows_total, index, of_pv, first, own, still & PV, bad_scores | bad_values, CORRECT)
+        arrive(words, site, summary, details, units, rows_total, labels_qk)
+        arrive(words, site, of_pv, details_pv, units, rows_total, labels_pv)
+
+
+@triton.jit
+def _not_finite(q, sums, scores, number, block, E, CAUSAL: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BE: tl.constexpr):
+    """(whether q of a row or any of its keys, whether any of its values is not finite), (BM,) each: no unit that multiplied is asked."""
+    batch, head, member = heads_of(scores, number)
+    rows, e, blocks = block * BM + tl.arange(0, BM), tl.arange(0, BE), tl.cdiv(scores.keys, BN)
+    begin, _, _, end = visited(scores, block * BM, CAUSAL, BM, BN)
+    plane = tl.cast(batch * scores.heads + head, tl.int64)
+    queries = rectangle(start_of(q, batch, head, member), q, rows, e, scores.length, E).to(tl.float32)
+    keys = tl.load(sums.prefix + (plane * (blocks + 1) + end) * PREFIX_ROWS * E + SIGNED * E + e, mask=e < E, other=0.0)
+    bad = tl.max((~is_finite(queries)).to(tl.int32), 1) + tl.max((~is_finite(keys)).to(tl.int32), 0)
+    bad_values = tl.zeros((BN,), tl.int32)
+    for n in range(begin, end):
+        bad_values += (~is_finite(tl.load(sums.panel + (plane * PANEL * blocks + n) * BN + tl.arange(0, BN)).to(tl.float32))).to(tl.int32)
+    return bad > 0, (bad >= 0) & (tl.max(bad_values, 0) > 0)
+
+
+@triton.jit
+def _settle(details, finding, row, rows_total, tile, summary, first_row, found, still, bad, CORRECT: tl.constexpr):
+    """The verdicts of one role. found: rows that are its concern; still: of these, those that the repetition does not explain; bad: those
+    of which an operand is not finite."""
+    wrong = tl.where(bad, INPUT, UNCORRECTED if CORRECT else OBSERVED)
+    verdict = tl.where(still > 0, wrong, RECOMPUTED if CORRECT else OBSERVED)
+    verdict = tl.where(found > 0, verdict, CLEAN)
+    zero, plane = tl.zeros(row.shape, tl.int32), tl.cast(rows_total, tl.int64)
+    mended = (found > 0) & (still == 0)
+    residual = tl.load(details + row, mask=mended, other=0).to(tl.float32, bitcast=True)
+    tau = tl.load(details + plane + row, mask=mended, other=0).to(tl.float32, bitcast=True)
+    residual, tau = tl.where(mended, residual, finding.residual), tl.where(mended, tau, finding.tau)
+    cause = tl.where(mended, TRANSIENT if CORRECT else 0, 0)
+    keep(details, row, rows_total, residual, tau, zero - 1, cause, zero, zero + tile, found > 0)
+    add_verdicts(summary, verdict, tl.where(found > 0, ratio_of(residual, tau), 0.0), first_row)
+
+
+# --- launcher -------------------------------------------------------------------------------------
+
+
+def settle(attention: Attention, evidence: Evidence, words: Tensor, site: Tensor, labels: tuple[Labels, Labels], roles: int,
+           correct: bool, faults: Tensor | None = None) -> None:  # fmt: skip
+    """Launch. labels: of qk and of pv. ``faults`` hit the repetition."""
+    heads, blocks, rows = attention.sizes
+    tiles, order = heads * blocks, attention.order()
+    order["num_stages"] = min(order["num_stages"], STAGES)  # what is in flight decides no bits
+    settle_attention[(min(tiles, REPAIR_PROGRAMS),)](
+        *attention.operands(), evidence.out, evidence.statistics, evidence.sums, attention.weights, attention.scores, attention.limits,
+        words, site, evidence.status, evidence.details, Units(evidence.units, attention.units()), evidence.flags, evidence.summary,
+        attention.q.shape[-1], attention.v.shape[-1], rows, tiles, roles, *labels, fault_argument(faults), CORRECT=correct, **order,
+    )  # fmt: skip

@@ -13,9 +13,12 @@ __version__ = "0.1.0"
 
 from abft import inject, policies, prediction
 from abft.attend import scaled_dot_product_attention
+from abft.calibrating import calibrate
+from abft.calibration import Calibration
 from abft.covering import Coverage, ModuleCoverage, coverage
 from abft.errors import (
     AbftError,
+    CalibrationError,
     DeviceError,
     DtypeError,
     FaultDetected,
@@ -34,11 +37,16 @@ from abft.pending import flush as verify_deferred
 from abft.policy import Policy
 from abft.protection import protect, refresh, restore, unprotect
 from abft.reporting import Report, report
+from abft.statistics.watches import Alarm, SiteStatistics
 from abft.training import StepGuard
 from abft.verification import CheckResult, verify_attention, verify_matmul
+from abft.watching import watch
 
 __all__ = [
     "AbftError",
+    "Alarm",
+    "Calibration",
+    "CalibrationError",
     "CheckResult",
     "Coverage",
     "DeviceError",
@@ -53,11 +61,13 @@ __all__ = [
     "PolicyError",
     "Report",
     "ShapeError",
+    "SiteStatistics",
     "StepGuard",
     "UncorrectedFault",
     "Verdict",
     "addmm",
     "bmm",
+    "calibrate",
     "checkpoint_context",
     "checkpoint_ops",
     "context",
@@ -78,4 +88,5 @@ __all__ = [
     "verify_attention",
     "verify_deferred",
     "verify_matmul",
+    "watch",
 ]

@@ -33,3 +33,7 @@ class DeviceError(AbftError):
 
 class PolicyError(AbftError, ValueError):
     """A policy that cannot be met: an unknown value, or a floor that no backend reaches here."""
+
+
+class CalibrationError(AbftError, ValueError):
+    """A calibration that cannot be read, made, or used here: another model, dtype or device."""

@@ -16,6 +16,8 @@ VERSION = 1
 
 #: Labels put on events (release, request, …); set by ``abft.context``.
 labels: ContextVar[dict[str, str]] = ContextVar("abft_labels")
+#: The hash of the calibration in force (``Calibration.apply``); empty without one.
+calibration = ""
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,7 @@ class FaultEvent:
 
     rows: how many; row, col: the worst of them (col only where one wrong element explains it; for a fault in
     a weight the weight's own row, which is the output's column); residual, bound: of that row, in units of Y; cause: transient,
-    persistent, weight, panel or unknown; verdict: what became of it; context: labels in force.
+    persistent, weight, panel or unknown; verdict: what became of it; context: labels in force; calibration: hash of the one in force.
     """
 
     v: int
@@ -48,6 +50,7 @@ class FaultEvent:
     verdict: ledger.Verdict
     context: dict[str, str]
     message: str
+    calibration: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON; the verdict by its name."""
@@ -118,4 +121,5 @@ def from_record(record: dict[str, Any], context: dict[str, str] | None = None) -
         verdict=ledger.VERDICTS[record["verdict"]],
         context=dict(labels.get({}) if context is None else context),
         message=message(site, role, record, device),
+        calibration=calibration,
     )

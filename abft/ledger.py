@@ -31,7 +31,7 @@ HEAD, STEP, LOST = 0, 1, 2
 
 COUNTER_NAMES = (
     "checks", "products", "executions", "observed", "recomputed", "reconstructed", "uncorrected",
-    "false_alarms", "stale", "input_rows", "overflow_rows", "weight_faults", "repeated_checks", "worst",
+    "false_alarms", "stale", "input_rows", "overflow_rows", "weight_faults", "repeated_checks", "worst", "tolerated",
 )  # fmt: skip
 COUNTERS = 16
 COUNTER = {name: i for i, name in enumerate(COUNTER_NAMES)}
@@ -67,6 +67,7 @@ class Verdict(Enum):
     STALE = "the weight had changed densely and unannounced: the present weight's product was delivered"
     INPUT = "an operand already held NaN or Inf"
     OVERFLOW = "finite operands, a result beyond the output type: Inf is what torch delivers"
+    TOLERATED = "one element deviates by less than a thousandth of its row: delivered as it is, as the policy wishes"  # on hosts only
 
 
 VERDICTS = tuple(Verdict)
@@ -79,6 +80,7 @@ COUNTER_OF = {
     Verdict.STALE: "stale",
     Verdict.INPUT: "input_rows",
     Verdict.OVERFLOW: "overflow_rows",
+    Verdict.TOLERATED: "tolerated",
 }
 
 
@@ -249,6 +251,11 @@ def set_step(step: int) -> None:
         words[STEP].fill_(step)
 
 
+def step() -> int:
+    """The step that the host's records carry."""
+    return _step
+
+
 # --- reading ------------------------------------------------------------------------------------
 
 
@@ -262,6 +269,7 @@ class Point:
     counters: np.ndarray
     heads: dict[str, int]
     bypassed: dict[str, int]
+    alarms: int = 0  # of the second detector, so far (abft/statistics)
 
     def add(self, name: str, counters: np.ndarray, head: int, lost: int) -> None:
         """Another ledger's part; nothing, if it is in already."""

@@ -30,12 +30,6 @@ _CHOICES = {
     "detector": ("checksum", "statistical", "both"),
     "weights": ("tracked", "frozen"),
 }
-_NOT_YET = {
-    ("detector", "statistical"): "the statistical detector",
-    ("detector", "both"): "the statistical detector",
-}
-
-
 #: Callable reactions by their number in this process, kept alive with it, and the numbers by identity.
 _callables: list[Callable[[Any], None]] = []
 _numbers: dict[int, int] = {}
@@ -79,11 +73,15 @@ class Policy:
         or by themselves, in both, as qk (scores and their gradients) and pv (softmax, values and theirs).
     timing: immediate judges (and repairs) a product before anybody reads it; deferred judges many products together, later (at the
         exit of ``protected``, in ``report`` and in ``StepGuard.attempt``), and repairs nothing: a wrong row is uncorrected.
+    detector: checksum judges every row by its bound, at once. both also keeps statistics of the residuals, which show what no bound does:
+        a small bias, more noise, rare outliers (docs/explanation/statistics.md); on a CPU. statistical does so too, and repairs
+        of the rows beyond their bound those that matter: what one located element changes by less than 10⁻³ of the row is
+        counted and left as it is (``Report.tolerated``), within a budget per site.
     weights: tracked follows announced changes; frozen treats any change without ``abft.refresh`` as a memory fault.
     max_floor: largest acceptable floor relative to a row's L2 norm; auto must meet it or raises PolicyError.
     on_uncorrected: record, warn, raise, or a callable that receives the FaultEvent.
 
-    Raises PolicyError (a ValueError) for unknown values and NotImplementedError for values whose work has not landed.
+    Raises PolicyError (a ValueError) for unknown values. A product on a GPU raises NotImplementedError for a detector other than checksum.
     """
 
     level: Level = "correct"
@@ -106,8 +104,6 @@ class Policy:
             value = getattr(self, name)
             if value not in allowed:
                 raise PolicyError(f"Policy.{name} must be one of {', '.join(allowed)}; got {value!r}")
-            if (name, value) in _NOT_YET:
-                raise NotImplementedError(f"Policy.{name}={value!r} needs {_NOT_YET[name, value]}, which has not landed yet")
         if isinstance(self.every, bool) or not isinstance(self.every, int) or self.every < 1:
             raise PolicyError(f"Policy.every must be a whole number from 1; got {self.every!r}")
         if self.level == "planned" and (self.every != 1 or self.redundancy != "none"):

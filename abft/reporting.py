@@ -16,6 +16,8 @@ from abft.errors import AbftError, FaultDetected, UncorrectedFault
 from abft.events import FaultEvent
 from abft.ledger import COUNTER, WORST, Frozen, Point, Verdict
 from abft.policy import OnUncorrected
+from abft.statistics import watches
+from abft.statistics.watches import Alarm, SiteStatistics
 
 MAX_EVENTS = 10_000
 #: Changes of labels remembered between two readings; records before older ones get the labels of the oldest.
@@ -31,6 +33,10 @@ class Report:
     ``false_alarms``, ``stale``, ``input_rows`` and ``overflow_rows`` are not faults and not in ``detected``.
     ``worst`` is the largest |residual| / bound among clean rows; ``executions`` counts products really computed,
     replicas and repairs included; ``repeated_checks`` those made again under activation checkpointing.
+
+    Of the second detector (``Policy.detector``): ``tolerated`` rows lay beyond their bound, were too little wrong to harm, and were
+    delivered; they are not in ``detected``. ``alarms`` were raised by statistics; ``statistics`` is what the residuals of every site,
+    role and shape look like now, since the first of them.
     """
 
     checks: int = 0
@@ -51,6 +57,9 @@ class Report:
     bypassed: dict[str, int] = field(default_factory=dict)
     events: tuple[FaultEvent, ...] = ()
     sites: dict[str, Report] = field(default_factory=dict)
+    tolerated: int = 0
+    alarms: tuple[Alarm, ...] = ()
+    statistics: tuple[SiteStatistics, ...] = ()
 
     @property
     def corrected(self) -> int:
@@ -102,6 +111,7 @@ def drain(wait: bool = True, *, issued_only: bool = False) -> Point:
     if not wait and _latest is not None:
         return _latest
     pending.flush()
+    alarms = watches.raised()  # before the counters: an alarm of a product counted here may come later, never be lost
     with _lock:
         ended = [window for window in _windows if window.frozen]
         reading = ledger.read(_read, [*(w.frozen for w in ended), *(b.frozen for b in _boundaries)], issued_only=issued_only)
@@ -118,6 +128,7 @@ def drain(wait: bool = True, *, issued_only: bool = False) -> Point:
         if reading.frozen is not None:
             _boundaries.clear()
         _keep([(record["ledger"], record["place"], event) for record, event in made])
+        reading.now.alarms = alarms
         _latest = reading.now
     for record, event in made:
         # Of what the host itself has judged it was told inside the call (``note``).
@@ -196,6 +207,7 @@ def mark() -> Point:
     pending.flush()  # what was computed before belongs before
     with _lock:
         now = ledger.on_host()
+        now.alarms = watches.raised()
         _open(now)
         return now
 
@@ -256,7 +268,8 @@ def between(start: Point | None, end: Point) -> Report:
         bypassed = {reason: n - before.get(reason, 0) for reason, n in end.bypassed.items() if n > before.get(reason, 0)}
         written = sum(end.heads.values()) - (0 if start is None else sum(start.heads.values()))
         kept = _events_between(start, end) if written else ()
-        return _build(counters, bypassed, kept, max(0, written - len(kept)))
+        alarms = watches.alarms(0 if start is None else start.alarms, end.alarms)
+        return _build(counters, bypassed, kept, max(0, written - len(kept)), alarms)
 
 
 def _difference(start: Point | None, end: Point) -> np.ndarray:
@@ -321,12 +334,21 @@ def _last_words() -> None:
         print(f"{what}: {wrong} wrong row(s) found at exit", file=sys.stderr)
 
 
-def _build(counters: np.ndarray, bypassed: dict[str, int], kept: tuple[FaultEvent, ...], dropped: int) -> Report:
+def _build(
+    counters: np.ndarray, bypassed: dict[str, int], kept: tuple[FaultEvent, ...], dropped: int, alarms: tuple[Alarm, ...]
+) -> Report:
     by_name: dict[str, list[int]] = {}
     for index in np.flatnonzero(counters[:, :WORST].any(1)):
         by_name.setdefault(sites.site_of(int(index)).name, []).append(int(index))
-    per_site = {name: _counts(counters[indices], {}, tuple(e for e in kept if e.site == name), 0, {}) for name, indices in by_name.items()}
-    return _counts(counters, bypassed, kept, dropped, per_site)
+    seen = watches.snapshot()
+    per_site = {
+        name: replace(
+            _counts(counters[indices], {}, tuple(e for e in kept if e.site == name), 0, {}),
+            alarms=tuple(a for a in alarms if a.site == name), statistics=tuple(s for s in seen if s.site == name),
+        )
+        for name, indices in by_name.items()
+    }  # fmt: skip
+    return replace(_counts(counters, bypassed, kept, dropped, per_site), alarms=alarms, statistics=seen)
 
 
 def _counts(
@@ -335,7 +357,7 @@ def _counts(
     total = counters.sum(0)
     names = [n for n in ledger.COUNTER_NAMES if n != "worst"]
     return Report(
-        **{name: int(total[COUNTER[name]]) for name in names},
+        **{name: int(total[COUNTER[name]]) for name in names},  # type: ignore[arg-type]
         dropped_events=dropped,
         worst=ledger.bits_float(int(counters[:, WORST].max(initial=0))),
         bypassed=bypassed,
@@ -351,6 +373,14 @@ def _table(report: Report) -> str:
         f"uncorrected {report.uncorrected}), weight faults {report.weight_faults}",
         f"not faults: false alarms {report.false_alarms}, stale {report.stale}, input {report.input_rows}, overflow {report.overflow_rows}",
     ]
+    if report.statistics or report.alarms:
+        asked = sum(alarm.quarantine for alarm in report.alarms)
+        warm = sum(s.warm for s in report.statistics)
+        lines.append(
+            f"statistics: {len(report.alarms)} alarm(s), {asked} of them for quarantine; tolerated {report.tolerated}; "
+            f"{warm} of {len(report.statistics)} sites, roles and shapes past their warm-up"
+        )
+        lines += [f"  {alarm.message}" for alarm in report.alarms[-10:]]
     lines += [f"not checked: {count:,} × {reason}" for reason, count in sorted(report.bypassed.items())]
     if report.dropped_events:
         lines.append(f"events dropped: {report.dropped_events}")

@@ -27,6 +27,7 @@ class Site:
     index: int
     name: str
     on_uncorrected: OnUncorrected = "warn"
+    tenant: int = 0  # how many modules had this number before
     plan: Policy | None = None
 
 
@@ -43,6 +44,7 @@ def register(name: str, on_uncorrected: OnUncorrected = "warn") -> Site:
     with _lock:
         if _free.get(name):
             site = _sites[_free[name].pop()]
+            site.tenant += 1
             site.on_uncorrected, site.plan = on_uncorrected, None
             return site
         if len(_sites) >= CAPACITY:

@@ -19,6 +19,7 @@ COMMANDS = {
     "prediction": "uncorrected faults predicted on simulated fleets that the predictor has not seen",
     "memory": "bytes of panels, per direction and group",
     "work": "what a repair computes again, of what the product computed: tiles counted in the interpreted kernels",
+    "statistics": "the second detector: a drifting training run, a marginal unit, harmless flips, its cost",
     "linear": "times of linear layers: torch, abft in every form, repetition, the unchecked kernel; each beside its evidence",
     "layer": "… of a transformer layer",
     "model": "… of a whole model",

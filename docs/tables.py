@@ -494,6 +494,35 @@ def work(page: str) -> str:
     return table("what happens, M = 8,192 | tiles computed again | rows | file", rows, "python -m bench work")
 
 
+def statistics(page: str) -> str:
+    """What the second detector reached."""
+    rows: list[tuple[object, ...]] = []
+    for f in files("statistics*"):
+        for r in f.kind("training"):
+            asked = f"{r['alarms']} alarms, {r['quarantines']} of them for quarantine; {r['above_soft']} residuals above the soft threshold"
+            rows.append((f"a training run, {r['dtype']}, {r['rows']:,} rows, no fault", asked, f.link(page)))
+            (low, high), (a, b) = r["drift_of_mean"], r["drift_of_ln_variance"]
+            drift = f"mean {low:+.3f} … {high:+.3f} σ; variance × {math.exp(a):.2f} … {math.exp(b):.2f}"
+            rows.append(("… drift over it, of e", drift, f.link(page)))
+        for r in f.kind("marginal"):
+            what = f"bias {r['size']} σ" if r["defect"] == "bias" else f"noise + {100 * r['size']:.0f} %"
+            tiles = f"median {r['tiles_median']:,.0f}, longest {r['tiles_most']:,.0f} tiles"
+            found = f"{r['found']} of {r['trials']} within 10,000 tiles; {tiles}"
+            rows.append((f"{what} on one unit of 132", found, f.link(page)))
+        for r in f.kind("quarantines"):
+            said = f"{r['per_day']:.1e} a day; {r['per_day_worst_site']:.1e} with the worst site's residuals"
+            rows.append(("false quarantines, 132 units × 3·10⁴ tiles a second", said, f.link(page)))
+        for r in f.kind("severity"):
+            (low, high), group = r["saved_interval"], r["group"] or "default"
+            saved = f"{100 * r['saved']:.0f} % of {r['flagged']:,} flagged rows left ({100 * low:.0f} … {100 * high:.0f} %)"
+            kept = f"{r['harmful_left']} of {r['harmful']:,} harmful ones"
+            rows.append((f"random flips, fp32, N = {r['n']:,}, group {group}", f"{saved}; {kept}", f.link(page)))
+        for r in f.kind("cost"):
+            low, high = r["interval"]
+            rows.append((f"time, {r['what']}, {r['size']} × {r['size']}", f"× {r['ratio']:.4f} ({low:.4f} … {high:.4f})", f.link(page)))
+    return table("what | result | file", rows, "python -m bench statistics")
+
+
 # --- kernels ----------------------------------------------------------------------------------------
 
 
@@ -691,6 +720,7 @@ TABLES: dict[str, Callable[[str], str]] = {
     "audit": audit,
     "bytes": bytes_moved,
     "work": work,
+    "statistics": statistics,
 }
 
 

@@ -207,7 +207,7 @@ def test_an_event_says_all_there_is_to_know():
     (event,) = abft.report().events
     assert [f.name for f in dataclasses.fields(event)] == [
         "v", "time", "step", "rank", "host", "device", "uuid", "site", "role", "backend", "dtype", "shape", "rows", "row", "col", "residual", "bound",
-        "cause", "verdict", "context", "message",
+        "cause", "verdict", "context", "message", "calibration",
     ]  # fmt: skip
     assert started - 1 <= event.time <= time.time() + 1
     assert (event.v, event.step, event.rank, event.host, event.device, event.uuid) == (1, event.step, 0, socket.gethostname(), "cpu", "")

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from abft import bits, checksum, panels, sites, threshold
-from abft.backends import reference
+from abft.backends import reference, tolerance
 from abft.backends.call import Call
 from abft.backends.reference import Judgement, Plan
 from abft.checksum import Layout, Panel, Sums
@@ -62,6 +62,10 @@ class Case:
 
     def examine_again(self) -> None:
         self.judgement = self.examine(self.y, self.call)
+
+    def changed(self) -> bool:
+        """Whether the bits of the weight or its bias differ from what is remembered."""
+        return _changed(self)
 
     # What depends on the arithmetic; integers have their own (integer.py).
 
@@ -101,7 +105,9 @@ def settle(case: Case) -> Tensor:
     if not _may_repair(case):
         _observe(case, left)
     else:
-        _correct(case, left)
+        left = tolerance.set_aside(case, left)
+        if len(left):
+            _correct(case, left)
     return case.y
 
 

@@ -35,6 +35,7 @@ class _Product(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("panel", "bias", "bias_noise", "y", "a")),
         *((name, ctypes.c_int64) for name in ("ldy", "rs", "ks", "rows")),
+        ("statistics", ctypes.c_void_p),
     ]
 
 
@@ -74,15 +75,18 @@ def _judge(p: Plan, k: int, dtype: torch.dtype, c: threshold.Coefficients) -> Ju
     return Judge(ctypes.addressof(plan), functions.abft_worst, work, (plan, signs, last, squares))
 
 
-def worst(judge: Judge, panel: Tensor, bias: tuple[Tensor, Tensor] | None, y: Tensor, a: Tensor) -> float:
+def worst(
+    judge: Judge, panel: Tensor, bias: tuple[Tensor, Tensor] | None, y: Tensor, a: Tensor, statistics: int | None = None
+) -> float:
     """The largest |residual| / bound over all rows of y (M, N) = a (M, K) Wᵀ; NaN if anything is not finite.
 
     ``panel`` (C, K) fp32; ``bias``: what it adds to the predictions (groups × kinds) and to the squares of the noise, fp32.
+    ``statistics``: the address of an ``Accumulator``, to which a clean product is added.
     """
     rows = a.shape[0]
     row_stride, column_stride = a.stride()
     product = _Product(
         panel.data_ptr(), bias and bias[0].data_ptr(), bias and bias[1].data_ptr(), y.data_ptr(), a.data_ptr(),
-        y.stride(0), row_stride, column_stride, rows,
+        y.stride(0), row_stride, column_stride, rows, statistics,
     )  # fmt: skip
     return judge.worst(judge.address, ctypes.byref(product), torch.get_num_threads() if rows * judge.work > encoding.WORTH_A_THREAD else 1)

@@ -38,6 +38,7 @@ class Lane:
     dtype: torch.dtype
     shape: torch.Size  # of the weight
     depth: int
+    watched: bool  # by the second detector
 
 
 def open_for(call: Call, backend: str, entry: panels.Entry, quick: Quick) -> None:
@@ -46,7 +47,7 @@ def open_for(call: Call, backend: str, entry: panels.Entry, quick: Quick) -> Non
         owner = panels.panels_of(call.source)  # type: ignore[arg-type]
         owner.lanes[call.role] = Lane(
             entry, quick, call.policy, call.policy.text, backend, call.transposed, call.bias is not None, call.policy.weights == "frozen",
-            call.a.dtype, call.source.shape, call.a.shape[1],  # type: ignore[union-attr]
+            call.a.dtype, call.source.shape, call.a.shape[1], call.policy.detector != "checksum",  # type: ignore[union-attr]
         )  # fmt: skip
 
 

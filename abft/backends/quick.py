@@ -117,10 +117,13 @@ def in_torch(panel: Panel, bias: tuple[Tensor, Tensor] | None, k: int, p: Plan) 
     )
 
 
-def worst(y: Tensor, a: Tensor, q: Quick) -> float:
-    """The largest |residual| / bound over all rows of y (M, N) = a (M, K) Wᵀ; NaN if anything is not finite."""
+def worst(y: Tensor, a: Tensor, q: Quick, statistics: int | None = None) -> float:
+    """The largest |residual| / bound over all rows of y (M, N) = a (M, K) Wᵀ; NaN if anything is not finite.
+
+    ``statistics``: the address of an ``Accumulator``, to which a compiled judgement adds a clean product.
+    """
     if type(q) is Compiled:
-        return judging.worst(q.judge, q.columns, q.bias, y, a)
+        return judging.worst(q.judge, q.columns, q.bias, y, a, statistics)
     assert type(q) is Prepared
     if a.dtype != q.columns.dtype:
         a, y = a.to(q.columns.dtype), y.to(q.sum_dtype)

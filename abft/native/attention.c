@@ -193,7 +193,8 @@ INLINE void pack_values(const void *v, int64_t step, int64_t keys, int64_t depth
             *(v16 *)(to + d) = depth - d < 16 ? some_of(v, t * step + d, depth - d, dtype) : sixteen_of(v, t * step + d, dtype);
         }
         if (!checked) continue;
-        double sums[KINDS], nu2 = group_sums(to, 0, depth, g->weights, FP32, 1, sums);
+        /* Of the values themselves: their copy may be wrong. */
+        double sums[KINDS] __attribute__((aligned(32))), nu2 = group_sums(v, t * step, depth, g->weights, dtype, 1, sums);
         *(v16 *)(to + padded) = (v16){0};
         for (int j = 0; j < KINDS; j++) {
             to[padded + j] = (float)sums[j];

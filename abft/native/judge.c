@@ -30,7 +30,16 @@ typedef struct {
     const float *bias_noise; /* … and to the squares of the noise: (1) with a shared sketch, else (groups); or NULL */
     const void *y, *a;
     int64_t ldy, rs, ks, rows; /* y (rows, n), its columns adjacent; a (rows, k) of any strides */
+    struct abft_statistics *statistics; /* NULL: nobody keeps any */
 } abft_product;
+
+/* What is kept of x = residual / τ for the second detector (abft/statistics/accumulators.py), per kind of checksum. */
+enum { COUNT, SUM, SQUARES, MOST, ABOVE, BLOCKS = ABOVE + 4, MAXIMA, MAXIMA2, FIELDS };
+typedef struct abft_statistics {
+    double level2[4][KINDS]; /* counted above these, x² */
+    double cap2[KINDS];      /* one row weighs no more than this, x² */
+    double kept[KINDS][FIELDS];
+} abft_statistics;
 
 /* --- what is predicted from the input ----------------------------------------------------------------------- */
 
@@ -215,11 +224,72 @@ static void predict_few(const abft_plan *p, const float *panel, const float *a, 
 
 typedef struct {
     double worst2, largest2, poison; /* poison: 0, or NaN if anything was not finite */
+    d8 sum, squares, most, block;    /* of x, of x², the largest x² of all and of the block, per lane; where statistics are kept */
+    m8 above[4];
+    int64_t rows;
+    double kept[KINDS][FIELDS];
 } abft_found;
 
 INLINE d8 larger(d8 x, d8 y) {
     const m8 second = y > x;
     return (d8)(((m8)y & second) | ((m8)x & ~second));
+}
+
+/* Adds eight x² to what is kept. They are of one product that is clean, or nobody will read what is kept of it. */
+static __attribute__((noinline)) void keep(const abft_statistics *s, abft_found *found, const d8 *ratio2, const d8 *residual, int kinds) {
+    d8 cap, level[4];
+    for (int lane = 0; lane < LANES; lane++) {
+        const int kind = kinds == KINDS ? lane % KINDS : E;
+        cap[lane] = s->cap2[kind];
+        for (int i = 0; i < 4; i++) level[i][lane] = s->level2[i][kind];
+    }
+    const m8 over = *ratio2 > cap;
+    const d8 capped = (d8)(((m8)cap & over) | ((m8)*ratio2 & ~over));
+    d8 root;
+    for (int lane = 0; lane < LANES; lane++) root[lane] = sqrt(capped[lane]);
+    const m8 negative = *residual < (d8){0};
+    found->sum += (d8)(((m8)-root & negative) | ((m8)root & ~negative));
+    found->squares += capped;
+    found->block = larger(found->block, *ratio2);
+    for (int i = 0; i < 4; i++) found->above[i] -= *ratio2 > level[i];
+}
+
+/* A block of rows is complete: its maximum counts as one. */
+static void close_block(abft_found *found, int kinds) {
+    for (int kind = 0; kind < kinds; kind++) {
+        double most = 0;
+        for (int lane = kind; lane < LANES; lane += kinds) most = found->block[lane] > most ? found->block[lane] : most;
+        found->kept[kind][BLOCKS] += 1;
+        found->kept[kind][MAXIMA] += sqrt(most);
+        found->kept[kind][MAXIMA2] += most;
+    }
+    found->most = larger(found->most, found->block);
+    found->block = (d8){0};
+}
+
+static void add_statistics(abft_statistics *s, const abft_found *found, int64_t groups, int kinds) {
+    for (int kind = 0; kind < kinds; kind++) {
+        double *to = s->kept[kind];
+        to[COUNT] += (double)(found->rows * groups);
+        for (int lane = kind; lane < LANES; lane += kinds) {
+            to[SUM] += found->sum[lane];
+            to[SQUARES] += found->squares[lane];
+            const double most = sqrt(found->most[lane]);
+            to[MOST] = most > to[MOST] ? most : to[MOST];
+            for (int i = 0; i < 4; i++) to[ABOVE + i] += (double)found->above[i][lane];
+        }
+        for (int i = BLOCKS; i < FIELDS; i++) to[i] += found->kept[kind][i];
+    }
+}
+
+static void merge_statistics(abft_found *into, const abft_found *mine) {
+    into->sum += mine->sum;
+    into->squares += mine->squares;
+    into->most = larger(into->most, mine->most);
+    for (int i = 0; i < 4; i++) into->above[i] += mine->above[i];
+    into->rows += mine->rows;
+    for (int kind = 0; kind < KINDS; kind++)
+        for (int i = BLOCKS; i < FIELDS; i++) into->kept[kind][i] += mine->kept[kind][i];
 }
 
 /* Up to ROWS rows of y, from m0, with their raw predictions; adds to what was found. `room`: 4 · ROWS · groups · kinds doubles. */
@@ -267,7 +337,11 @@ INLINE void judge(const abft_plan *p, const abft_product *x, int64_t m0, int64_t
         poison += ratio2 * 0.0;
         worst = larger(worst, ratio2);
         largest = larger(largest, tau2);
+        if (x->statistics) keep(x->statistics, found, &ratio2, &residual, (int)kinds);
     }
+    found->rows += rows;
+    /* Blocks of TASK rows, wherever threads begin; where there are fewer rows, whatever comes at once. */
+    if (x->statistics && ((m0 + rows) % TASK == 0 || m0 + rows == x->rows || x->rows < FEW)) close_block(found, (int)kinds);
     for (int i = 0; i < LANES; i++) {
         if (worst[i] > found->worst2) found->worst2 = worst[i];
         if (largest[i] > found->largest2) found->largest2 = largest[i];
@@ -332,12 +406,12 @@ double abft_worst(const abft_plan *p, const abft_product *x, int threads) {
     const int64_t columns = columns_of(p), wide = (columns + 3) / 4 * 4;
     float *packed = scratch(0, x->rows < FEW ? x->rows * (p->k + wide) : p->k * wide);
     if (!packed) return NAN;
-    abft_found found = {0, 0, 0};
+    abft_found found = {0};
     const int full = p->kinds == KINDS;
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
         const int thread = thread_number(), team = thread_count();
-        abft_found mine = {0, 0, 0};
+        abft_found mine = {0};
 #define WITH(DTYPE, FULL) rows_of_one_thread(p, x, packed, wide, thread, team, &mine, DTYPE, FULL)
         if (p->dtype == FP32)
             full ? WITH(FP32, 1) : WITH(FP32, 0);
@@ -350,8 +424,11 @@ double abft_worst(const abft_plan *p, const abft_product *x, int threads) {
             if (mine.worst2 > found.worst2) found.worst2 = mine.worst2;
             if (mine.largest2 > found.largest2) found.largest2 = mine.largest2;
             found.poison += mine.poison;
+            if (x->statistics) merge_statistics(&found, &mine);
         }
     }
     if (found.poison != 0.0 || !(found.largest2 < p->largest2)) return NAN;
+    /* Of a product that is not clean, whoever judges it next keeps the statistics. */
+    if (x->statistics && found.worst2 <= 1.0) add_statistics(x->statistics, &found, p->groups, (int)p->kinds);
     return sqrt(found.worst2);
 }

@@ -24,7 +24,7 @@ from functools import lru_cache
 from importlib import resources
 from pathlib import Path
 
-FILES = ("vectors.h", "rowsums.h", "judge.c", "encode.c", "fingerprint.c", "attention.c")
+FILES = ("vectors.h", "rowsums.h", "judge.c", "encode.c", "fingerprint.c", "measure.c", "attention.c")
 #: No -ffast-math: a NaN has to stay one.
 FLAGS = ("-O2", "-march=native", "-fopenmp", "-fno-math-errno", "-fPIC", "-shared", "-pthread", "-std=gnu11")
 _POINTER, _SIZE, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
@@ -33,6 +33,7 @@ SIGNATURES = {
     "abft_worst": (ctypes.c_double, _POINTER, _POINTER, _INT),
     "abft_encode": (_INT, _POINTER, _POINTER, _SIZE, _INT, _POINTER, _INT),
     "abft_bias": (None, _POINTER, _POINTER, _POINTER, _POINTER),
+    "abft_measure": (None, _POINTER, _SIZE, _INT, _POINTER),
     "abft_fingerprint": (_INT, _POINTER, _SIZE, _SIZE, _SIZE, _INT, _INT, _POINTER, _POINTER, _INT),
     "abft_attention": (_INT, _POINTER, _INT),
     "abft_multiply": (_INT, _POINTER, _INT),

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from abft import ledger, plans, policy, redundancy, sites, threshold
+from abft import ledger, plans, redundancy, sites, threshold
 from abft.attention import products
 from abft.attention.backward import Given, Gradients, gradients
 from abft.attention.forward import attend
@@ -28,7 +28,7 @@ from abft.errors import DeviceError, PolicyError
 from abft.ledger import Verdict
 from abft.ops import attention_kernels, checked
 from abft.ops.checked import LIBRARY, bypass
-from abft.policy import Policy
+from abft.policy import Policy, decode
 
 _OPTIONS = "float scale, bool causal, int offset, int window, float softcap, float dropout"
 LIBRARY.define(
@@ -196,7 +196,7 @@ class CheckedAttention(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         out, statistics, full = attention(q, k, v, mask, seed, *options, weights, book, site, policy_text)
         # The reference computes δ from probabilities, the kernels from the output.
-        kept = out if _in_kernels(q, policy.decode(policy_text)) else None
+        kept = out if _in_kernels(q, decode(policy_text)) else None
         ctx.save_for_backward(q, k, v, mask, seed, kept, statistics)
         ctx.ledger, ctx.site = book, site  # see CheckedProduct
         ctx.options, ctx.weights, ctx.policy = options, weights, policy_text

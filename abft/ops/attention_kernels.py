@@ -49,7 +49,7 @@ def attend(problem: Problem, policy: Policy, site: Tensor, words: Tensor) -> tup
         policy, roles,
     )  # fmt: skip
     for role in PLACES.keys() - roles:
-        ledger.bypass(f"role {role} not in policy")
+        ledger.bypass(plans.why_unchecked(policy, role))
     if faults.active is not None:
         call = _struck(call, site)
     # A record on a device does not carry its policy: whoever reads it finds the reaction at the site.

@@ -21,12 +21,13 @@ import torch
 from torch import Tensor
 
 from abft import faults, floating, ledger, panels, plans, policy, redundancy, reporting, sites, threshold
-from abft.backends import arbitration, lane, masked, quick, reference
+from abft.backends import arbitration, lane, masked, quick, reference, tolerance
 from abft.backends.call import Call
 from abft.checksum import Layout, Panel
 from abft.errors import DeviceError, PolicyError
 from abft.faults import Strike, Target
 from abft.ledger import Finding, Outcome, Verdict
+from abft.statistics import watches
 
 LIBRARY = torch.library.Library("abft", "DEF")
 LIBRARY.define("product(Tensor a, bool ta, Tensor b, bool tb, Tensor? bias, Tensor ledger, Tensor site, str role, str policy) -> Tensor")
@@ -89,9 +90,12 @@ def take(fitting: lane.Lane, a: Tensor, b: Tensor, tb: bool, bias: Tensor | None
     entry, y = fitting.entry, None
     if not entry.audited or panels.unchanged(entry, w, offset):
         y = reference.multiply(a, w, offset)
-        worst = quick.worst(y, a, fitting.quick)
+        watch = watches.of(site, role, w.shape[0], fitting.depth, dtype) if fitting.watched else None
+        worst = quick.worst(y, a, fitting.quick, None if watch is None else watch.address)
         if worst <= 1.0:
             entry.uses += 1
+            if watch is not None:
+                watch.settle()
             ledger.cpu().count_clean(site, a.shape[0], worst, role == "fprop" and torch._C._current_graph_task_id() != -1)
             return y
     return product_on_host(Call(a, w, offset, b, tb, role, fitting.policy, site, bias_source=bias), fitting.backend, y)
@@ -149,6 +153,11 @@ def _panel_of(call: Call, backend: str) -> Panel:
 def choose_backend(call: Call) -> str:
     """The backend of a call: the explicit one or none; auto takes the cheapest that runs here and meets the floor."""
     chosen = call.policy.backend
+    if call.policy.detector != "checksum" and (chosen == "triton" or call.a.device.type != "cpu"):
+        raise NotImplementedError(
+            f"Policy.detector={call.policy.detector!r} on {call.a.device.type}, backend {chosen!r}, needs kernels that keep statistics per "
+            'site and multiprocessor, which have not landed yet. Use detector="checksum" there.'
+        )
     if chosen == "triton":
         reason = _triton_unavailable(call)
         if reason is not None:
@@ -287,17 +296,23 @@ def _check(call: Call, y: Tensor, outcome: Outcome, backend: str) -> Tensor:
     bias = panels.bias_sums_for(entry, call.bias_source, call.bias, p.layout, frozen=call.policy.weights == "frozen")
     as_remembered = entry is None or panels.unchanged(entry, call.w, call.bias)
     quickly = as_remembered and not faults.in_checksums(call.strikes)  # which the quick judgement computes on its own
+    watch = tolerance.watch_of(call)
     if entry is not None:
-        judge = _quickly_clean(call, y, entry, bias, p, outcome) if quickly else None
+        judge = _quickly_clean(call, y, entry, bias, p, outcome, watch) if quickly else None
         if judge is not None:
             lane.open_for(call, backend, entry, judge)
             return y
     elif quickly and call.a.dim() == 2:
         fresh = quick.compiled(panel, bias, call.a.shape[-1], p, call.a.dtype)
-        if fresh is not None and (worst := quick.worst(y, call.a, fresh)) <= 1.0:
+        if fresh is not None and (worst := quick.worst(y, call.a, fresh, None if watch is None else watch.address)) <= 1.0:
             outcome.worst = worst
+            if watch is not None:
+                watch.settle()
             return y
     judgement = reference.examine(y, call, panel, bias, p, call.strikes)
+    if watch is not None:
+        watch.add(tolerance.within_bounds(judgement))
+        watch.settle()
     if judgement.clean and as_remembered and (entry is None or entry.uses % lane.PANEL_AUDIT or panels.intact(entry)):
         outcome.worst = judgement.worst
         return y
@@ -306,7 +321,7 @@ def _check(call: Call, y: Tensor, outcome: Outcome, backend: str) -> Tensor:
 
 
 def _quickly_clean(
-    call: Call, y: Tensor, entry: panels.Entry, bias: Any, p: reference.Plan, outcome: Outcome
+    call: Call, y: Tensor, entry: panels.Entry, bias: Any, p: reference.Plan, outcome: Outcome, watch: watches.Watch | None
 ) -> quick.Quick | None:
     """The prepared judgement by which the product is clean; None if there is none or if it is not."""
     entry.uses += 1
@@ -315,11 +330,13 @@ def _quickly_clean(
     q = entry.quick
     if q is None:
         q = entry.quick = quick.prepare(entry.panel, bias, call.a.shape[-1], p, call.a.dtype) or False
-    if q is False or call.a.dim() != 2:
+    if q is False or call.a.dim() != 2 or (watch is not None and type(q) is not quick.Compiled):
         return None
-    worst = quick.worst(y, call.a, q)
+    worst = quick.worst(y, call.a, q, None if watch is None else watch.address)
     if not worst <= 1.0:
         return None
+    if watch is not None:
+        watch.settle()
     outcome.worst = worst
     return q
 
@@ -346,7 +363,7 @@ def _announce(call: Call, findings: list[Finding], backend: str, book: ledger.Cp
 
 
 _GRAVITY = (
-    Verdict.INPUT, Verdict.OVERFLOW, Verdict.FALSE_ALARM, Verdict.STALE,
+    Verdict.INPUT, Verdict.OVERFLOW, Verdict.FALSE_ALARM, Verdict.STALE, Verdict.TOLERATED,
     Verdict.RECOMPUTED, Verdict.RECONSTRUCTED, Verdict.OBSERVED, Verdict.UNCORRECTED,
 )  # fmt: skip
 

@@ -1,0 +1,66 @@
+"""What the second detector has to do with one product: whom it adds to, and which suspect rows it lets be."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from abft import checksum
+from abft.backends.call import Call
+from abft.backends.reference import Judgement
+from abft.ledger import Verdict
+from abft.statistics import watches
+from abft.statistics.accumulators import COUNT
+from abft.statistics.severity import Severity, of_suspect
+
+if TYPE_CHECKING:
+    from abft.backends.arbitration import Case
+
+
+def watch_of(call: Call) -> watches.Watch | None:
+    """Whom a product adds to, if its policy asks for statistics."""
+    if call.policy.detector == "checksum" or not call.a.dtype.is_floating_point:
+        return None
+    return watches.of(call.site, call.role, call.w.shape[-2], call.a.shape[-1], call.a.dtype)
+
+
+def within_bounds(j: Judgement) -> NDArray[np.float64]:
+    """Residual over bound (rows, groups, kinds) of the rows within theirs; the others are the checksums' business."""
+    with np.errstate(all="ignore"):
+        x = (j.sums.actual.astype(np.float64) - j.sums.predicted) / j.tau  # type: ignore[union-attr]
+    return x[~j.suspects()]
+
+
+def set_aside(case: Case, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Weigh suspect rows; under ``detector="statistical"`` one that harms nobody is left as it is. Returns those to be repaired.
+
+    Only the one suspect row of a product is ever left, only if one located element explains all its sums, if weight and panel are
+    what they were, and while the site's budget lasts (abft/statistics/severity.py).
+    """
+    watch = watch_of(case.call)
+    if watch is None:
+        return rows
+    monitor = watch.monitor
+    if len(rows) > 1 or case.changed():
+        monitor.note(Severity.S4 if len(rows) > 1 else Severity.S3, len(rows))
+        return rows
+    severity = _severity(case, int(rows[0]))
+    monitor.note(severity)
+    if severity is not Severity.S2 or case.call.policy.detector != "statistical":
+        return rows
+    if not monitor.budget.take(float(monitor.total[0, 0, COUNT])):
+        return rows
+    case.find(Verdict.TOLERATED, rows)
+    return rows[:0]
+
+
+def _severity(case: Case, row: int) -> Severity:
+    j, groups = case.judgement, case.plan.layout.groups
+    rms = np.array([checksum.weight_rms(kind, groups.width) for kind in j.sums.kinds])
+    residual = (j.sums.actual[row].astype(np.float64) - j.sums.predicted[row]) / rms
+    bound = j.tau[row].astype(np.float64) / rms
+    beyond = np.flatnonzero((np.abs(residual) > bound).any(-1))
+    single = len(beyond) == 1 and case.locate(case.y, row, int(beyond[0])) is not None
+    return of_suspect(residual, bound, float(j.sums.squares[row].astype(np.float64).sum()), single=single)

@@ -1,0 +1,136 @@
+"""What is normal at a site and role: learnt from the first batches, then frozen; what is compared with it.
+
+A batch is what every unit has added between two looks, (units, kinds, fields).
+
+    peers (several units)   mean and ln variance of x against the median of all units in the same batch
+    alone (one unit)        mean, in units of the σ of now, against the frozen μ, beyond 0.2 σ;
+                            ln variance against its own slow average, beyond a factor of 1.6
+
+What data do to residuals is common to peers. A lone unit has none: over a training run the variance drifts by e^0.7 and more, the
+mean hardly (the random signs of the columns leave little that is systematic; bench/results/statistics.jsonl has both), except where
+all rows are alike.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from abft.statistics import soft_threshold
+from abft.statistics.accumulators import ABOVE_8, ABOVE_12, BLOCKS, COUNT, FIELDS, KINDS, MAXIMA, MAXIMA2, PRIOR_SIGMA, SQUARES, SUM
+
+#: Batches before the baseline is frozen, and checks in each.
+WARM_UP = 64
+BATCH = 1024
+#: Deviations that are no matter: of the mean, in σ̂, and of the logarithm of the variance, where no peer tells what the data do.
+SAME_MEAN = 0.2
+SAME_NOISE = 0.5
+#: Batches over which a lone unit's variance is followed.
+MEMORY = 32
+#: k of the tests of shifts: half of what they are tuned to find, in deviations of a batch.
+REFERENCE = 0.25
+#: Expected and suspected rates per check above 8 σ̂ and 12 σ̂; expected ones may be raised by what the warm-up shows.
+RATES = ((1e-6, 8e-5), (2.3e-9, 8e-7))
+#: A suspected rate is at least so many times the expected one.
+RATIO = 30.0
+_TINY = 1e-300
+
+
+@dataclass
+class Baseline:
+    """σ̂ (kinds,) of x, what batches look like, and the soft threshold. Grows by ``learn`` until ``frozen``."""
+
+    units: int = 1
+    batches: int = 0
+    total: np.ndarray = field(default_factory=lambda: np.zeros((len(KINDS), len(FIELDS))))
+    sigma: np.ndarray = field(default_factory=lambda: np.full(len(KINDS), PRIOR_SIGMA))
+    soft: np.ndarray = field(default_factory=lambda: np.full(len(KINDS), np.inf))
+    mean: np.ndarray = field(default_factory=lambda: np.zeros(len(KINDS)))  # of x
+    mean_deviation: np.ndarray = field(default_factory=lambda: np.full(len(KINDS), np.inf))  # of a batch's mean
+    noise: np.ndarray = field(default_factory=lambda: np.zeros(len(KINDS)))  # of ln of a batch's mean square; follows where alone
+    noise_deviation: np.ndarray = field(default_factory=lambda: np.full(len(KINDS), np.inf))
+    rates: tuple[tuple[float, float], ...] = RATES
+    size: float = BATCH  # checks that make a batch
+    frozen: bool = False
+    _means: list[np.ndarray] = field(default_factory=list)
+    _noises: list[np.ndarray] = field(default_factory=list)
+    _sizes: list[float] = field(default_factory=list)
+
+    @property
+    def alone(self) -> bool:
+        return self.units == 1
+
+    def learn(self, batch: np.ndarray) -> None:
+        """One more batch of the warm-up."""
+        mean, noise = moments(batch)
+        self.batches += 1
+        self.total += batch.sum(0)
+        self._means.append(mean)
+        self._noises.append(noise)
+        self._sizes.append(float(batch[:, 0, COUNT].mean()))
+        count = np.maximum(self.total[:, COUNT], 1.0)
+        # Kinds that nobody judges (a lean panel) keep the prior.
+        self.sigma = np.where(self.total[:, SQUARES] > 0, np.sqrt(self.total[:, SQUARES] / count), PRIOR_SIGMA)
+        if self.batches >= WARM_UP:
+            self._freeze()
+
+    def _freeze(self) -> None:
+        total, means, noises = self.total, np.array(self._means), np.array(self._noises)
+        count = np.maximum(total[:, COUNT], 1.0)
+        self.mean = total[:, SUM] / count
+        if not self.alone:
+            means, noises = means - np.median(means, 1, keepdims=True), noises - np.median(noises, 1, keepdims=True)
+        self.noise = np.median(noises[-MEMORY // 2 :], (0, 1)) if self.alone else np.zeros(len(KINDS))
+        self.size = max(BATCH if self.alone else 0.0, float(np.median(self._sizes)))
+        least = 1.0 / np.sqrt(max(self.size, 1.0))
+        self.mean_deviation = np.maximum(_deviation(self._scatter(means)), self.sigma * least)
+        self.noise_deviation = np.maximum(_deviation(self._scatter(noises)), np.sqrt(2.0) * least)
+        self.soft = soft_threshold.soft_threshold(self.sigma, total[:, BLOCKS], total[:, MAXIMA], total[:, MAXIMA2], total[:, COUNT])
+        self.rates = tuple(
+            (low := max(expected, float(total[:, at].max() + 3.0) / float(count.max())), max(suspected, RATIO * low))
+            for (expected, suspected), at in zip(RATES, (ABOVE_8, ABOVE_12), strict=True)
+        )
+        self._means, self._noises, self._sizes = [], [], []
+        self.frozen = True
+
+    def _scatter(self, values: np.ndarray) -> np.ndarray:
+        """What batches (batches, units, kinds) deviate by; where alone, of neighbours: drift during the warm-up is no deviation."""
+        return np.diff(values[:, 0], axis=0) / np.sqrt(2.0) if self.alone else values.reshape(-1, len(KINDS))
+
+    def shifts(self, batch: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(u of the mean, u of the ln variance) of a batch, (units, kinds) each, in deviations of a batch."""
+        mean, noise = moments(batch)
+        if self.alone:
+            # In units of what σ is now: means of noisier data scatter more.
+            now = np.exp(np.maximum(noise, self.noise) / 2) / self.sigma
+            u = (mean / now - self.mean) / self.mean_deviation, (noise - self.noise) / self.noise_deviation
+            # One batch moves it up no further than a batch may deviate; less noise is no fault, and followed as it comes.
+            self.noise = self.noise + np.minimum(noise[0] - self.noise, 3 * self.noise_deviation) / MEMORY
+            return u
+        return (mean - np.median(mean, 0)) / self.mean_deviation, (noise - np.median(noise, 0)) / self.noise_deviation
+
+    @property
+    def drifted(self) -> np.ndarray:
+        """By what factor σ is now above σ̂ (kinds,): what a lone unit's levels follow, so that more noise is not also more outliers."""
+        if not (self.frozen and self.alone):
+            return np.ones(len(KINDS))
+        return np.where(self.noise > np.log(_TINY), np.exp(self.noise / 2) / self.sigma, 1.0)
+
+    def references(self) -> tuple[np.ndarray, np.ndarray]:
+        """k (kinds,) of the two tests."""
+        if not self.alone:
+            return np.full(len(KINDS), REFERENCE), np.full(len(KINDS), REFERENCE)
+        return REFERENCE + SAME_MEAN * self.sigma / self.mean_deviation, REFERENCE + SAME_NOISE / self.noise_deviation
+
+
+def moments(batch: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(mean of x, ln of the mean of x²) of batches (…, kinds, fields)."""
+    count = np.maximum(batch[..., COUNT], 1.0)
+    return batch[..., SUM] / count, np.log(np.maximum(batch[..., SQUARES] / count, _TINY))
+
+
+def _deviation(values: np.ndarray) -> np.ndarray:
+    """The standard deviation of each column, but for its wildest hundredth."""
+    low, high = np.quantile(values, (0.005, 0.995), axis=0)
+    return np.clip(values, low, high).std(0)

@@ -1,0 +1,65 @@
+"""How grave a deviation is, from the residual alone: S0 to S4, and the budget of what may be left as it is.
+
+    S0   |x| ≤ u_soft                      statistics only
+    S1   u_soft < |x| ≤ 1                  counted: no clean residual looks like it, though rounding could explain it
+    S2   τ < |d|, |d| + τ/5 ≤ 10⁻³ ‖y‖     beyond its bound, one element, and too small to harm
+    S3   above                             repaired
+    S4   not finite, or inconsistent       repaired: several rows, or sums that no single element explains
+
+10⁻³ of the row's L2 norm is harm as abft's campaigns define it (docs/explanation/fault-model.md); τ/5 is 8 σ of the residual's own
+noise (κ is 40 σ). ReaLM (arXiv 2503.24053) judges by the same quantity. Only a single error has a size that one residual tells:
+sums of several may cancel, so S2 asks that the located column explains every sum.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import IntEnum
+
+import numpy as np
+
+#: Relative L2 change of an output row from which a fault is harmful.
+HARMFUL = 1e-3
+#: The residual's own noise, of its bound.
+NOISE = 0.2
+
+
+class Severity(IntEnum):
+    """The classes above; the greater, the graver."""
+
+    S0 = 0
+    S1 = 1
+    S2 = 2
+    S3 = 3
+    S4 = 4
+
+
+def of_suspect(residual: np.ndarray, bound: np.ndarray, row_norm2: float, *, single: bool) -> Severity:
+    """Of one row beyond its bound. residual, bound: (groups, kinds) in units of Y, each kind divided by the rms of its weights;
+    row_norm2: ‖y‖²; single: one element of this row alone explains all sums."""
+    worst = float(np.max(abs(residual) + NOISE * bound))
+    if not (np.isfinite(worst) and np.isfinite(row_norm2)) or not single:
+        return Severity.S4
+    return Severity.S2 if worst * worst <= HARMFUL * HARMFUL * row_norm2 else Severity.S3
+
+
+@dataclass
+class Budget:
+    """How many harmless deviations (S2) a site may leave unrepaired: a bucket of ``burst`` rows, refilled by ``rate`` per check.
+
+    A site that leaves more is not hit by chance, and its rows are repaired again until the bucket has filled.
+    """
+
+    burst: float = 8.0
+    rate: float = 1e-6
+    left: float = 8.0
+    seen: float = 0.0
+
+    def take(self, checks: float) -> bool:
+        """Whether one more may be left, after ``checks`` checks of the site in all."""
+        self.left = min(self.burst, self.left + self.rate * max(0.0, checks - self.seen))
+        self.seen = max(self.seen, checks)
+        if self.left < 1.0:
+            return False
+        self.left -= 1.0
+        return True

@@ -1,0 +1,206 @@
+"""The second detector: silent over a training run, quick about a marginal unit, sparing with repairs.
+
+    python -m bench statistics [training] [marginal] [severity] [cost] [--steps 500] [--trials 20] [--flips 2000] [--fresh]
+
+training: a model learns under ``detector="both"`` while its statistics drift; residuals are recorded. marginal: recorded residuals,
+drawn anew for 132 units of which one is off. severity: random flips under ``detector="statistical"``. cost: of ``both`` on top of
+``checksum``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+import abft
+from abft.statistics import watches
+from abft.statistics.severity import Budget
+from bench import intervals, marginal, recorded
+from bench.results import FOLDER, Results
+
+PARTS = ("training", "marginal", "severity", "cost")
+IMAGE = Path(__file__).resolve().parents[1] / "docs" / "images" / "residuals.png"
+QUANTILES = (0.001, 0.01, 0.1, 0.5, 0.9, 0.99, 0.999)
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench statistics", description=__doc__)
+    parser.add_argument("parts", nargs="*", help=", ".join(PARTS))
+    parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--trials", type=int, default=20)
+    parser.add_argument("--flips", type=int, default=2000)
+    parser.add_argument("--dtype", default="fp32", choices=["fp32", "bf16"])
+    parser.add_argument("--fresh", action="store_true")
+    options = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    results = Results("statistics", fresh=options.fresh, **{k: v for k, v in vars(options).items() if k not in ("fresh", "parts")})
+    parts = options.parts or list(PARTS)
+    if "training" in parts or "marginal" in parts:
+        run = training(results, options.steps, options.dtype)
+        if "marginal" in parts:
+            among_peers(results, run, options.trials)
+    if "severity" in parts:
+        for group in (None, 128):
+            severity(results, options.flips, group)
+    if "cost" in parts:
+        cost(results)
+    print(FOLDER / "statistics.jsonl")
+    return 0
+
+
+def training(results: Results, steps: int, dtype: str) -> recorded.Run:
+    run = recorded.train(steps, dtype)
+    r = run.report
+    tests = {name: sum(a.test == name for a in r.alarms) for name in ("bias", "noise", "outliers")}
+    soft = sum(s.severities["S1"] for s in r.statistics)
+    residuals = sum(s.residuals for s in r.statistics)
+    lows_highs = np.array(list(run.drift.values()))
+    results.add(
+        "training", key=f"training {dtype}", dtype=dtype, steps=steps, loss=[run.losses[0], run.losses[-1]], rows=r.checks,
+        residuals=residuals, detected=r.detected, alarms=len(r.alarms), quarantines=sum(a.quarantine for a in r.alarms), tests=tests,
+        above_soft=soft, above_soft_below=intervals.upper_limit(soft, residuals),
+        levels={n: max(s.levels[n] for s in r.statistics) for n in tests},
+        drift_of_mean=[lows_highs[:, 0].min(), lows_highs[:, 1].max()],
+        drift_of_ln_variance=[lows_highs[:, 2].min(), lows_highs[:, 3].max()],
+        alarmed=[f"{a.test} at {a.site} ({a.role}), {a.deviation:.3g}" for a in r.alarms],
+    )  # fmt: skip
+    for site, x in run.x.items():
+        z = x / x.std()
+        results.add(
+            "residuals", key=f"residuals {dtype} {site}", site=site, dtype=dtype, tiles=len(x), sigma=x.std(), kurtosis=(z**4).mean(),
+            above_4=(abs(z) > 4).mean(), most=abs(z).max(), tile_effect=z.mean(1).std() * math.sqrt(z.shape[1]),
+            quantiles=np.quantile(z, QUANTILES).tolist(),
+        )  # fmt: skip
+    _draw(run, dtype)
+    return run
+
+
+def among_peers(results: Results, run: recorded.Run, trials: int) -> None:
+    rng = np.random.default_rng(0)
+    # Of the second half of the run: units that are compared compute the same step, and no drift lies between their tiles.
+    pools = {site: x[len(x) // 2 :] for site, x in run.x.items() if len(x) >= 200}
+    for defect, size in (("bias", 0.1), ("noise", 0.02)):
+        found = [d for x in pools.values() for d in marginal.detection(x, defect, size, max(1, trials // len(pools)), rng)]
+        tiles = [d["tiles"] for d in found if d["tiles"] is not None]
+        low, high = intervals.proportion(len(tiles), len(found))
+        results.add(
+            "marginal", key=f"marginal {defect}", defect=defect, size=size, trials=len(found), pools=len(pools), found=len(tiles),
+            found_interval=[low, high], tiles_median=np.median(tiles), tiles_most=max(tiles), others=sum(d["others"] for d in found),
+        )  # fmt: skip
+    total, worst = 0.0, 0.0
+    for test, charts in marginal.CHARTS.items():
+        for site, x in pools.items():
+            steps = marginal.increments(x, 400, rng)[test]
+            arl = marginal.false_alarms(steps, rng)
+            per_day = [marginal.per_day(arl[k], charts) for k in ("high", "arl", "low")]
+            results.add(
+                "false alarms", key=f"false alarms {test} {site}", test=test, site=site, units=marginal.UNITS, tiles=marginal.TILES, **arl,
+                per_day=per_day,
+            )  # fmt: skip
+        of_test = [r for r in results.records if r["kind"] == "false alarms" and r["test"] == test]
+        total += float(np.mean([r["per_day"][1] for r in of_test]))
+        worst += max(r["per_day"][2] for r in of_test)
+    # The two tests of rates: E[e^ℓ] = 1 for Poisson counts, so at least e^h batches each (Lorden).
+    rates = marginal.per_day(math.exp(marginal.cusum.THRESHOLD), 2)
+    results.add("quarantines", key="quarantines", per_day=total + rates, per_day_worst_site=worst + rates, per_day_of_rates=rates)
+
+
+def severity(results: Results, flips: int, group: int | None) -> None:
+    """Random flips in the accumulators of a wide layer; the budget is lifted, so that the gate alone decides."""
+    torch.manual_seed(0)
+    watches.forget()
+    rng = np.random.default_rng(0)
+    rows, k, n = 16, 256, 4096
+    policy = abft.Policy(detector="statistical", group=group, on_uncorrected="record")
+    model = abft.protect(nn.Linear(k, n), policy, name="severity")
+    abft.report(reset=True)
+    left, repaired, missed, harmful_left, harmful, before = 0, 0, 0, 0, 0, 0
+    with torch.no_grad():
+        for i in range(flips):
+            x = torch.randn(rows, k, generator=torch.Generator().manual_seed(i))
+            for monitor in watches.monitors().values():
+                monitor.budget = Budget(burst=math.inf, left=math.inf)
+            with abft.inject.faults(abft.inject.Fault("bitflip", bit=int(rng.integers(32))), seed=i) as log:
+                model(x)
+            r = abft.report(reset=True)
+            effect = log[0].effect
+            harm = not effect < 1e-3
+            left += r.tolerated
+            repaired += r.corrected
+            missed += not (r.tolerated or r.detected)
+            harmful += harm
+            harmful_left += harm and not r.corrected
+            before += 1
+    flagged = left + repaired
+    low, high = intervals.proportion(left, flagged)
+    results.add(
+        "severity", key=f"severity {group}", group=group, rows=rows, k=k, n=n, flips=flips, flagged=flagged, left=left,
+        saved=left / flagged, saved_interval=[low, high], harmful=harmful, harmful_left=harmful_left,
+        harmful_left_below=intervals.upper_limit(harmful_left, harmful), unseen=missed,
+    )  # fmt: skip
+
+
+def cost(results: Results, size: int = 2048, rows: int = 256, rounds: int = 60) -> None:
+    """Calls in turn: checksum, both, checksum again; ratios within each round."""
+    torch.manual_seed(0)
+    watches.forget()
+    x = torch.randn(rows, size)
+    layer = nn.Linear(size, size)
+    policies = [abft.Policy(), abft.Policy(detector="both"), abft.Policy()]
+    models = []
+    for policy in policies:
+        twin = nn.Linear(size, size)
+        twin.load_state_dict(layer.state_dict())
+        models.append(abft.protect(twin, policy, name="cost"))
+    times = []
+    with torch.no_grad():
+        for i in range(rounds + 5):
+            now = []
+            for model in models:
+                start = time.perf_counter()
+                model(x)
+                now.append(time.perf_counter() - start)
+            if i >= 5:
+                times.append(now)
+    t = np.array(times)
+    for name, ratio in (("both / checksum", t[:, 1] / t[:, 0]), ("checksum / checksum", t[:, 2] / t[:, 0])):
+        low, high = intervals.median(ratio.tolist())
+        median = float(np.median(ratio))
+        results.add("cost", key=f"cost {name}", what=name, size=size, rows=rows, rounds=rounds, ratio=median, interval=[low, high])
+
+
+def _draw(run: recorded.Run, dtype: str) -> None:
+    try:
+        import matplotlib
+
+        matplotlib.use("agg")
+        from matplotlib import pyplot
+    except ImportError as error:
+        print(f"no plot: {error}")
+        return
+    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4))
+    grid = np.linspace(-7, 7, 71)
+    shown = [site for site in run.x if len(run.x[site]) >= 200 and ".0." in site or "head" in site][:8]
+    for site in shown:
+        z = (run.x[site] / run.x[site].std()).ravel()
+        density, _ = np.histogram(z, grid, density=True)
+        axes[0].step((grid[1:] + grid[:-1]) / 2, np.maximum(density, 1e-6), where="mid", linewidth=1, label=site.replace("gpt.", ""))
+    axes[0].plot(grid, np.exp(-(grid**2) / 2) / math.sqrt(2 * math.pi), "k--", linewidth=1, label="normal")
+    axes[0].set(yscale="log", ylim=(1e-5, 1), xlabel="z = residual / σ of its site", ylabel="density")
+    axes[0].set_title(f"Residuals of a training run, {dtype}")
+    axes[0].legend(fontsize=7)
+    site = shown[0]
+    z = run.x[site] / run.x[site].std()
+    axes[1].plot(z.mean(1) * math.sqrt(z.shape[1]), ".", markersize=3, label="mean of a tile of 128 rows × √128")
+    axes[1].plot((z**2).mean(1), ".", markersize=3, label="mean square of the tile")
+    axes[1].set(xlabel="tiles, in the order of training", title=site.replace("gpt.", ""))
+    axes[1].legend(fontsize=7)
+    IMAGE.parent.mkdir(exist_ok=True)
+    figure.savefig(IMAGE, dpi=110, bbox_inches="tight")
+    pyplot.close(figure)

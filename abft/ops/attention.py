@@ -28,7 +28,7 @@ from abft.errors import DeviceError, PolicyError
 from abft.ledger import Verdict
 from abft.ops import attention_kernels, checked
 from abft.ops.checked import LIBRARY, bypass
-from abft.policy import Policy, decode
+from abft.policy import Policy
 
 _OPTIONS = "float scale, bool causal, int offset, int window, float softcap, float dropout"
 LIBRARY.define(
@@ -196,7 +196,8 @@ class CheckedAttention(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         out, statistics, full = attention(q, k, v, mask, seed, *options, weights, book, site, policy_text)
         # The reference computes δ from probabilities, the kernels from the output.
-        kept = out if _in_kernels(q, decode(policy_text)) else None
+        # Read in the policy's text: a tracer comes through here, and cannot decode it.
+        kept = out if q.device.type != "cpu" or '"backend": "triton"' in policy_text else None
         ctx.save_for_backward(q, k, v, mask, seed, kept, statistics)
         ctx.ledger, ctx.site = book, site  # see CheckedProduct
         ctx.options, ctx.weights, ctx.policy = options, weights, policy_text

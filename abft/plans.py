@@ -60,6 +60,12 @@ def _variants(text: str) -> tuple[Policy, Policy]:
     return protected, policy.replace(level="off", redundancy="none")
 
 
+@lru_cache(maxsize=1024)
+def checked(policy: Policy) -> Policy:
+    """For what has no unchecked form (attention's kernels): the policy, with its checks on where a plan or a sample leaves them off."""
+    return policy if policy.level != "off" else policy.replace(level="correct", every=1)
+
+
 def why_unchecked(policy: Policy, role: str) -> str:
     """The reason under which an unchecked product is counted."""
     if policy.level != "off":

@@ -28,7 +28,7 @@ from abft.errors import DeviceError, PolicyError
 from abft.ledger import Verdict
 from abft.ops import attention_kernels, checked
 from abft.ops.checked import LIBRARY, bypass
-from abft.policy import Policy, decode
+from abft.policy import Policy
 
 _OPTIONS = "float scale, bool causal, int offset, int window, float softcap, float dropout"
 LIBRARY.define(
@@ -51,6 +51,7 @@ def _attention(
     chosen = plans.now(policy_text, sites.index_of(site), "fprop", on_gpu=q.is_cuda)
     _refuse(problem, chosen)
     if _in_kernels(q, chosen):
+        chosen = plans.checked(chosen)
         words = ledger_ if q.device.type != "cpu" else torch.from_numpy(ledger.cpu().words)
         with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
             return *attention_kernels.attend(problem, chosen, site, words), q.new_empty(0)

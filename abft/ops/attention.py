@@ -28,7 +28,7 @@ from abft.errors import DeviceError, PolicyError
 from abft.ledger import Verdict
 from abft.ops import attention_kernels, checked
 from abft.ops.checked import LIBRARY, bypass
-from abft.policy import Policy
+from abft.policy import Policy, decode
 
 _OPTIONS = "float scale, bool causal, int offset, int window, float softcap, float dropout"
 LIBRARY.define(

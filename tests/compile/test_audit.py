@@ -57,7 +57,8 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
             audit = ("-m", "bench", "audit", "--out")
             finish(start(*audit, str(folder / "hopper"), "--arch", "90"))
             others = ("--arch", "80", "--arch", "100", "--arch", "gfx942")
-            finish(start(*audit, str(folder / "others"), *others, "--case", "full", "--case", "deferred"))
+            cases = [option for case in ("full", "deferred", "attention 64") for option in ("--case", case)]
+            finish(start(*audit, str(folder / "others"), *others, *cases))
             twins = str(Path(__file__).with_name("twins.py"))
             for what in ("as-is", "stripped", "struck"):
                 finish(start(twins, what, str(folder / what)))
@@ -179,6 +180,22 @@ def test_int8_kernels_do_not_spill_and_multiply_on_integer_units(table, arch, ca
         saturating = {"IMMA.16832.S8.S8.SAT"}
         expected = {"sm_90": [{f"IGMMA.64x{width}x32.S8.S8" for width in widths}], "sm_100": [saturating, {"UTCIMMA"}]}
         assert set(r["matrix"]) in expected.get(arch, [saturating])
+
+
+@pytest.mark.parametrize(("arch", "case"), [("sm_80", "attention 64"), ("sm_90", "attention 64"), ("sm_90", "attention"), ("sm_100", "attention 64")])
+def test_attention_does_not_spill_and_multiplies_on_matrix_units(table, arch, case):
+    twin, sums, checked, again = select(table, arch, case, "bf16")
+    assert [r["kernel"] for r in (twin, sums, checked, again)] == [
+        "checked_attention", "sum_keys_and_values", "checked_attention", "settle_attention",
+    ]  # fmt: skip
+    assert not twin["config"]["CHECKED"] and checked["config"]["CHECKED"]
+    for r in (twin, sums, checked):  # a repetition may spill: rarely more than an early exit
+        assert r["spills"] == r["local"] == 0 and r["registers"] <= 255 and r["blocks"] >= 1, r
+    # The panel of V takes 16 columns more, the same instruction for as many keys.
+    assert set(twin["matrix"]) <= set(checked["matrix"]) and twin["matrix"]
+    assert len({sass.arithmetic_of(m) for r in (twin, checked, again) for m in r["matrix"]}) == 1
+    for m, count in twin["matrix"].items():
+        assert count <= checked["matrix"][m]
 
 
 def test_the_kernels_build_for_gfx942(table):

@@ -78,10 +78,6 @@ CASES = (
     Case("third lean", {"candidate": 2, "form": "lean"}, ("bf16",)),
     Case("third transposed", {"candidate": 2, "transposed": True}, ("bf16", "tf32")),
     Case("short transposed", {"n": 1024, "transposed": True}, ("bf16", "tf32")),
-    Case("attention", {"columns": 128}, ("bf16",), compiled.attention_launches),
-    Case("attention 64", {"columns": 64}, ("bf16",), compiled.attention_launches),
-    Case("attention gradient", {"columns": 128}, ("bf16",), compiled.attention_gradient_launches),
-    Case("attention gradient 64", {"columns": 64}, ("bf16",), compiled.attention_gradient_launches),
 )
 #: For AMD only that the kernels build, with the configs of older GPUs: nothing is claimed of their arithmetic.
 AMD_CASES, AMD_OPERANDS = ("full",), ("bf16", "ieee")

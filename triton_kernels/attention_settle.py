@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .attention_forward import PV, QK, Attention, Evidence, attend_block, store_rows, suspects
 from .attention_panel import PANEL, PREFIX_ROWS, SIGNED
-from .attention_scores import heads_of, rectangle, start_of, visited
+from .attention_scores import heads_of, start_of, visited
 from .configs import REPAIR_PROGRAMS
 from .gemm import fault_argument, note_unit
 from .judgement import is_finite, ratio_of
@@ -68,7 +68,9 @@ def _not_finite(q, sums, scores, number, block, E, CAUSAL: tl.constexpr, BM: tl.
     rows, e, blocks = block * BM + tl.arange(0, BM), tl.arange(0, BE), tl.cdiv(scores.keys, BN)
     begin, _, _, end = visited(scores, block * BM, CAUSAL, BM, BN)
     plane = tl.cast(batch * scores.heads + head, tl.int64)
-    queries = rectangle(start_of(q, batch, head, member), q, rows, e, scores.length, E).to(tl.float32)
+    at = start_of(q, batch, head, member) + tl.cast(rows, tl.int64)[:, None] * q.row + tl.cast(e, tl.int64)[None, :] * q.col
+    # Volatile, or the queries would wait in registers since the attention read them.
+    queries = tl.load(at, mask=(rows[:, None] < scores.length) & (e[None, :] < E), other=0.0, volatile=True).to(tl.float32)
     keys = tl.load(sums.prefix + (plane * (blocks + 1) + end) * PREFIX_ROWS * E + SIGNED * E + e, mask=e < E, other=0.0)
     bad = tl.max((~is_finite(queries)).to(tl.int32), 1) + tl.max((~is_finite(keys)).to(tl.int32), 0)
     bad_values = tl.zeros((BN,), tl.int32)

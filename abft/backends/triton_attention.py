@@ -63,7 +63,10 @@ def available(device: torch.device, dtype: torch.dtype, e: int, d: int) -> str |
         return f"the kernels of attention compute fp16, bf16 and fp32, not {str(dtype)[6:]}"
     if max(e, d) > WIDEST_HEAD:
         return f"the kernels of attention take heads of up to {WIDEST_HEAD} columns; these have {max(e, d)}"
-    return products.available(device, dtype)
+    reason = products.available(device, dtype)
+    if reason is None and device.type == "cuda" and products.family_of(device) >= 100:
+        return "Triton does not compile the kernels of attention for this architecture yet"
+    return reason
 
 
 def attend(call: AttentionCall, words: Tensor, site: Tensor) -> tuple[Tensor, Tensor]:

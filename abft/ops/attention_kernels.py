@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 PLACES: dict[str, tuple[Place, ...]] = {"qk": ("S",), "pv": ("O", "P", "l")}
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def unavailable(device: torch.device, dtype: torch.dtype, e: int, d: int) -> str | None:
     """Why no kernel computes attention over heads of ``e`` columns and values of ``d``; None if one does."""
     try:

@@ -98,10 +98,11 @@ def _in_kernels(q: Tensor, chosen: Policy) -> bool:
     return chosen.backend == "triton" or q.device.type != "cpu"
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _asks_for_kernels(policy_text: str) -> bool:
     return decode(policy_text).backend == "triton"
 
+
+_asks_for_kernels._dynamo_marked_constant = True  # type: ignore[attr-defined]  # see functional._own_site
 
 def _seed(seed: Tensor | None) -> int:
     return 0 if seed is None else int(seed.numpy())

@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 PLACES: dict[str, tuple[Place, ...]] = {"qk": ("S",), "pv": ("O", "P", "l")}
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def unavailable(device: torch.device, dtype: torch.dtype, e: int, d: int) -> str | None:
     """Why no kernel computes attention over heads of ``e`` columns and values of ``d``; None if one does."""
     try:
@@ -32,6 +31,9 @@ def unavailable(device: torch.device, dtype: torch.dtype, e: int, d: int) -> str
     except ImportError as error:
         return f"Triton cannot be imported ({error})"
     return triton_attention.available(device, dtype, e, d)
+
+
+unavailable._dynamo_marked_constant = True  # type: ignore[attr-defined]  # see functional._own_site
 
 
 def roles_of(policy: Policy) -> frozenset[str]:

@@ -34,6 +34,7 @@ from .attention_scores import (
     heads_of,
     hidden,
     kept,
+    mask_of,
     rectangle,
     start_of,
     tanh,
@@ -453,7 +454,7 @@ def _exponents_of_keys(s, scores, rows, cols, batch, head, member):
         y = tanh(s * (scores.scale / scores.cap)) * (scores.cap * LOG2E)
     if scores.mask is not None:
         if scores.mask.ptr.dtype.element_ty != tl.int8:
-            added = rectangle(start_of(scores.mask, batch, head, member), scores.mask, rows, cols, scores.length, scores.keys)
+            added = mask_of(scores, rows, cols, batch, head, member)
             y += tl.trans(added).to(tl.float32) * LOG2E
     return y
 

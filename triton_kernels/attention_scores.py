@@ -50,7 +50,7 @@ class Scores(NamedTuple):
     offset: Any
     window: Any  # keys; None: all
     cap: Any  # None: none
-    mask: Any  # Heads, 0 where a dimension broadcasts; int8 (0: hidden) or floats to be added; None
+    mask: Any  # Heads of twice the strides, 0 where a dimension broadcasts; int8 (0: hidden) or floats to be added; None
     dropped: Any  # of 2³² values of the hash, those that drop; None: no dropout
     seed_low: Any
     seed_high: Any
@@ -110,9 +110,17 @@ def hidden(scores, rows, cols, batch, head, member, CAUSAL: tl.constexpr):
         unseen |= cols[None, :] <= rows[:, None] + (scores.offset - scores.window)
     if scores.mask is not None:
         if scores.mask.ptr.dtype.element_ty == tl.int8:
-            seen = rectangle(start_of(scores.mask, batch, head, member), scores.mask, rows, cols, scores.length, scores.keys)
-            unseen |= seen == 0
+            unseen |= mask_of(scores, rows, cols, batch, head, member) == 0
     return unseen
+
+
+@triton.jit
+def mask_of(scores, rows, cols, batch, head, member):
+    """A tile of the mask, zero beyond it."""
+    t = scores.mask
+    start = tl.cast(batch, tl.int64) * (t.batch // 2) + tl.cast(head, tl.int64) * (t.head // 2) + tl.cast(member, tl.int64) * (t.group // 2)
+    at = t.ptr + start + tl.cast(rows, tl.int64)[:, None] * (t.row // 2) + tl.cast(cols, tl.int64)[None, :] * (t.col // 2)
+    return tl.load(at, mask=(rows[:, None] < scores.length) & (cols[None, :] < scores.keys), other=0.0)
 
 
 # --- exponents ------------------------------------------------------------------------------------
@@ -127,8 +135,7 @@ def exponents(s, scores, rows, cols, batch, head, member):
         x = tanh(s * (scores.scale / scores.cap)) * (scores.cap * LOG2E)
     if scores.mask is not None:
         if scores.mask.ptr.dtype.element_ty != tl.int8:
-            start = start_of(scores.mask, batch, head, member)
-            x += rectangle(start, scores.mask, rows, cols, scores.length, scores.keys).to(tl.float32) * LOG2E
+            x += mask_of(scores, rows, cols, batch, head, member).to(tl.float32) * LOG2E
     return x
 
 
@@ -214,11 +221,12 @@ def heads(t: Any) -> Heads:
 
 
 def mask(t: Any) -> Heads | None:
-    """The argument of a mask of five dimensions, of which any may be one; bool or floats."""
+    """The argument of a mask of five dimensions, of which any may be one; bool or floats. Strides are doubled: Triton makes a constant of
+    a one, and fails to compile a tuple within a tuple that holds one and is passed on inside a loop."""
     if t is None:
         return None
     t = t.view(torch.int8) if t.dtype == torch.bool else t
-    return Heads(t, *(0 if size == 1 else stride for size, stride in zip(t.shape, t.stride(), strict=True)))
+    return Heads(t, *(0 if size == 1 else 2 * stride for size, stride in zip(t.shape, t.stride(), strict=True)))
 
 
 def scores_of(

@@ -8,11 +8,11 @@ from __future__ import annotations
 from unittest import mock
 
 import torch
+from abft.triton_kernels import configs
 
 from abft import ledger, policy
 from abft.backends import triton as backend
 from abft.backends import triton_attention, triton_attention_backward
-from abft.triton_kernels import configs
 from bench import compiled
 
 ARCHITECTURE, LENGTH, COLUMNS = 90, 512, 64

@@ -364,7 +364,9 @@ def test_a_guarded_step_trains() -> None:
         trained.append(torch.cat([p.detach().flatten() for p in c.model.parameters()]))
     before = torch.cat([p.detach().flatten() for p in model.parameters()])
     assert not torch.equal(trained[0], before)
-    assert torch.equal(trained[0], trained[1]) and torch.equal(trained[0], trained[2])
+    assert torch.equal(trained[1], trained[2])
+    # Attention rounds otherwise than torch's: its gradients by some 2⁻²⁰, of which AdamW, dividing by their size, moves a weight by lr = 1e-4.
+    torch.testing.assert_close(trained[0], trained[1], rtol=0, atol=3e-4)
 
 
 def test_workloads_count_what_they_compute() -> None:

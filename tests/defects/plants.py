@@ -174,8 +174,8 @@ PLANTS = (
         "repair-is-a-no-op",
         "The faulty product is delivered and called repaired.",
         "abft/backends/arbitration.py",
-        "    else:\n        _correct(case, left)\n",
-        "    else:\n        faulty = case.y\n        _correct(case, left)\n        return faulty\n",
+        "            _correct(case, left)\n    return case.y\n",
+        "            faulty = case.y\n            _correct(case, left)\n            return faulty\n    return case.y\n",
         ("tests/test_policy.py::test_level_correct_repairs",),
     ),
     Plant(
@@ -278,7 +278,7 @@ PLANTS = (
     Plant(
         "compiled-lo-is-e",
         "The compiled pass sums e twice instead of lo.",
-        "abft/native/judge.c",
+        "abft/native/rowsums.h",
         "sums16(e, one, hi, e * lane)",
         "sums16(e, one, hi, e)",
         ("tests/test_native.py::test_every_row_is_judged",),
@@ -378,8 +378,8 @@ PLANTS = (
         "mark-waits",
         "A guarded step reads the ledgers when an attempt begins, too.",
         "abft/reporting.py",
-        "        now = ledger.on_host()\n        _open(now)",
-        "        drain()\n        now = ledger.on_host()\n        _open(now)",
+        "        now = ledger.on_host()\n        now.alarms",
+        "        drain()\n        now = ledger.on_host()\n        now.alarms",
         ("tests/test_marks.py::test_an_attempt_has_one_transfer_per_device",),
     ),
     Plant(

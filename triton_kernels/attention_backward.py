@@ -45,6 +45,7 @@ from .record import raise_worst
 from .tiles import FAULT_WORDS
 from .verify import CALM, POISONED, SUSPECT
 
+UNIT = tl.constexpr(2.0**-23)
 #: Below these a sum of scores, or of probabilities, has nothing to say.
 TINY = tl.constexpr(1e-30)
 #: Places of faults, and the kernel they strike (a fault's eighth word): S, P, dP and dX exist in both.
@@ -63,7 +64,7 @@ class Rows(NamedTuple):
 
 
 class Bounds(NamedTuple):
-    """In units of what they are relative to: U κ of S and dP; of dQ, of dK, of dV; 48 U; of Σ P = 1; of δ."""
+    """In units of what they are relative to: U κ of S and dP; of dQ, of dK, of dV; 48 U; of Σ P = 1; of δ; of one score, ‖q‖ ‖k‖."""
 
     s: Any
     dp: Any
@@ -73,6 +74,7 @@ class Bounds(NamedTuple):
     vanishing: Any
     total: Any
     delta: Any
+    score: Any
     absolute: Any
 
 
@@ -215,7 +217,7 @@ def of_queries(at_q, at_k, at_v, at_do, at_o, x, scores, k_panel, v_panel, w_key
         o_norm = tl.sqrt(tl.sum(d_out.to(tl.float32) * d_out.to(tl.float32), 1))
     row = (plane, batch, head, member, rows, m2, inverse, delta, q_norm, o_norm, base)
     acc, side = tl.zeros((BM, BE), tl.float32), tl.zeros((BM, SIDE), tl.float32)
-    qk, pv, poisoned, sums = (zero, zero + 1.0), (zero, zero + 1.0), rows < 0, (zero, zero, zero)
+    qk, pv, poisoned, sums = (zero, zero + 1.0), (zero, zero + 1.0), rows < 0, (zero, zero, zero, zero)
     first, whole, masked, end = visited(scores, first_row, CAUSAL, BM, BN)
     if scores.window is not None:
         for block in tl.range(first, whole, disable_licm=True):
@@ -236,12 +238,17 @@ def of_queries(at_q, at_k, at_v, at_do, at_o, x, scores, k_panel, v_panel, w_key
     if FAULT is not None:
         acc = _strike(acc, FAULT, DQ_PLACE, BY_QUERIES, plane // scores.group, (member * scores.length + rows)[:, None], e[None, :])
     if CHECK:
-        total, vanishing, size = sums
+        total, vanishing, size, longest = sums
         may = ~is_finite(m2) | ~is_finite(inverse) | ~is_finite(delta)
-        pv, poisoned = _compare(pv, poisoned, total, tl.where(may, total, tl.where(l2 > 0, 1.0, 0.0)), zero + bounds.total, may)
+        # Two evaluations of a score, the forward's and today's, differ by its rounding: an exponent of 3,600 by more than Σ P is known to.
+        of_exponents = tl.fma(longest, tl.abs(scores.scale) * bounds.score, tl.abs(m2) * (2.0 * UNIT))
+        pv, poisoned = _compare(
+            pv, poisoned, total, tl.where(may, total, tl.where(l2 > 0, 1.0, 0.0)), of_exponents + bounds.total, may
+        )  # fmt: skip
         # δ is wrong by as much as the rounding of O and of the P that multiplied V explains.
         known = reach + 2.0 * tl.abs(delta) + size
-        pv, poisoned = _compare(pv, poisoned, vanishing, tl.where(may, vanishing, 0.0), tl.fma(known, bounds.delta, TINY), may)
+        limit = tl.fma(known, bounds.delta + of_exponents, TINY)
+        pv, poisoned = _compare(pv, poisoned, vanishing, tl.where(may, vanishing, 0.0), limit, may)
         qk, poisoned = _judge_sums(qk, poisoned, acc, side, w_e, E, bounds.dq, bounds.absolute, BE, PARTS)
         _write_down(status, words, site, index, at, status.rows, qk, pv, poisoned, inside)
     start = dq + tl.cast(plane, tl.int64) * scores.length * E
@@ -263,7 +270,7 @@ def _query_tile(acc, side, qk, pv, poisoned, sums, q, d_out, row, block, at_k, a
                 CAUSAL: tl.constexpr, CHECK: tl.constexpr, BN: tl.constexpr, E: tl.constexpr, D: tl.constexpr, BE: tl.constexpr,
                BD: tl.constexpr,
                PARTS: tl.constexpr, SCALED: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """Add a block of keys to dQ; (acc, side, what is seen of the rows: qk, pv, poisoned, (Σ P, Σ dX, Σ |dX|))."""
+    """Add a block of keys to dQ; (acc, side, what is seen of the rows: qk, pv, poisoned, (Σ P, Σ dX, Σ |dX|, ‖q‖ max ‖k‖))."""
     plane, batch, head, member, rows, m2, inverse, delta, q_norm, o_norm, base = row
     of_keys = batch * scores.heads + head
     cols, e, d = block * BN + tl.arange(0, BN), tl.arange(0, BE), tl.arange(0, BD)
@@ -303,7 +310,8 @@ def _query_tile(acc, side, qk, pv, poisoned, sums, q, d_out, row, block, at_k, a
         scale = size + tl.abs(delta) * total
         pv, poisoned = _compare(pv, poisoned, tl.sum(dx * w[None, :], 1), of_dp - delta * weighted, tl.fma(scale, bounds.vanishing,
         TINY), may)
-        sums = (sums[0] + total, sums[1] + tl.sum(dx, 1), sums[2] + size)
+        longest = tl.maximum(sums[3], q_norm * tl.load(k_panel.norms + index))
+        sums = (sums[0] + total, sums[1] + tl.sum(dx, 1), sums[2] + size, longest)
     if scores.cap is not None:
         dx *= _slope(s, scores)
     ds = dx.to(q.dtype)

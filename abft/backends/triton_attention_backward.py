@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -62,9 +63,12 @@ def _bounds(arithmetic: threshold.Arithmetic, dtype: torch.dtype, keys: int, dep
     rounding = floating.UNIT_ROUNDOFF[dtype] if dtype != torch.float32 else 0.0
     vanishing = KAPPA_SUMS * UNIT
     of_probabilities = threshold.of_probabilities(arithmetic)
+    # Of ‖q‖ ‖k‖. Products that add up coherently: additions round by U/2/√3 of sums that grow to it, so by U √e/6 rms, and two
+    # evaluations differ by √2 of it: 1.5 √e U is six of those. A unit that cuts off is wrong by at most U a step.
+    of_score = max(1.5 * math.sqrt(e), e / arithmetic.depth)
     return Bounds(
         of(e), of(d), of(keys, width=e), of(depth, width=e), of(depth, of_probabilities, width=d),
-        vanishing, rounding + vanishing, rounding + vanishing, arithmetic.floor_abs,
+        vanishing, rounding + vanishing, rounding + vanishing, arithmetic.unit * of_score, arithmetic.floor_abs,
     )  # fmt: skip
 
 

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import warnings
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -141,6 +142,8 @@ def test_names_in_code_marks_exist():
             for part in path.rstrip(".").split("."):
                 if part in ("triton_kernels", "backends"):
                     break
+                if not hasattr(value, part) and find_spec(f"abft.{part}") is not None:
+                    break  # a module that abft does not import
                 assert hasattr(value, part), f"{name}: abft.{path}"
                 value = getattr(value, part)
 

@@ -67,7 +67,7 @@ class watch:
 
     def observe(self, name: str, value: Tensor | float) -> None:
         """Measure a value that is no module's output: a loss, a gradient norm. Every call counts."""
-        self._measure(name, value if isinstance(value, Tensor) else torch.tensor(float(value)))
+        self._measure(name, value if isinstance(value, Tensor) else torch.tensor(float(value), device="cpu"))
 
     def check(self) -> None:
         """Judge what waits on a device; waits for it."""
@@ -99,6 +99,8 @@ class watch:
         return measured
 
     def _measure(self, name: str, tensor: Tensor) -> None:
+        if tensor.numel() == 0:
+            return  # an expert without tokens says nothing
         measures = envelope.measure(tensor)
         if measures.device.type == "cpu":
             self._judge(name, measures.numpy())

@@ -401,7 +401,7 @@ def _judge_values(y, l, m, check, first, fall, wrong, held, left, weights, score
     beyond = tl.where(l < 1.0, 1.0 - l, tl.maximum(l - scores.keys, 0.0) / scores.keys)
     fine, residual, tau = _and(fine, residual, tau, tl.where(nobody, l, beyond), tl.zeros_like(l) + RANGE_L)
     should = tl.where(nobody, 1.0, tl.exp2(first - m))
-    fine, residual, tau = _and(fine, residual, tau, fall - should, (RATIO_ALPHA + blocks * (4.0 * UNIT)) * should + VANISHED)
+    fine, residual, tau = _and(fine, residual, tau, fall - should, (blocks * (4.0 * UNIT) + RATIO_ALPHA) * should + VANISHED)
     fine, residual, tau = _and(fine, residual, tau, wrong, tl.zeros_like(l) + 0.5)
     for kind in tl.static_range(KINDS):
         mine = (which >= kind * PARTS) & (which < kind * PARTS + PARTS)

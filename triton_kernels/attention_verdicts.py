@@ -94,8 +94,9 @@ def _count(counts, worst, first, again, blocks, length, ROLE: tl.constexpr, KIND
             verdict = tl.where(code == POISONED, INPUT, tl.where(code == SUSPECT, TOLD, -1))
             if REPAIRED:
                 if state == SUSPECT:
-                    calm = tl.load(again.blocks + index) == CALM
-                    later = tl.load(again.codes + at, mask=inside & ~calm, other=0).to(tl.int32)
+                    # Of a block that is calm now nobody wrote codes.
+                    later = tl.load(again.codes + at, mask=inside, other=0).to(tl.int32)
+                    later = tl.where(tl.load(again.blocks + index) == CALM, CALM, later)
                     judged = tl.where(later == SUSPECT, UNCORRECTED, tl.where(later == POISONED, INPUT, RECOMPUTED))
                     verdict = tl.where((code == CALM) & (later == CALM), -1, judged)
             ratio = ratio_of(tl.load(first.residuals + at, mask=inside, other=0.0), tl.load(first.bounds + at, mask=inside, other=1.0))

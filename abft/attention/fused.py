@@ -89,6 +89,7 @@ def covers(problem: Problem, tally: Tally, weights: bool) -> bool:
     return (
         steps.compiled(problem.wide, problem.q.device)
         and not weights and not o.dropout and o.softcap is None and not tally.may_be_struck
+        and _checked(tally, "S") == _checked(tally, "O")  # behind suspect scores the pass looks no further
         and 0 < problem.keys <= MOST_KEYS and max(problem.q.shape[-1], problem.v.shape[-1]) <= MOST_WIDTH
         and (group is None or group >= max(problem.v.shape[-1], min(problem.keys, steps.CHUNK)))
         and all(bits.readable(t) and t.numel() for t in tensors)
@@ -140,9 +141,10 @@ def _compare(tally: Tally, passed: Passed, fresh: Attended) -> None:
     said = {f.verdict for name in ("S", "O") for f in tally.outcome(name).findings if f.cause != "transient"}
     if said & {Verdict.RECONSTRUCTED, Verdict.UNCORRECTED, Verdict.OBSERVED}:
         return
-    same = bits.same(passed.attended.out, fresh.out).all(-1).reshape(-1).numpy()
+    same = bits.same(passed.attended.out, fresh.out).all(-1)
+    same |= ~torch.isfinite(fresh.out).all(-1)  # which NaN it is depends on the order of the keys
     twice = passed.suspects
-    wrong = twice[~same[twice["row"]]]
+    wrong = twice[~same.reshape(-1).numpy()[twice["row"]]]
     verdict = Verdict.RECONSTRUCTED if tally.repairs else tally.only_told
     _find(tally, verdict, {"S": wrong[wrong["product"] == IN_SCORES], "O": wrong[wrong["product"] != IN_SCORES]}, "persistent")
 

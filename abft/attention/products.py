@@ -23,6 +23,7 @@ from abft.backends.reference import Judgement, Plan
 from abft.checksum import Panel
 from abft.faults import Strike
 from abft.ledger import Outcome
+from abft.policy import Policy
 
 #: Products of which P is the left operand.
 OF_PROBABILITIES = ("O", "dV")
@@ -60,6 +61,12 @@ def strikes(tally: Tally, name: str, shape: tuple[int, int, int, int], dtype: to
     return tuple(replace(s, place="accumulator") if s.place == name and name not in SUMMED else s for s in drawn)
 
 
+@lru_cache(maxsize=256)
+def by_checksum(policy: Policy) -> Policy:
+    """What judges a product inside an attention: no statistics, for what is small among scores need not be so behind the softmax."""
+    return policy if policy.detector == "checksum" else policy.replace(detector="checksum")
+
+
 def multiply(tally: Tally, name: str, a: Tensor, w: Tensor, hits: Strikes | None = None, clean: Tensor | None = None) -> Multiplied:
     """Compute it. hits: already drawn. clean: ``a`` as it was before they struck, where they lie in the softmax.
 
@@ -67,7 +74,7 @@ def multiply(tally: Tally, name: str, a: Tensor, w: Tensor, hits: Strikes | None
     """
     if hits is None:
         hits = strikes(tally, name, (a.shape[0], a.shape[1], w.shape[1], a.shape[2]), a.dtype)
-    call = Call(a, w, None, None, False, ROLES[name], tally.policy, tally.site, hits)
+    call = Call(a, w, None, None, False, ROLES[name], by_checksum(tally.policy), tally.site, hits)
     y = _execute(name, call, hits)
     if any(hit.place not in (name, "dS") for hit in hits):
         tally.struck_by(hits, _product(name, a if clean is None else clean, w), y)

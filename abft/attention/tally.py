@@ -18,7 +18,7 @@ from abft.policy import Policy
 #: Product → role: the scores and their gradients, and what the softmax makes of them.
 ROLES = {"S": "qk", "dQ": "qk", "dK": "qk", "O": "pv", "dP": "pv", "dV": "pv"}
 GRAVITY = (
-    Verdict.INPUT, Verdict.OVERFLOW, Verdict.FALSE_ALARM, Verdict.STALE,
+    Verdict.INPUT, Verdict.OVERFLOW, Verdict.FALSE_ALARM, Verdict.STALE, Verdict.TOLERATED,
     Verdict.RECOMPUTED, Verdict.RECONSTRUCTED, Verdict.OBSERVED, Verdict.UNCORRECTED,
 )  # fmt: skip
 

@@ -51,7 +51,7 @@ def _measured(y: Tensor) -> Tensor:
     assert functions is not None
     functions.abft_measure(y.data_ptr(), y.numel(), encoding.DTYPES[y.dtype], out.ctypes.data)
     count = max(y.numel() - out[3], 1.0)
-    return torch.tensor([out[0] / count, math.sqrt(out[1] / count), out[2], out[3] / y.numel()], dtype=torch.float32)
+    return torch.tensor([out[0] / count, math.sqrt(out[1] / count), out[2], out[3] / y.numel()], dtype=torch.float32, device="cpu")
 
 
 def _measured_in_torch(y: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ import abft
 from abft.attend import More, attention_at
 from abft.attention import fused, steps
 from abft.attention.fused import IN_OUT, IN_PROBABILITIES, IN_SCORES, IN_SUM, Struck
+from abft.inject import Fault, faults
 from abft.native import library
 
 pytestmark = pytest.mark.skipif(bool(library.why_not()), reason=f"nothing compiled: {library.why_not()}")
@@ -262,14 +263,20 @@ def test_numbers_of_any_size_are_no_faults(scale):
     assert abft.report().detected == 0
 
 
-def test_roles_are_judged_apart(struck):
+def test_roles_are_judged_apart(passes):
+    """… and step by step: behind suspect scores the pass looks no further."""
     q, k, v = _operands()
     with torch.no_grad():
-        for role, place, seen in (("qk", IN_SCORES, 1), ("qk", IN_OUT, 0), ("pv", IN_SCORES, 0), ("pv", IN_OUT, 1)):
+        for role, place, seen in (("qk", "S", True), ("qk", "O", False), ("pv", "S", False), ("pv", "O", True)):
             abft.report(reset=True)
-            struck(Struck(place, 3, 0, 2.5))
+            with faults(Fault("scale", place, role="qk" if place == "S" else "pv", index=(3, 0))):
+                abft.scaled_dot_product_attention(q, k, v, policy=abft.Policy(roles={role}, on_uncorrected="record"))
+            assert (abft.report().recomputed > 0) is seen and abft.report().checks == 420
+            assert not passes
             abft.scaled_dot_product_attention(q, k, v, policy=abft.Policy(roles={role}, on_uncorrected="record"))
-            assert abft.report().recomputed == seen and abft.report().checks == 420
+            assert not passes
+        abft.scaled_dot_product_attention(q, k, v)
+        assert len(passes) == 1
 
 
 @pytest.mark.parametrize("redundancy", ["dmr", "tmr"])
@@ -280,3 +287,50 @@ def test_redundancy_finds_what_no_check_looks_for(redundancy, struck):
         struck(Struck(IN_OUT, 3, 0, 2.5))
         y = abft.scaled_dot_product_attention(q, k, v, policy=abft.Policy(level="off", redundancy=redundancy, on_uncorrected="record"))
     assert torch.equal(y, clean) and abft.report().recomputed == 1
+
+
+def test_rows_of_suspect_scores_are_judged_where_their_scores_are_not(struck):
+    """Scores too large for their check are suspect without a fault; O behind them is pv's concern."""
+    q, k, v = (_random(1, 1, 8, 32, seed=i) for i in range(3))
+    q[0, 0, 3] *= 1e10
+    k[0, 0] *= 1e10
+    for roles in ({"pv"}, {"qk", "pv"}):
+        struck(Struck(IN_OUT, 3, 2, 1e3))
+        abft.report(reset=True)
+        y = abft.scaled_dot_product_attention(q, k, v, policy=QUIET.replace(roles=frozenset(roles)))
+        # Roles alone go step by step, where nobody strikes.
+        assert (y - F.scaled_dot_product_attention(q, k, v)).abs().max() < 1e-4
+
+
+def test_inf_in_a_key_is_input_and_no_fault():
+    q, k, v = (_random(1, 2, 8, 32, seed=i) for i in range(3))
+    k[:, :, 4] = torch.inf
+    abft.scaled_dot_product_attention(q, k, v, policy=QUIET)
+    found = abft.report(reset=True)
+    assert found.detected == 0 and found.input_rows > 0
+    assert {e.verdict for e in found.events} == {abft.Verdict.INPUT}
+
+
+@pytest.mark.parametrize("name", ["S", "O"])
+def test_the_statistical_detector_leaves_nothing_inside_attention(monkeypatch, name):
+    """What is small among the scores need not be so behind the softmax."""
+    from abft.attention import products
+
+    real, left = products._product, [1]
+
+    def struck_once(product, a, w):
+        y = real(product, a, w)
+        if product == name and left:
+            left.clear()
+            y = y.clone()
+            y[0, 3, 5] += 1e-3
+        return y
+
+    q, k, v = (_random(1, 2, 64, 64, seed=i) for i in range(3))
+    monkeypatch.setattr(fused, "covers", lambda *a: False)
+    clean = abft.scaled_dot_product_attention(q, k, v)
+    monkeypatch.setattr(products, "_product", struck_once)
+    abft.report(reset=True)
+    y = abft.scaled_dot_product_attention(q, k, v, policy=QUIET.replace(detector="statistical"))
+    found = abft.report(reset=True)
+    assert found.recomputed > 0 and found.tolerated == 0 and torch.equal(y, clean)

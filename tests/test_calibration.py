@@ -112,6 +112,16 @@ def test_clean_outputs_are_silent_and_a_corrupted_activation_is_loud():
     assert any(a.site == "1" and "max 3e+04" in a.message for a in alarms)
 
 
+def test_an_expert_without_tokens_says_nothing():
+    layer = nn.Sequential(nn.LayerNorm(8), nn.GELU())
+    abft.report(reset=True)
+    with abft.watch(layer, every=1):
+        for i in range(100):
+            layer(torch.randn(5, 8, generator=torch.Generator().manual_seed(i)))
+        layer(torch.empty(0, 8))
+    assert not abft.report(reset=True).alarms
+
+
 def test_a_nan_is_an_alarm_even_where_nothing_else_changes():
     net = model()
     with torch.no_grad(), abft.watch(net, every=1):

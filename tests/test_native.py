@@ -347,7 +347,8 @@ def test_threads_that_end_leave_nothing():
     several(20)
     before = resident()
     several(100)
-    assert resident() - before < 20 << 20  # each thread's scratch is about a megabyte
+    # Each thread's scratch is about a megabyte, so that leaving it would take a hundred; the allocator's arenas alone grow by up to 30.
+    assert resident() - before < 50 << 20
 
 
 @needs_compiler

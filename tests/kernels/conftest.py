@@ -8,6 +8,7 @@ in a process of their own.
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -43,8 +44,13 @@ if not NATIVE:
         _interpreted()
 
 
-@pytest.fixture(autouse=True)
-def interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The backend asks the environment how it runs."""
-    if not NATIVE:
-        monkeypatch.setenv("TRITON_INTERPRET", "1")
+@pytest.fixture(autouse=True, scope="module")
+def interpreter() -> Iterator[None]:
+    """The backend asks the environment how it runs, and Triton asks again when it imports more of itself at a launch.
+
+    Of a module, so that fixtures of a module launch kernels under it, too.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        if not NATIVE:
+            patch.setenv("TRITON_INTERPRET", "1")
+        yield

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import math
+import threading
 
 import numpy as np
 import pytest
@@ -304,6 +306,29 @@ def test_a_marginal_unit_that_no_check_sees_is_found(monkeypatch, native):
     alarm = next(a for a in found.alarms if a.quarantine)
     assert alarm.site == "marginal" and alarm.context == {"release": "2"} and "quarantine the unit" in alarm.message
     assert str(alarm.message) in str(found) and found.sites["marginal"].alarms == found.alarms
+
+
+def test_an_alarm_is_told_without_a_lock(monkeypatch):
+    """A log's handler may wait for a thread that makes a report, which holds a lock of its own and asks for the alarms."""
+    waited = []
+
+    class Handler(logging.Handler):
+        def emit(self, record):
+            reporter = threading.Thread(target=abft.report, daemon=True)
+            reporter.start()
+            reporter.join(20)
+            waited.append(reporter.is_alive())
+
+    handler, log = Handler(), logging.getLogger("abft")
+    log.addHandler(handler)
+    try:
+        model = layer()
+        feed(model, 3 * WARM_UP)
+        marginal(monkeypatch, 1.5e-8)
+        feed(model, 40, seed=1)
+    finally:
+        log.removeHandler(handler)
+    assert waited and not any(waited)
 
 
 def test_drifting_data_is_no_marginal_unit():

@@ -111,20 +111,20 @@ class Watch:
         """After every product."""
         if self._accumulator.count >= self._due:
             with _lock:
-                self._fold()
+                news = self._fold()
+            for sign in news:  # without the lock: a log's handler may wait for a thread that makes a report
+                _raise(self.key, sign)
 
-    def _fold(self) -> None:
+    def _fold(self) -> list[Sign]:
         now = self._accumulator.kept.copy()
         batch = now - self._folded
         if batch[0, COUNT] <= 0:
-            return
+            return []
         batch[:, MOST] = now[:, MOST]
         self._folded = now
         signs = self.monitor.add(batch[None])
         self._rescale()
-        for sign in signs:
-            if self.monitor.is_news(sign):
-                _raise(self.key, sign)
+        return [sign for sign in signs if self.monitor.is_news(sign)]
 
     def _rescale(self) -> None:
         base = self.monitor.baseline

@@ -133,6 +133,19 @@ def clean(page: str) -> str:
     return table(header, map(row, found), "python -m bench clean")
 
 
+def emulated_kernels(page: str) -> str:
+    def row(f: File, r: Record) -> tuple[object, ...]:
+        what = {"linear": "layer", "attention": "attention"}[r["product"]]
+        return (
+            f.arithmetic, f"{what}, {r['part']}", f"{r['rows']:,}", f"{r['alarms']:,}", small(r["rate_below"]), f"{r['worst']:.2f}",
+            f.machine, f.link(page),
+        )  # fmt: skip
+
+    rows = [row(f, r) for f in finished("kernels-emulated-*") for r in f.kind("summary")[-4:]]
+    header = "operands | product | rows | alarms | rate below | worst | machine | file"
+    return table(header, rows, "python -m bench emulated-kernels")
+
+
 # --- faults -----------------------------------------------------------------------------------------
 
 PLACES = {
@@ -172,6 +185,19 @@ def _found(s: Record) -> str:
     # Again from the counts, and cut off: rounded, a lower limit would promise too much.
     limit = math.floor(1e4 * intervals.lower_limit(s["harmful_detected"], s["harmful"])) / 100
     return f"{share(s['harmful_detected'], s['harmful'])} (at least {limit:.2f} %)"
+
+
+def attention_faults(page: str) -> str:
+    def row(f: File, r: Record) -> tuple[object, ...]:
+        where = f"kernels, {f.arithmetic} on emulated tensor cores" if "emulated" in f.name else "CPU, fp32"
+        return (
+            where, r["key"], f"{r['trials']:,}", f"{r['harmful']:,}", _found(r), small(r["largest_missed"]),
+            f"{share(r['repaired_bit_equal'], r['detected'])} of {r['detected']:,}", r["false_alarms"], f.link(page),
+        )  # fmt: skip
+
+    rows = [row(f, r) for f in files("attention-faults*") for r in f.kind("place")]
+    header = "where | struck | faults | harmful (≥ 1e-3) | of these detected | largest missed | repaired, bit-equal | false alarms | file"
+    return table(header, rows, "python -m bench attention-faults")
 
 
 EMULATED = {
@@ -701,7 +727,9 @@ TABLES: dict[str, Callable[[str], str]] = {
     "headline": headline,
     "demo": demo,
     "clean": clean,
+    "emulated-kernels": emulated_kernels,
     "campaign": campaign,
+    "attention-faults": attention_faults,
     "emulated-faults": emulated_faults,
     "expected-floors": expected_floors,
     "floors": floors,

@@ -110,11 +110,35 @@ INLINE vn part_of_lane(const void *p, int64_t i, int64_t count, int dtype) {
     return out;
 }
 
-/* Of sixteen lanes. */
-INLINE double sum_of(const vn *pieces) {
+/* Sixteen lanes added to four. */
+INLINE v4 folded(const vn *pieces) {
+#if defined(__AVX512F__)
+    const v8 a = (v8)_mm512_castps512_ps256((__m512)pieces[0]) + (v8)_mm256_castpd_ps(_mm512_extractf64x4_pd((__m512d)pieces[0], 1));
+    return (v4)_mm256_castps256_ps128((__m256)a) + (v4)_mm256_extractf128_ps((__m256)a, 1);
+#elif defined(__AVX__)
+    const v8 a = pieces[0] + pieces[1];
+    return (v4)_mm256_castps256_ps128((__m256)a) + (v4)_mm256_extractf128_ps((__m256)a, 1);
+#else
     v16 whole;
     EACH_PIECE(i) memcpy((float *)&whole + i * LANE, pieces + i, sizeof(vn));
-    return sum16(whole);
+    return fold(whole);
+#endif
+}
+
+/* … and to one, in the order of sum16. */
+INLINE double sum_of(const vn *pieces) {
+    const v4 b = folded(pieces);
+    return (double)((b[0] + b[2]) + (b[1] + b[3]));
+}
+
+/* The sums of four. */
+INLINE d4 sums_of(const vn *a, const vn *b, const vn *c, const vn *d) {
+    const v4 p = folded(a), q = folded(b), r = folded(c), s = folded(d);
+#ifdef __AVX__
+    return (d4)_mm256_cvtps_pd(_mm_hadd_ps(_mm_hadd_ps((__m128)p, (__m128)q), _mm_hadd_ps((__m128)r, (__m128)s)));
+#else
+    return (d4){(p[0] + p[1]) + (p[2] + p[3]), (q[0] + q[1]) + (q[2] + q[3]), (r[0] + r[1]) + (r[2] + r[3]), (s[0] + s[1]) + (s[2] + s[3])};
+#endif
 }
 
 INLINE float largest_of(const vn *pieces) {
@@ -219,10 +243,7 @@ INLINE double sums_of_group(const void *y, int64_t start, int64_t width, const f
             squares[i] = fma_of(v, v, squares[i]);
         }
     EACH_PIECE(i) low[i] *= e[i];
-    sums[E] = sum_of(e);
-    sums[ONE] = sum_of(one);
-    sums[HI] = sum_of(hi);
-    sums[LO] = sum_of(low);
+    *(d4 *)sums = sums_of(e, one, hi, low);
     return sum_of(squares);
 }
 
@@ -408,21 +429,40 @@ static __attribute__((noinline, cold)) void suspect(abft_attended *x, int64_t ro
     }
 }
 
+INLINE int all_of(m4 true_) {
+#ifdef __AVX__
+    return _mm256_movemask_pd((__m256d)true_) == 15;
+#else
+    return (true_[0] & true_[1] & true_[2] & true_[3]) != 0;
+#endif
+}
+
+INLINE double most_of(d4 x) {
+#ifdef __AVX__
+    const __m128d two = _mm_max_pd(_mm256_castpd256_pd128((__m256d)x), _mm256_extractf128_pd((__m256d)x, 1));
+    return _mm_cvtsd_f64(_mm_max_sd(two, _mm_unpackhi_pd(two, two)));
+#else
+    double most = x[0];
+    for (int j = 1; j < KINDS; j++) most = x[j] > most ? x[j] : most;
+    return most;
+#endif
+}
+
 /* Whether a row's sums are what is predicted of them. */
 INLINE int agrees(abft_attended *x, const abft_group *g, const double *actual, const float *predicted, double squares, double noise,
                   int64_t row, int what, double *worst2) {
     const d4 c = __builtin_convertvector(*(const v4 *)predicted, d4), residual = *(const d4 *)actual - c;
     const d4 tau2 = *(const d4 *)g->accumulate2 * (squares + noise + c * c) + *(const d4 *)g->absolute2;
     const d4 ratio2 = residual * residual / tau2;
-    const m4 fine = (ratio2 <= 1.0) & (tau2 < x->largest2);
-    if (__builtin_expect(!(fine[0] & fine[1] & fine[2] & fine[3]), 0)) {
+    if (__builtin_expect(!all_of((ratio2 <= 1.0) & (tau2 < x->largest2)), 0)) {
         int j = 0;
         for (int i = 1; i < KINDS; i++)
             if (!(ratio2[i] <= ratio2[j])) j = i;
         suspect(x, row, what, fabs(residual[j]), sqrt(tau2[j]));
         return 0;
     }
-    for (int j = 0; j < KINDS; j++) *worst2 = ratio2[j] > *worst2 ? ratio2[j] : *worst2;
+    const double most = most_of(ratio2);
+    *worst2 = most > *worst2 ? most : *worst2;
     return 1;
 }
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from abft import bits, checksum, threshold
 from abft.attention import fused, scoregrad, softmax, steps
-from abft.attention.fused import IN_DK, IN_DP, IN_DQ, IN_DV, IN_DX, IN_PROBABILITIES, IN_SCORES, Described, Group
+from abft.attention.fused import IN_DK, IN_DP, IN_DQ, IN_DV, IN_DX, IN_PROBABILITIES, IN_SCORES, Described, Group, Struck
 from abft.attention.gradients import Given, Gradients
 from abft.attention.problem import Problem
 from abft.attention.tally import Tally
@@ -29,6 +29,9 @@ from abft.native import library
 PRODUCTS = ("S", "dP", "dQ", "dK", "dV")
 #: Where a suspect lies → the product whose finding it is.
 NAMED = {IN_SCORES: "S", IN_PROBABILITIES: "dP", IN_DP: "dP", IN_DX: "dP", IN_DQ: "dQ", IN_DK: "dK", IN_DV: "dV"}
+
+#: What strikes every pass, or, as an iterator of one, the next; for tests.
+strike: Callable[[], Struck | None] = lambda: None  # noqa: E731
 
 
 class _Gradients(ctypes.Structure):
@@ -141,7 +144,7 @@ def _once(problem: Problem, given: Given, tally: Tally) -> Passed | None:
     y.values_group, y.last_values, y.rows_of_q, y.rows_of_k, y.rows_of_v = plan.groups
     y.weights, y.sketches, y.sketch_step = plan.weights.ctypes.data, plan.sketches.ctypes.data, plan.sketches.strides[0] // 4
     y.vanishing_bound, y.columns_bound = scoregrad.KAPPA_VANISHING * softmax.UNIT[torch.float32], plan.columns_bound
-    hit = fused.strike()
+    hit = strike()
     if hit is not None:
         x.strike, x.strike_row, x.strike_column, x.strike_value = hit.place, hit.row, hit.column, hit.value
     work = problem.rows * problem.keys * (3 * q.shape[-1] + 2 * v.shape[-1])

@@ -59,8 +59,12 @@ static __attribute__((noinline)) void block_of_queries(abft_attended *x, const r
             for (int64_t c = c0; c < c1; c++) {
                 const abft_group *group = c == m->chunks - 1 ? &x->last_keys : &x->keys_group;
                 double actual[KINDS] __attribute__((aligned(32)));
-                const double squares = sums_of_group(s, c * CHUNK, group->width, group->weights, FP32, actual);
-                const double noise = noise_of(m->q + r * wide, m->nu_keys + c * wide, width);
+                double squares = sums_of_group(s, c * CHUNK, group->width, group->weights, FP32, actual);
+                double noise = noise_of(m->q + r * wide, m->nu_keys + c * wide, width);
+                if (__builtin_expect(squares + noise < TINY, 0)) {
+                    squares = in_full(s + c * CHUNK, NULL, group->width);
+                    noise = in_full(m->q + r * wide, m->nu_keys + c * wide, width);
+                }
                 if (!wrong[r])
                     wrong[r] = !agrees(x, group, actual, m->panel + (c * BLOCK + r) * PANEL, squares, noise, row0 + r, IN_SCORES, worst2);
             }
@@ -94,8 +98,12 @@ static __attribute__((noinline)) void block_of_queries(abft_attended *x, const r
         double actual[KINDS] __attribute__((aligned(32)));
         const float *predicted = m->panel + r * PANEL;
         if (!softmax_agrees(x, x->sums[row0 + r], m->sums[r], predicted[COLUMN_OF_ONES], row0 + r, worst2 + 1)) continue;
-        const double squares = sums_of_group(to, 0, x->depth, x->columns.weights, FP32, actual);
-        agrees(x, &x->columns, actual, predicted, squares, m->sums[BLOCK + r], row0 + r, IN_OUT, worst2 + 1);
+        double squares = sums_of_group(to, 0, x->depth, x->columns.weights, FP32, actual), noise = m->sums[BLOCK + r];
+        if (__builtin_expect(squares + noise < TINY, 0)) {
+            squares = in_full(to, NULL, x->depth);
+            noise = in_full(m->scores + r * m->ld_scores + c0 * CHUNK, m->nu_values + c0 * CHUNK, at_most(c1 * CHUNK, x->keys) - c0 * CHUNK);
+        }
+        agrees(x, &x->columns, actual, predicted, squares, noise, row0 + r, IN_OUT, worst2 + 1);
     }
 }
 

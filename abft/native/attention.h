@@ -225,6 +225,19 @@ INLINE int64_t sixteens(int64_t n) { return (n + 15) / 16 * 16; }
 INLINE int64_t at_most(int64_t a, int64_t b) { return a < b ? a : b; }
 INLINE int64_t at_least(int64_t a, int64_t b) { return a > b ? a : b; }
 
+/* Squares of less than this in sum may have underflowed, and would leave the bound too small: they are summed again in fp64. */
+#define TINY 1e-30
+
+/* Σ (a b)² and, without a b, Σ a². */
+static __attribute__((noinline, cold)) double in_full(const float *a, const float *b, int64_t count) {
+    double sum = 0;
+    for (int64_t n = 0; n < count; n++) {
+        const double z = (double)a[n] * (b ? b[n] : 1.0);
+        sum += z * z;
+    }
+    return sum;
+}
+
 /* Σ w_j y and Σ y² of a row: as rowsums.h's, in registers. */
 INLINE double sums_of_group(const void *y, int64_t start, int64_t width, const float *signs, int dtype, double *sums) {
     vn e[PIECES], one[PIECES], hi[PIECES], squares[PIECES], low[PIECES];
@@ -300,7 +313,7 @@ INLINE void pack_keys(const void *k, int64_t step, int64_t keys, int64_t width, 
             double nu2 = mine[KINDS][at];
             for (int j = 0; j < PANEL && e < some; j++) packed[(e0 + e) * ld + padded + j] = j < KINDS ? (float)mine[j][at] : 0.0f;
             for (int j = 0; j < KINDS; j++) nu2 += mine[j][at] * mine[j][at] * g->share[j];
-            nu[e0 + e] = sqrtf((float)nu2);
+            nu[e0 + e] = (float)sqrt(nu2);
         }
     }
 }
@@ -318,12 +331,13 @@ INLINE void pack_values(const void *v, int64_t step, int64_t keys, int64_t depth
         /* Of the values themselves: their copy may be wrong. */
         double sums[KINDS] __attribute__((aligned(32))), nu2 = sums_of_group(v, t * step, depth, g->weights, dtype, sums);
         *(v16 *)(to + padded) = (v16){0};
+        if (__builtin_expect(nu2 < TINY, 0)) nu2 = in_full(to, NULL, depth);
         for (int j = 0; j < KINDS; j++) {
             to[padded + j] = (float)sums[j];
             nu2 += sums[j] * sums[j] * g->share[j];
         }
         to[padded + COLUMN_OF_ONES] = 1.0f;
-        nu[t] = sqrtf((float)nu2);
+        nu[t] = (float)sqrt(nu2);
     }
 }
 

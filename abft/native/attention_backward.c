@@ -95,12 +95,16 @@ INLINE void pack_row(const void *from, int64_t start, int64_t width, float scale
     for (int64_t e = 0; e < width; e += 16)
         EACH_PIECE(i) *(vn *)(to + e + i * LANE) = part_of_lane(from, start + e + i * LANE, width - e - i * LANE, dtype) * scale;
     if (!checked) return;
-    double sums[KINDS] __attribute__((aligned(32))), nu2 = sums_of_group(from, start, width, g->weights, dtype, sums);
-    for (int j = 0; j < KINDS; j++) nu2 += sums[j] * sums[j] * g->share[j];
+    double sums[KINDS] __attribute__((aligned(32))), squares = sums_of_group(from, start, width, g->weights, dtype, sums) * scale * scale;
+    double nu2 = __builtin_expect(squares < TINY, 0) ? in_full(to, NULL, width) : squares;
+    for (int j = 0; j < KINDS; j++) {
+        sums[j] *= scale;
+        nu2 += sums[j] * sums[j] * g->share[j];
+    }
     const double nu = sqrt(nu2);
     for (int j = 0; j < KINDS; j++) {
-        to[padded + j] = (float)(sums[j] * scale);
-        to[padded + SKETCHED + j] = (float)(nu * scale * sketches[j * step]);
+        to[padded + j] = (float)sums[j];
+        to[padded + SKETCHED + j] = (float)(nu * sketches[j * step]);
     }
 }
 
@@ -172,8 +176,12 @@ INLINE int row_agrees(abft_gradients *y, float l, const vn *sums, const float *d
 INLINE int chunk_agrees(abft_attended *x, const abft_group *g, const float *row, const float *left, const float *nu, int64_t depth,
                         const float *predicted, int64_t number, int what, double *worst2) {
     double actual[KINDS] __attribute__((aligned(32)));
-    const double squares = sums_of_group(row, 0, g->width, g->weights, FP32, actual);
-    return agrees(x, g, actual, predicted, squares, noise_of(left, nu, depth), number, what, worst2);
+    double squares = sums_of_group(row, 0, g->width, g->weights, FP32, actual), noise = noise_of(left, nu, depth);
+    if (__builtin_expect(squares + noise < TINY, 0)) {
+        squares = in_full(row, NULL, g->width);
+        noise = in_full(left, nu, depth);
+    }
+    return agrees(x, g, actual, predicted, squares, noise, number, what, worst2);
 }
 
 INLINE void hit_in(const abft_attended *x, int place, int64_t row, int64_t chunk, float *values) {
@@ -284,8 +292,12 @@ static __attribute__((noinline)) void block_of_gradients(abft_gradients *y, grad
             m->doubtful = 1;
             continue;
         }
-        const double squares = sums_of_group(dq, 0, x->width, y->rows_of_q.weights, FP32, actual);
-        agrees(x, &y->rows_of_q, actual, m->dq_panel + r * PANEL, squares, m->noise[r], number[r], IN_DQ, worst2 + OF_DQ);
+        double squares = sums_of_group(dq, 0, x->width, y->rows_of_q.weights, FP32, actual), noise = m->noise[r];
+        if (__builtin_expect(squares + noise < TINY, 0)) {
+            squares = in_full(dq, NULL, x->width);
+            noise = in_full(m->dx + r * m->ld + c0 * CHUNK, m->nu_rows + c0 * CHUNK, at_most(c1 * CHUNK, x->keys) - c0 * CHUNK);
+        }
+        agrees(x, &y->rows_of_q, actual, m->dq_panel + r * PANEL, squares, noise, number[r], IN_DQ, worst2 + OF_DQ);
         add_columns(&m->v, m->g + r * m->ld_g, m->deep, found[0], found[0]);
         add_columns(&m->k, m->q + r * m->ld_q, m->wide, found[1], found[2]);
     }
@@ -341,7 +353,8 @@ static void deliver(abft_gradients *y, const key_sum *s, int fine, float *to, in
         memcpy(to + t * step, row, columns * sizeof(float));
         if (!x->checked) continue;
         double actual[KINDS] __attribute__((aligned(32))), noise = 0;
-        const double squares = sums_of_group(row, 0, columns, g->weights, FP32, actual);
+        double squares = sums_of_group(row, 0, columns, g->weights, FP32, actual);
+        if (__builtin_expect(squares < TINY, 0)) squares = in_full(row, NULL, columns);
         for (int j = 0; j < SKETCHES; j++) noise += (double)row[padded + SKETCHED + j] * row[padded + SKETCHED + j] / SKETCHES;
         fine &= agrees(x, g, actual, row + padded, squares, noise, row0 + t, what, worst2);
     }

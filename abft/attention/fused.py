@@ -28,11 +28,12 @@ MOST_KEYS = 16384
 MOST_WIDTH = 1024
 KINDS = checksum.FULL.kinds
 NO_MASK, SEEN, ADDED = range(3)
-#: The places that attention.c names.
+#: The places that attention.h names: those of the forward, and those of the backward, which has the first two as well.
 IN_SCORES, IN_PROBABILITIES, IN_SUM, IN_OUT = range(1, 5)
+IN_DP, IN_DELTA, IN_DX, IN_DQ, IN_DK, IN_DV = range(5, 11)
 
 
-class _Group(ctypes.Structure):
+class Group(ctypes.Structure):
     _fields_ = [
         ("width", ctypes.c_int64), ("weights", ctypes.c_void_p),
         *((name, ctypes.c_double * len(KINDS)) for name in ("accumulate2", "absolute2", "share")),
@@ -43,7 +44,7 @@ class _Place(ctypes.Structure):
     _fields_ = [("row", ctypes.c_int64), ("product", ctypes.c_int64), ("residual", ctypes.c_double), ("bound", ctypes.c_double)]
 
 
-class _Attended(ctypes.Structure):
+class Described(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_int64) for name in (
             "batch", "heads", "members", "length", "keys", "width", "depth",
@@ -53,7 +54,7 @@ class _Attended(ctypes.Structure):
         ("out_steps", ctypes.c_int64 * 4), ("mask_steps", ctypes.c_int64 * 4),
         *((name, ctypes.c_void_p) for name in ("q", "k", "v", "mask", "out", "maxima", "sums")),
         *((name, ctypes.c_double) for name in ("scale", "softmax_bound", "range", "largest2")),
-        ("keys_group", _Group), ("last_keys", _Group), ("columns", _Group),
+        ("keys_group", Group), ("last_keys", Group), ("columns", Group),
         *((name, ctypes.c_int64) for name in ("strike", "strike_row", "strike_column")), ("strike_value", ctypes.c_double),
         ("worst2", ctypes.c_double * 2), ("count", ctypes.c_int64), ("places", ctypes.c_void_p),
     ]  # fmt: skip
@@ -89,7 +90,7 @@ def covers(problem: Problem, tally: Tally, weights: bool) -> bool:
     return (
         steps.compiled(problem.wide, problem.q.device)
         and not weights and not o.dropout and o.softcap is None and not tally.may_be_struck
-        and _checked(tally, "S") == _checked(tally, "O")  # behind suspect scores the pass looks no further
+        and is_checked(tally, "S") == is_checked(tally, "O")  # behind suspect scores the pass looks no further
         and 0 < problem.keys <= MOST_KEYS and max(problem.q.shape[-1], problem.v.shape[-1]) <= MOST_WIDTH
         and (group is None or group >= max(problem.v.shape[-1], min(problem.keys, steps.CHUNK)))
         and all(bits.readable(t) and t.numel() for t in tensors)
@@ -103,9 +104,9 @@ def attend(problem: Problem, tally: Tally, by_steps: Callable[[Tally], Attended]
     if first is None:
         return by_steps(tally)
     for name, worst in zip(("S", "O"), first.worst, strict=True):
-        if _checked(tally, name):
+        if is_checked(tally, name):
             tally.outcome(name).worst = max(tally.outcome(name).worst, worst)
-    suspects = first.suspects[[_checked(tally, named[int(place)]) for place in first.suspects["product"]]]
+    suspects = first.suspects[[is_checked(tally, named[int(place)]) for place in first.suspects["product"]]]
     if len(suspects) == 0:
         return first.attended
     second = _once(problem, tally)
@@ -114,7 +115,7 @@ def attend(problem: Problem, tally: Tally, by_steps: Callable[[Tally], Attended]
     still = suspects["row"] if second is None else second.suspects["row"]
     verdict = Verdict.RECOMPUTED if tally.repairs else tally.only_told
     gone = suspects[~np.isin(suspects["row"], still)]
-    _find(tally, verdict, {"S": gone[gone["product"] == IN_SCORES], "O": gone[gone["product"] != IN_SCORES]}, "transient")
+    find(tally, verdict, {"S": gone[gone["product"] == IN_SCORES], "O": gone[gone["product"] != IN_SCORES]}, "transient")
     if second is None or len(still):
         fresh = by_steps(tally)
         if second is not None:
@@ -124,11 +125,11 @@ def attend(problem: Problem, tally: Tally, by_steps: Callable[[Tally], Attended]
     return fresh if tally.repairs else first.attended
 
 
-def _checked(tally: Tally, name: str) -> bool:
+def is_checked(tally: Tally, name: str) -> bool:
     return tally.checks(products.ROLES[name])
 
 
-def _find(tally: Tally, verdict: Verdict, found: dict[str, np.ndarray], cause: str) -> None:
+def find(tally: Tally, verdict: Verdict, found: dict[str, np.ndarray], cause: str) -> None:
     for name, places in found.items():
         if len(places):
             with np.errstate(all="ignore"):
@@ -146,7 +147,7 @@ def _compare(tally: Tally, passed: Passed, fresh: Attended) -> None:
     twice = passed.suspects
     wrong = twice[~same.reshape(-1).numpy()[twice["row"]]]
     verdict = Verdict.RECONSTRUCTED if tally.repairs else tally.only_told
-    _find(tally, verdict, {"S": wrong[wrong["product"] == IN_SCORES], "O": wrong[wrong["product"] != IN_SCORES]}, "persistent")
+    find(tally, verdict, {"S": wrong[wrong["product"] == IN_SCORES], "O": wrong[wrong["product"] != IN_SCORES]}, "persistent")
 
 
 PLACE = np.dtype([("row", np.int64), ("product", np.int64), ("residual", np.float64), ("bound", np.float64)])
@@ -156,13 +157,13 @@ def _once(problem: Problem, tally: Tally) -> Passed | None:
     """One pass; None if memory is short."""
     functions = library.functions()
     assert functions is not None
-    q, k, v, mask = (_adjacent(t) for t in (problem.q, problem.k, problem.v, _readable_mask(problem)))
+    q, k, v, mask = (adjacent(t) for t in (problem.q, problem.k, problem.v, readable_mask(problem)))
     assert q is not None and k is not None and v is not None
     attended = problem.empty()
     out = attended.out if q.dtype == torch.float32 else torch.empty_like(attended.out, dtype=torch.float32)
-    checked = _checked(tally, "S") or _checked(tally, "O")
+    checked = is_checked(tally, "S") or is_checked(tally, "O")
     places = np.empty(problem.rows if checked else 0, PLACE)
-    x = _described(problem, mask, checked)
+    x = described(problem, mask, checked)
     x.q_steps[:], x.k_steps[:], x.v_steps[:], x.out_steps[:] = q.stride()[:4], k.stride()[:3], v.stride()[:3], out.stride()[:4]
     x.q, x.k, x.v, x.out, x.places = q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), places.ctypes.data
     x.mask = q.data_ptr() if mask is None else mask.data_ptr()
@@ -178,12 +179,12 @@ def _once(problem: Problem, tally: Tally) -> Passed | None:
     return Passed(attended, (math.sqrt(x.worst2[0]), math.sqrt(x.worst2[1])), places[: x.count])
 
 
-def _adjacent(t: Tensor | None) -> Tensor | None:
+def adjacent(t: Tensor | None) -> Tensor | None:
     """Its numbers adjacent along the last dimension."""
     return t if t is None or t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
 
 
-def _readable_mask(problem: Problem) -> Tensor | None:
+def readable_mask(problem: Problem) -> Tensor | None:
     """A mask of bool or fp32, whole along the keys, and whatever it was along the rest."""
     mask = problem.mask
     if mask is None:
@@ -192,9 +193,9 @@ def _readable_mask(problem: Problem) -> Tensor | None:
     return mask if mask.shape[-1] == problem.keys else mask.expand(*mask.shape[:-1], problem.keys).contiguous()
 
 
-def _described(problem: Problem, mask: Tensor | None, checked: bool) -> _Attended:
+def described(problem: Problem, mask: Tensor | None, checked: bool) -> Described:
     q, o = problem.q, problem.options
-    x = _Attended()
+    x = Described()
     batch, heads, members, length, width = q.shape
     x.batch, x.heads, x.members, x.length = batch, heads, members, length
     x.keys, x.width, x.depth = problem.keys, width, problem.v.shape[-1]
@@ -211,9 +212,9 @@ def _described(problem: Problem, mask: Tensor | None, checked: bool) -> _Attende
 
 @dataclass(frozen=True)
 class _Plan:
-    keys: _Group
-    last_keys: _Group
-    columns: _Group
+    keys: Group
+    last_keys: Group
+    columns: Group
     largest2: float
     kept: tuple[object, ...]  # what the groups' addresses lead to
 
@@ -223,18 +224,19 @@ def _plan(keys: int, width: int, depth: int) -> _Plan:
     """How the sums of an attention are weighted and judged: scores by CHUNK keys, the result by all its columns."""
     last = keys % steps.CHUNK or steps.CHUNK
     kept: list[object] = []
-
-    def group(columns: int, over: int, probabilities: bool) -> _Group:
-        arithmetic = threshold.with_wide_squares(products.plan(columns, over, torch.float32, "full", None, probabilities).arithmetic)
-        c = threshold.coefficients(arithmetic, over, KINDS, columns)
-        weights = encoding.padded(np.stack([checksum.column_weights(kind, columns) for kind in KINDS]))
-        kept.append(weights)
-        four = ctypes.c_double * len(KINDS)
-        return _Group(
-            columns, weights.ctypes.data, four(*np.square(c.accumulate)), four(*np.square(c.absolute)),
-            four(*(checksum.weight_rms(kind, columns) ** -2 for kind in KINDS)),
-        )  # fmt: skip
-
-    groups = group(min(keys, steps.CHUNK), width, False), group(last, width, False), group(depth, keys, True)
+    groups = group(min(keys, steps.CHUNK), width, kept), group(last, width, kept), group(depth, keys, kept, probabilities=True)
     return _Plan(*groups, torch.finfo(torch.float32).max ** 2, tuple(kept))
+
+
+def group(columns: int, over: int, kept: list[object], probabilities: bool = False) -> Group:
+    """How sums over so many columns, of ``over`` products each, are weighted and judged. What its address leads to goes to ``kept``."""
+    arithmetic = threshold.with_wide_squares(products.plan(columns, over, torch.float32, "full", None, probabilities).arithmetic)
+    c = threshold.coefficients(arithmetic, over, KINDS, columns)
+    weights = encoding.padded(np.stack([checksum.column_weights(kind, columns) for kind in KINDS]))
+    kept.append(weights)
+    four = ctypes.c_double * len(KINDS)
+    return Group(
+        columns, weights.ctypes.data, four(*np.square(c.accumulate)), four(*np.square(c.absolute)),
+        four(*(checksum.weight_rms(kind, columns) ** -2 for kind in KINDS)),
+    )  # fmt: skip
 

@@ -10,7 +10,8 @@ a CPU, or None without dropout; statistics (2, B, H, G, L), maxima and sums of t
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -19,7 +20,8 @@ from torch import Tensor
 
 from abft import ledger, plans, redundancy, sites, threshold
 from abft.attention import products
-from abft.attention.backward import Given, Gradients, gradients
+from abft.attention.backward import gradients
+from abft.attention.gradients import Given, Gradients
 from abft.attention.forward import attend
 from abft.attention.plain import plain
 from abft.attention.problem import Attended, Options, Problem
@@ -28,6 +30,7 @@ from abft.errors import DeviceError, PolicyError
 from abft.ledger import Verdict
 from abft.ops import attention_kernels, checked
 from abft.ops.checked import LIBRARY, bypass
+from abft.ops.watched import nobody_watches
 from abft.policy import Policy, decode
 
 _OPTIONS = "float scale, bool causal, int offset, int window, float softcap, float dropout"
@@ -53,7 +56,7 @@ def _attention(
     if _in_kernels(q, chosen):
         chosen = plans.checked(chosen)
         words = ledger_ if q.device.type != "cpu" else torch.from_numpy(ledger.cpu().words)
-        with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
+        with _plainly(q):
             return *attention_kernels.attend(problem, chosen, site, words), q.new_empty(0)
 
     def run(tally: Tally) -> Attended:
@@ -62,7 +65,7 @@ def _attention(
     def results(a: Attended) -> list[tuple[str, Tensor]]:
         return [("O", a.out), ("O", a.statistics)] + ([] if a.weights is None else [("O", a.weights)])
 
-    with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
+    with _plainly(q):
         got = _execute(run, results, Tally(chosen, sites.index_of(site), "fprop", q.dtype, note=checked.on_strike))
     out, statistics, *rest = got
     return out, statistics, rest[0] if rest else q.new_empty(0)
@@ -79,7 +82,7 @@ def _attention_backward(
     if _in_kernels(q, chosen):
         assert out is not None, "the kernels take δ from the forward's output"
         words = ledger_ if q.device.type != "cpu" else torch.from_numpy(ledger.cpu().words)
-        with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
+        with _plainly(q):
             return *attention_kernels.gradients(problem, d_out, out, statistics, chosen, site, words), q.new_empty(0)
     given = Given(d_out, d_weights, statistics)
 
@@ -89,9 +92,23 @@ def _attention_backward(
     def results(g: Gradients) -> list[tuple[str, Tensor]]:
         return [("dQ", g.q), ("dK", g.k), ("dV", g.v)] + ([] if g.mask is None else [("dQ", g.mask)])
 
-    with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
+    with _plainly(q):
         dq, dk, dv, *rest = _execute(run, results, Tally(chosen, sites.index_of(site), "dgrad", q.dtype, note=checked.on_strike))
     return dq, dk, dv, rest[0] if rest else q.new_empty(0)
+
+
+@contextmanager
+def _without_gradients_and_autocast(device: str) -> Iterator[None]:
+    with torch.no_grad(), torch.autocast(device, enabled=False):
+        yield
+
+
+def _plainly(q: Tensor) -> AbstractContextManager[None]:
+    """Neither gradients nor autocast; what is off already is not switched off again, which costs as much as a small attention."""
+    device = q.device.type
+    if torch.is_grad_enabled() or torch.is_autocast_enabled(device):
+        return _without_gradients_and_autocast(device)
+    return nullcontext()
 
 
 def _in_kernels(q: Tensor, chosen: Policy) -> bool:
@@ -103,6 +120,7 @@ def _asks_for_kernels(policy_text: str) -> bool:
 
 
 _asks_for_kernels._dynamo_marked_constant = True  # type: ignore[attr-defined]  # see functional._own_site
+
 
 def _seed(seed: Tensor | None) -> int:
     return 0 if seed is None else int(seed.numpy())
@@ -200,7 +218,10 @@ class CheckedAttention(torch.autograd.Function):
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, seed: Tensor | None, options: tuple[Any, ...], weights: bool,
         book: Tensor, site: Tensor, policy_text: str,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        out, statistics, full = attention(q, k, v, mask, seed, *options, weights, book, site, policy_text)
+        # Dynamo traces this and knows the first answer; it could not trace the second question.
+        by_operator = torch.compiler.is_compiling() or not nobody_watches(q, k, v)
+        attend_ = attention if by_operator else _attention
+        out, statistics, full = attend_(q, k, v, mask, seed, *options, weights, book, site, policy_text)
         # The reference computes δ from probabilities, the kernels from the output.
         kept = out if q.device.type != "cpu" or _asks_for_kernels(policy_text) else None
         ctx.save_for_backward(q, k, v, mask, seed, kept, statistics)
@@ -223,7 +244,9 @@ class CheckedAttention(torch.autograd.Function):
         if d_out is None:
             d_out = q.new_zeros((*q.shape[:-1], v.shape[-1]))
         above = d_weights if ctx.weights else None
-        dq, dk, dv, d_mask = attention_backward(
+        by_operator = torch.compiler.is_compiling() or not nobody_watches(d_out, q, k, v)
+        backward_ = attention_backward if by_operator else _attention_backward
+        dq, dk, dv, d_mask = backward_(
             d_out, above, q, k, v, mask, seed, statistics, *ctx.options, of_mask, ctx.ledger, ctx.site, ctx.policy, kept
         )
         return dq, dk, dv, d_mask if of_mask else None, *rest

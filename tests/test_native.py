@@ -148,10 +148,12 @@ def test_operands_of_any_strides(rows, dtype):
     y = F.linear(plain, w)
     wide = torch.zeros(rows, 200, dtype=dtype)
     wide[:, 60:140] = y
-    ratios = {_judged(result, a, w) for a in (plain, whole[::2, ::2], plain.T.contiguous().T) for result in (y, wide[:, 60:140])}
-    assert max(ratios) <= 1.0
-    # The order of summation is the same whatever the strides, but pairs of bf16 are multiplied together where they are adjacent.
-    assert len(ratios) == 1 or (dtype == torch.bfloat16 and max(ratios) - min(ratios) < 0.01)
+    along, gaps, across = ({_judged(result, a, w) for result in (y, wide[:, 60:140])} for a in (plain, whole[::2, ::2], plain.T.contiguous().T))
+    assert max(along | gaps | across) <= 1.0
+    # Numbers are added in one order along rows, in another down columns, and pairs of bf16 are multiplied together where they are adjacent.
+    assert len(along) == len(gaps) == len(across) == 1
+    assert along == gaps or dtype == torch.bfloat16
+    assert max(along | gaps | across) - min(along | gaps | across) < (0.1 if dtype == torch.float32 else 0.01)
 
 
 @needs_compiler

@@ -50,7 +50,7 @@ def set_aside(case: Case, rows: NDArray[np.int64]) -> NDArray[np.int64]:
     monitor.note(severity)
     if severity is not Severity.S2 or case.call.policy.detector != "statistical":
         return rows
-    if not monitor.budget.take(float(monitor.total[0, 0, COUNT])):
+    if not monitor.budget.take(float(monitor.pooled[0, COUNT])):
         return rows
     case.find(Verdict.TOLERATED, rows)
     return rows[:0]

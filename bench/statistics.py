@@ -24,7 +24,9 @@ from abft.statistics.severity import Budget
 from bench import intervals, marginal, recorded
 from bench.results import FOLDER, Results
 
-PARTS = ("training", "marginal", "severity", "cost")
+#: What can be measured by itself, and what it writes; the rest of the file stays.
+PARTS = {"training": ("training", "residuals"), "marginal": ("marginal", "false alarms", "quarantines"), "severity": ("severity",),
+         "cost": ("cost",)}  # fmt: skip
 IMAGE = Path(__file__).resolve().parents[1] / "docs" / "images" / "residuals.png"
 QUANTILES = (0.001, 0.01, 0.1, 0.5, 0.9, 0.99, 0.999)
 
@@ -41,13 +43,18 @@ def main(argv: list[str]) -> int:
     torch.set_num_threads(1)
     results = Results("statistics", fresh=options.fresh, **{k: v for k, v in vars(options).items() if k not in ("fresh", "parts")})
     parts = options.parts or list(PARTS)
-    if "training" in parts or "marginal" in parts:
+    if "marginal" in parts:
+        parts = ["training", *parts]  # whose residuals it draws
+    results.drop(*(kind for part in parts for kind in PARTS[part]))
+    if "training" in parts:
         run = training(results, options.steps, options.dtype)
         if "marginal" in parts:
             among_peers(results, run, options.trials)
     if "severity" in parts:
         for group in (None, 128):
             severity(results, options.flips, group)
+            # One element is what the gate lets be: of several, which may cancel in some of its sums, it must take none for harmless.
+            severity(results, options.flips, group, "warp")
     if "cost" in parts:
         cost(results)
     print(FOLDER / "statistics.jsonl")
@@ -111,8 +118,11 @@ def among_peers(results: Results, run: recorded.Run, trials: int) -> None:
     results.add("quarantines", key="quarantines", per_day=total + rates, per_day_worst_site=worst + rates, per_day_of_rates=rates)
 
 
-def severity(results: Results, flips: int, group: int | None) -> None:
-    """Random flips in the accumulators of a wide layer; the budget is lifted, so that the gate alone decides."""
+def severity(results: Results, flips: int, group: int | None, pattern: str = "element") -> None:
+    """Random flips in the accumulators of a wide layer; the budget is lifted, so that the gate alone decides.
+
+    What can be saved is ``harmless`` of ``flagged``: a coarser floor flags less of what harms nobody.
+    """
     torch.manual_seed(0)
     watches.forget()
     rng = np.random.default_rng(0)
@@ -120,13 +130,13 @@ def severity(results: Results, flips: int, group: int | None) -> None:
     policy = abft.Policy(detector="statistical", group=group, on_uncorrected="record")
     model = abft.protect(nn.Linear(k, n), policy, name="severity")
     abft.report(reset=True)
-    left, repaired, missed, harmful_left, harmful, before = 0, 0, 0, 0, 0, 0
+    left, repaired, missed, harmful_left, harmful, harmless = 0, 0, 0, 0, 0, 0
     with torch.no_grad():
         for i in range(flips):
             x = torch.randn(rows, k, generator=torch.Generator().manual_seed(i))
             for monitor in watches.monitors().values():
                 monitor.budget = Budget(burst=math.inf, left=math.inf)
-            with abft.inject.faults(abft.inject.Fault("bitflip", bit=int(rng.integers(32))), seed=i) as log:
+            with abft.inject.faults(abft.inject.Fault("bitflip", bit=int(rng.integers(32)), pattern=pattern), seed=i) as log:
                 model(x)
             r = abft.report(reset=True)
             effect = log[0].effect
@@ -136,12 +146,13 @@ def severity(results: Results, flips: int, group: int | None) -> None:
             missed += not (r.tolerated or r.detected)
             harmful += harm
             harmful_left += harm and not r.corrected
-            before += 1
+            harmless += not harm and bool(r.tolerated or r.corrected)
     flagged = left + repaired
     low, high = intervals.proportion(left, flagged)
     results.add(
-        "severity", key=f"severity {group}", group=group, rows=rows, k=k, n=n, flips=flips, flagged=flagged, left=left,
-        saved=left / flagged, saved_interval=[low, high], harmful=harmful, harmful_left=harmful_left,
+        "severity", key=f"severity {group}" + (f" {pattern}" if pattern != "element" else ""), group=group, pattern=pattern, rows=rows, k=k,
+        n=n, flips=flips, flagged=flagged, harmless=harmless, left=left, saved=left / flagged, saved_interval=[low, high],
+        could_save=harmless / flagged, harmful=harmful, harmful_left=harmful_left,
         harmful_left_below=intervals.upper_limit(harmful_left, harmful), unseen=missed,
     )  # fmt: skip
 

@@ -541,8 +541,10 @@ def statistics(page: str) -> str:
         for r in f.kind("severity"):
             (low, high), group = r["saved_interval"], r["group"] or "default"
             saved = f"{100 * r['saved']:.0f} % of {r['flagged']:,} flagged rows left ({100 * low:.0f} … {100 * high:.0f} %)"
-            kept = f"{r['harmful_left']} of {r['harmful']:,} harmful ones"
-            rows.append((f"random flips, fp32, N = {r['n']:,}, group {group}", f"{saved}; {kept}", f.link(page)))
+            kept = f"{r['harmful_left']} of {r['harmful']:,} harmful ones (below {100 * r['harmful_left_below']:.2g} %)"
+            could = f" of {100 * r['could_save']:.0f} % that harm nobody" if r["pattern"] == "element" else ""
+            struck = "random flips" if r["pattern"] == "element" else "flips of several elements of a row"
+            rows.append((f"{struck}, fp32, N = {r['n']:,}, group {group}", f"{saved}{could}; {kept}", f.link(page)))
         for r in f.kind("cost"):
             low, high = r["interval"]
             rows.append((f"time, {r['what']}, {r['size']} × {r['size']}", f"× {r['ratio']:.4f} ({low:.4f} … {high:.4f})", f.link(page)))

@@ -252,7 +252,13 @@ def test_a_baseline_that_learns_is_silent():
     ids=["small", "within the residual's own noise of harm", "harmful", "several errors", "not finite"],
 )
 def test_severities(size, single, severity):
-    assert of_suspect(np.full((1, 4), size), np.full((1, 4), 1e-4), 1.0, single=single) is severity
+    assert of_suspect(np.full((1, 2), size), np.full((1, 2), 1e-4), 1.0, single=single) is severity
+
+
+def test_sums_that_disagree_about_the_size_are_several_errors():
+    bound = np.array([[1e-4, 3e-4]] * 2)
+    assert of_suspect(np.array([[1e-5, 0.0], [5e-4, -5.7e-4]]), bound, 1.0, single=True) is Severity.S2  # noise
+    assert of_suspect(np.array([[1e-5, 0.0], [5e-4, 0.0]]), bound, 1.0, single=True) is Severity.S4
 
 
 def test_a_budget_is_used_up_and_fills_again():

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from abft import checksum
 from abft.backends.call import Call
 from abft.backends.reference import Judgement
 from abft.ledger import Verdict
@@ -50,17 +49,18 @@ def set_aside(case: Case, rows: NDArray[np.int64]) -> NDArray[np.int64]:
     monitor.note(severity)
     if severity is not Severity.S2 or case.call.policy.detector != "statistical":
         return rows
-    if not monitor.budget.take(float(monitor.total[0, 0, COUNT])):
+    if not monitor.budget.take(float(monitor.pooled[0, COUNT])):
         return rows
     case.find(Verdict.TOLERATED, rows)
     return rows[:0]
 
 
 def _severity(case: Case, row: int) -> Severity:
-    j, groups = case.judgement, case.plan.layout.groups
-    rms = np.array([checksum.weight_rms(kind, groups.width) for kind in j.sums.kinds])
-    residual = (j.sums.actual[row].astype(np.float64) - j.sums.predicted[row]) / rms
-    bound = j.tau[row].astype(np.float64) / rms
+    j = case.judgement
+    residual = j.sums.actual[row].astype(np.float64) - j.sums.predicted[row]
+    bound = j.tau[row].astype(np.float64)
     beyond = np.flatnonzero((np.abs(residual) > bound).any(-1))
     single = len(beyond) == 1 and case.locate(case.y, row, int(beyond[0])) is not None
-    return of_suspect(residual, bound, float(j.sums.squares[row].astype(np.float64).sum()), single=single)
+    # What is weighted by a column's place tells where, and e and one how much: a single error weighs 1 in both.
+    kinds = [i for i, kind in enumerate(j.sums.kinds) if kind in ("e", "one")]
+    return of_suspect(residual[:, kinds], bound[:, kinds], float(j.sums.squares[row].astype(np.float64).sum()), single=single)

@@ -8,7 +8,9 @@
 
 10⁻³ of the row's L2 norm is harm as abft's campaigns define it (docs/explanation/fault-model.md); τ/5 is 8 σ of the residual's own
 noise (κ is 40 σ). ReaLM (arXiv 2503.24053) judges by the same quantity. Only a single error has a size that one residual tells:
-sums of several may cancel, so S2 asks that the located column explains every sum.
+sums of several may cancel, so S2 asks that the located column explains every sum, and that the sums in which every column weighs 1
+(e, one) agree on the size. What is weighted by a column's place (hi, lo) has a bound of its own, tens of times wider where a group spans
+a row: it tells where an error is, not how large.
 """
 
 from __future__ import annotations
@@ -35,11 +37,15 @@ class Severity(IntEnum):
 
 
 def of_suspect(residual: np.ndarray, bound: np.ndarray, row_norm2: float, *, single: bool) -> Severity:
-    """Of one row beyond its bound. residual, bound: (groups, kinds) in units of Y, each kind divided by the rms of its weights;
-    row_norm2: ‖y‖²; single: one element of this row alone explains all sums."""
-    worst = float(np.max(abs(residual) + NOISE * bound))
+    """Of one row beyond its bound. residual, bound: (groups, kinds) of e and one; row_norm2: ‖y‖²; single: one located element of this
+    row explains what its place says."""
+    size, noise = abs(residual), NOISE * bound
+    worst = float(np.max(size + noise))
     if not (np.isfinite(worst) and np.isfinite(row_norm2)) or not single:
         return Severity.S4
+    struck = int(np.argmax(size.max(-1)))
+    if np.ptp(size[struck]) > noise[struck].sum():
+        return Severity.S4  # several errors, which cancel in one sum and not in the other
     return Severity.S2 if worst * worst <= HARMFUL * HARMFUL * row_norm2 else Severity.S3
 
 

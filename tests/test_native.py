@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import shutil
 import stat
 import subprocess
 import sys
@@ -34,6 +35,15 @@ def _judged(y, a, w, *, form="full", bias=None, group=None, encode=reference.bui
     panel = encode(w, p.layout)
     sums = None if bias is None else checksum.bias_sums(bias, p.layout)
     return quick.worst(y, a, quick.compiled(panel, sums, w.shape[1], p, a.dtype))
+
+
+def test_what_there_is_a_compiler_for_compiles():
+    """Everything else here is skipped without the compiled passes; sources that do not compile must not hide that way."""
+    if not any(shutil.which(name) for name in (os.environ.get("CC"), "cc", "gcc", "clang") if name):
+        pytest.skip("NO C COMPILER: the compiled passes are untested")
+    if os.environ.get("ABFT_NATIVE") == "0":
+        pytest.skip("ABFT_NATIVE=0")
+    assert library.functions() is not None, library.why_not()
 
 
 # --- panels -------------------------------------------------------------------------------------

@@ -84,7 +84,7 @@ static __attribute__((noinline)) void block_of_queries(abft_attended *x, const r
                 }
             }
         if (end > to) memset(s + to, 0, (end - to) * sizeof(float));
-        if (checked) m->sums[BLOCK + r] = (float)sum_of(noise);
+        if (checked) m->sums[BLOCK + r] = (float)total_of(noise);
     }
     /* Rows that only fill a block up multiply what may be anything, and nobody reads what they give. */
     for (int64_t c = c0; c < c1; c++)
@@ -237,7 +237,7 @@ void abft_exponentials(float *x, int64_t count, int threads) {
 #pragma omp parallel for num_threads(threads) if (threads > 1)
     for (int64_t i = 0; i < count / LANE * LANE; i += LANE) *(vn *)(x + i) = exp_of(at(x + i));
     const int64_t whole = count / LANE * LANE;
-    const vn last = exp_of(first_of(x + whole, count - whole));
+    const vn last = exp_of(first_numbers(x + whole, count - whole));
     for (int64_t i = whole; i < count; i++) x[i] = last[i - whole];
 }
 
@@ -251,14 +251,14 @@ void abft_row_sums(const float *p, const float *q, int64_t rows, int64_t keys, f
             for (int64_t n = c; n < at_most(c + CHUNK, keys); n += 16)
                 EACH_PIECE(i) {
                     const int64_t here = r * keys + n + i * LANE, left = keys - n - i * LANE;
-                    const vn a = left < LANE ? first_of(p + here, left) : at(p + here);
+                    const vn a = left < LANE ? first_numbers(p + here, left) : at(p + here);
                     if (q)
-                        sum[i] = fma_of(a, left < LANE ? first_of(q + here, left) : at(q + here), sum[i]);
+                        sum[i] = fma_of(a, left < LANE ? first_numbers(q + here, left) : at(q + here), sum[i]);
                     else
                         sum[i] += a;
                 }
             EACH_PIECE(i) total[i] += sum[i];
         }
-        sums[r] = (float)sum_of(total);
+        sums[r] = (float)total_of(total);
     }
 }

@@ -79,7 +79,7 @@ INLINE vn fma_of(vn a, vn b, vn c) {
 }
 
 INLINE vn at(const float *p) { return *(const vn *)p; }
-INLINE vn first_of(const float *p, int64_t count) {
+INLINE vn first_numbers(const float *p, int64_t count) {
     vn out = {0};
     if (count > 0) memcpy(&out, p, (count < LANE ? count : LANE) * sizeof(float));
     return out;
@@ -104,7 +104,7 @@ INLINE vn lane_of(const void *p, int64_t i, int dtype) {
 
 INLINE vn part_of_lane(const void *p, int64_t i, int64_t count, int dtype) {
     if (count >= LANE) return lane_of(p, i, dtype);
-    if (dtype == FP32) return first_of((const float *)p + i, count);
+    if (dtype == FP32) return first_numbers((const float *)p + i, count);
     vn out = {0};
     for (int lane = 0; lane < count; lane++) out[lane] = one_of(p, i + lane, dtype);
     return out;
@@ -126,13 +126,13 @@ INLINE v4 folded(const vn *pieces) {
 }
 
 /* … and to one, in the order of sum16. */
-INLINE double sum_of(const vn *pieces) {
+INLINE double total_of(const vn *pieces) {
     const v4 b = folded(pieces);
     return (double)((b[0] + b[2]) + (b[1] + b[3]));
 }
 
 /* The sums of four. */
-INLINE d4 sums_of(const vn *a, const vn *b, const vn *c, const vn *d) {
+INLINE d4 totals_of(const vn *a, const vn *b, const vn *c, const vn *d) {
     const v4 p = folded(a), q = folded(b), r = folded(c), s = folded(d);
 #ifdef __AVX__
     return (d4)_mm256_cvtps_pd(_mm_hadd_ps(_mm_hadd_ps((__m128)p, (__m128)q), _mm_hadd_ps((__m128)r, (__m128)s)));
@@ -256,8 +256,8 @@ INLINE double sums_of_group(const void *y, int64_t start, int64_t width, const f
             squares[i] = fma_of(v, v, squares[i]);
         }
     EACH_PIECE(i) low[i] *= e[i];
-    *(d4 *)sums = sums_of(e, one, hi, low);
-    return sum_of(squares);
+    *(d4 *)sums = totals_of(e, one, hi, low);
+    return total_of(squares);
 }
 
 /* --- what is multiplied by, packed with its panel ------------------------------------------------------------- */
@@ -361,7 +361,7 @@ INLINE vn logits(const float *s, int64_t n, const seen_keys *w, int64_t keys, in
             memcpy(&bytes, w->mask + n, keys - n);
         x = pick(__builtin_convertvector(bytes, mn) != 0, x, none);
     } else if (mask_kind == ADDED)
-        x += n + LANE <= keys ? at((const float *)w->mask + n) : first_of((const float *)w->mask + n, keys - n);
+        x += n + LANE <= keys ? at((const float *)w->mask + n) : first_numbers((const float *)w->mask + n, keys - n);
     if (__builtin_expect(n < w->first || n + LANE > w->last, 0)) {
         const mn key = *(const mn *)COUNTED + (int32_t)n;
         x = pick((key >= (int32_t)w->first) & (key < (int32_t)w->last), x, none);
@@ -396,7 +396,7 @@ INLINE float exponentials(const float *s, float m, float *p, const seen_keys *w,
             }
         EACH_PIECE(i) total[i] += sum[i];
     }
-    return (float)sum_of(total);
+    return (float)total_of(total);
 }
 
 /* One function for each kind of mask. */
@@ -431,7 +431,7 @@ INLINE double noise_of(const float *a, const float *b, int64_t count) {
             const vn z = at(a + n + i * LANE) * at(b + n + i * LANE);
             sum[i] = fma_of(z, z, sum[i]);
         }
-    return sum_of(sum);
+    return total_of(sum);
 }
 
 /* --- the comparison ------------------------------------------------------------------------------------------------ */

@@ -137,14 +137,14 @@ INLINE float gradient_of_row(const float *p, float *dx, float delta, const float
             const vn z = y * at(nu + n + i * LANE);
             noise[i] = fma_of(z, z, noise[i]);
         }
-    return (float)sum_of(noise);
+    return (float)total_of(noise);
 }
 
 /* Whether Σ P = 1, l can be a sum, and dX has the sums that it must have; then ΣP, ΣdX, Σ|dX| are in `found`. */
 INLINE int row_agrees(abft_gradients *y, float l, const vn *sums, const float *dx, float delta, int64_t from, int64_t to, int64_t row,
                       double *found, double *worst2) {
     abft_attended *x = &y->a;
-    const double total = found[0] = sum_of(sums + OF_P * PIECES), second = fabs(total - (l > 0));
+    const double total = found[0] = total_of(sums + OF_P * PIECES), second = fabs(total - (l > 0));
     if (__builtin_expect(!(second <= x->softmax_bound && ((l >= 1 - x->range && l <= (double)x->keys * (1 + x->range)) || l == 0)), 0)) {
         suspect(x, row, IN_PROBABILITIES, second, x->softmax_bound);
         return 0;
@@ -158,10 +158,10 @@ INLINE int row_agrees(abft_gradients *y, float l, const vn *sums, const float *d
             weighted[i] = fma_of(d, at(y->weights + n + i * LANE), weighted[i]);
             size[i] += size_of_each(d);
         }
-    found[1] = sum_of(plain);
-    found[2] = sum_of(size);
-    const double expected = sum_of(sums + WEIGHTED_PRODUCT * PIECES) - (double)delta * sum_of(sums + WEIGHTED_P * PIECES);
-    const double first = fabs(found[1]), other = fabs(sum_of(weighted) - expected);
+    found[1] = total_of(plain);
+    found[2] = total_of(size);
+    const double expected = total_of(sums + WEIGHTED_PRODUCT * PIECES) - (double)delta * total_of(sums + WEIGHTED_P * PIECES);
+    const double first = fabs(found[1]), other = fabs(total_of(weighted) - expected);
     const double bound = y->vanishing_bound * (fabs((double)delta) + found[2]) + 0x1p-126, residual = first > other ? first : other;
     if (__builtin_expect(!(first <= bound && other <= bound && bound < INFINITY), 0)) {
         suspect(x, row, IN_DX, first == first && other == other ? residual : NAN, bound);
@@ -266,7 +266,7 @@ static __attribute__((noinline)) void block_of_gradients(abft_gradients *y, grad
         }
     }
     for (int64_t r = 0; r < rows; r++) {
-        m->deltas[r] = (float)sum_of(m->sums + (r * ROW_SUMS + DELTA) * PIECES);
+        m->deltas[r] = (float)total_of(m->sums + (r * ROW_SUMS + DELTA) * PIECES);
         hit(x, IN_DELTA, number[r], m->deltas + r);
     }
     for (int64_t c = c0; c < c1; c++) {

@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from abft import ledger, sites
 from abft.statistics import watches
 from abft.statistics.accumulators import CAP, COUNT, FIELDS, KINDS, LEVELS, MOST
+from abft.statistics.monitor import Sign
 from abft.statistics.unmixing import Shared, unmixed
 from abft.statistics.watches import Key
 
@@ -79,7 +80,7 @@ class Watch:
         """Whether a batch may have come together."""
         return self.captured or self.issued * self.tiles >= BATCH * max(1, self.units)
 
-    def fold(self) -> None:
+    def fold(self) -> list[Sign]:
         """Compare what was added since the last batch with what is normal. Waits for the device."""
         records = 8 * (self.groups + self.units) * len(KINDS) * RECORD
         memory = ledger.to_host(self._memory)
@@ -90,14 +91,15 @@ class Watch:
         checks = batch.groups[:, 0, COUNT].sum()
         if self.monitor is None or checks * self.tiles < BATCH * max(1, self.units):
             self.issued = float(checks)
-            return
+            return []
         self._folded = now
         for part, whole in ((batch.groups, now.groups), (batch.units, now.units)):
             part[..., MOST] = whole[..., MOST]
         shared = Shared(batch.units[..., : len(FIELDS)], batch.groups[..., : len(FIELDS)], batch.shares, batch.pairs)
         pooled = shared.pooled()
-        watches.tell(self.key, self.monitor, self.monitor.add(unmixed(shared) if self.units else pooled[None], pooled))
+        signs = self.monitor.add(unmixed(shared) if self.units else pooled[None], pooled)
         self._rescale()
+        return signs
 
     def _rescale(self) -> None:
         if self.monitor is None:
@@ -173,5 +175,8 @@ def read(most: int | None = None) -> None:
         for watch in _watches.values():
             if watch.generation != watches.generation():
                 watch.restart()
-        for watch in sorted((w for w in _watches.values() if w.due), key=lambda w: -w.issued)[:most]:
-            watch.fold()
+        due = sorted((w for w in _watches.values() if w.due), key=lambda w: -w.issued)[:most]
+        found = [(watch.key, watch.monitor, watch.fold()) for watch in due]
+    for key, monitor, signs in found:
+        if monitor is not None:
+            watches.tell(key, monitor, signs)

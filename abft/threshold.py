@@ -66,6 +66,10 @@ class Arithmetic:
     softmax_operand: bool = False  # whether the left operand is a softmax probability
     wide_squares: bool = False  # whether squares of fp32 sums are taken in fp64, where they do not underflow
 
+    def __hash__(self) -> int:
+        # Looked up several times for each product: of a few numbers, not of everything.
+        return hash((self.unit, self.depth, self.base, self.output_roundoff, self.wide_squares))
+
     @property
     def floor_abs(self) -> float:
         """τ_abs: below this magnitude squares underflow, or numbers do, and rows are effectively unchecked."""

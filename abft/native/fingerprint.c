@@ -86,3 +86,12 @@ int abft_fingerprint(const void *w, int64_t n, int64_t k, int64_t ld, int rows_a
     }
     return 0;
 }
+
+/* The sum of n numbers of 32 bits with a sign. */
+int64_t abft_total(const int32_t *words, int64_t n) {
+    int64_t sum[4] = {0}, i = 0;
+    for (; i + 4 <= n; i += 4)
+        UNROLL for (int j = 0; j < 4; j++) sum[j] += words[i + j];
+    for (; i < n; i++) sum[0] += words[i];
+    return (sum[0] + sum[1]) + (sum[2] + sum[3]);
+}

@@ -34,6 +34,7 @@ SIGNATURES = {
     "abft_encode": (_INT, _POINTER, _POINTER, _SIZE, _INT, _POINTER, _INT),
     "abft_bias": (None, _POINTER, _POINTER, _POINTER, _POINTER),
     "abft_measure": (None, _POINTER, _SIZE, _INT, _POINTER),
+    "abft_total": (_SIZE, _POINTER, _SIZE),
     "abft_fingerprint": (_INT, _POINTER, _SIZE, _SIZE, _SIZE, _INT, _INT, _POINTER, _POINTER, _INT),
     "abft_attention": (_INT, _POINTER, _INT),
     "abft_attention_backward": (_INT, _POINTER, _INT),

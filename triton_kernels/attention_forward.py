@@ -13,7 +13,9 @@ What must hold, per row, before O is rounded:
         (4) 1 - 2⁻⁹ <= ℓ <= keys (1 + 2⁻⁹)  or no key is seen: a maximum that is none
         (5) Π α = exp2(m first - m last)    m and α
         (6) Π p = exp2(Σ x₂) over four keys EXPONENTIALS; both with x₂ clamped at -30, so that a hidden or tiny one does not hide the
-                                            others: exp2 and p. Nothing else sees an exponential that is wrong at once for ℓ and for O.
+                                            others: exp2 and p. Nothing else sees an exponential that is wrong at once for ℓ and for O,
+        (7) 0 <= p <= (1 + 2⁻²⁰) 2^(U|m|/2) in one comparison: as whole numbers, the bits of what is negative or no number are larger.
+                                            x₂ = s · scale2 - m may be fused: the largest is then off by the rounding of m.
 
 Under dropout P is what it keeps and ℓ sums all: (3) compares what was kept, and ℓ with kept + left out.
 
@@ -21,7 +23,7 @@ Rows are whole in one program, so it judges them itself: no partial sums, no lau
 attention_settle.py, which computes those blocks again by the same device function.
 
 Bounds: U κ S as everywhere (docs/explanation/thresholds.md), S from the sketches, and computed of numbers divided by the largest of them,
-so that squares neither over- nor underflow. The constants of (3) to (6): docs/explanation/attention.md.
+so that squares neither over- nor underflow. The constants of (3) to (7): docs/explanation/attention.md.
 """
 
 from __future__ import annotations
@@ -62,8 +64,8 @@ from .tiles import strike
 S, P, L, O, ALPHA, M, CHECKSUM_S, CHECKSUM_O, QUERIES, STATISTICS, PROBABILITIES = (tl.constexpr(i) for i in range(11))
 #: Status of a row, a bit for each role.
 QK, PV = tl.constexpr(1), tl.constexpr(2)
-#: (4), (5): design of the checks, docs/explanation/attention.md.
-RANGE_L, RATIO_ALPHA, RATIO_EXP, FLOOR_EXP = (tl.constexpr(x) for x in (2.0**-9, 3e-5, 3e-5, -30.0))
+#: (4) to (7): design of the checks, docs/explanation/attention.md.
+RANGE_L, RATIO_ALPHA, RATIO_EXP, FLOOR_EXP, RANGE_P = (tl.constexpr(x) for x in (2.0**-9, 3e-5, 3e-5, -30.0, 2.0**-20))
 UNIT = tl.constexpr(2.0**-23)
 #: exp2 of less is no number that matters.
 VANISHED = tl.constexpr(2.0**-100)
@@ -225,7 +227,8 @@ def _step(m, l, acc, check, signed, first, fall, wrong, held, left, queries, k, 
         s = strike(s, FAULT, S, way.plane, own, cols, 0, 1)
         m = _strike_rows(m, FAULT, M, scores, way.plane * scores.group + way.member, way.rows, block * BN)
     if CHECKED:
-        signs = tl.load(weights.signs + tl.arange(0, BN))[None, :]
+        # From where no compiler knows that it is the same for all blocks (they are fewer than 2³⁰): else they stay in registers.
+        signs = tl.load(weights.signs + (block >> 30) + tl.arange(0, BN))[None, :]
         sign = sign_of_block(block)
     if SCALED and not HIDES:
         new = tl.maximum(m, tl.max(s, 1) * scores.scale2)
@@ -261,6 +264,8 @@ def _step(m, l, acc, check, signed, first, fall, wrong, held, left, queries, k, 
     if CHECKED:
         if EXPONENTIALS:
             wrong += _disagreeing(x, p)
+        largest = tl.exp2(tl.abs(shift) * (0.5 * UNIT)) * (1.0 + RANGE_P)
+        wrong += tl.where(tl.max(p.to(tl.uint32, bitcast=True), 1) <= largest.to(tl.uint32, bitcast=True), 0.0, 1.0)
         half = tl.exp2((m - shift) * 0.5)
         check = check * tl.where(nothing, 1.0, half * half)[:, None]
         at = sums.panel + (tl.cast(way.plane, tl.int64) * PANEL * tl.cdiv(scores.keys, BN) + block) * BN + tl.arange(0, BN)[:, None]
@@ -379,7 +384,7 @@ def _between(plane, begin, end, at, E, inside, scores):
 @triton.jit
 def _judge_values(y, l, m, check, first, fall, wrong, held, left, weights, scores, limits, way, blocks, D, FAULT, PARTS: tl.constexpr,
                   BD: tl.constexpr):  # fmt: skip
-    """(2) to (6) of every row."""
+    """(2) to (7) of every row."""
     which, cols = tl.arange(0, PANEL), tl.arange(0, BD)
     if FAULT is not None:
         check = strike(check, FAULT, CHECKSUM_O, way.plane, way.member * scores.length + way.rows, which, 0, 1)

@@ -3,7 +3,7 @@ nothing from them. Without checks: dQ, then dK and dV."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -28,12 +28,16 @@ from .gemm import fault_argument
 
 @dataclass(frozen=True)
 class Tiles:
-    """rows: of queries or keys that a program owns; step: of the others that it takes at a time."""
+    """rows: of queries or keys that a program owns; step: of the others that it takes at a time.
+
+    again: the stages of a repetition, if it has not the registers for as many in flight; they decide no bits.
+    """
 
     rows: int
     step: int
     warps: int
     stages: int
+    again: int = 1
 
 
 @dataclass(frozen=True)
@@ -53,7 +57,7 @@ CONFIGS: dict[tuple[int, str], tuple[tuple[int, Config], ...]] = {
     ),
     (90, "16-bit"): (
         (64, Config(Tiles(128, 32, 8, 2), Tiles(128, 32, 8, 2))),
-        (128, Config(Tiles(64, 32, 8, 2), Tiles(64, 32, 8, 2))),
+        (128, Config(Tiles(64, 32, 8, 2), Tiles(64, 32, 8, 2, again=2))),
         (256, Config(Tiles(64, 16, 8, 1), Tiles(64, 16, 8, 1))),
     ),
     (100, "16-bit"): (
@@ -71,12 +75,20 @@ CONFIGS |= {(arch, "ieee"): CONFIGS[80, "ieee"] for arch in (90, 100)}
 INTERPRETED = Config(Tiles(32, 32, 4, 1), Tiles(32, 32, 4, 1))
 
 
-def config_for(architecture: int | None, dtype: torch.dtype, width: int) -> Config:
-    """The config of heads so wide; ``architecture`` None: interpreted."""
+#: Steps, at most, where a mask, a soft-cap or dropout takes registers, too: the narrowest that all matrix units have.
+LADEN_STEP = 16
+
+
+def config_for(architecture: int | None, dtype: torch.dtype, width: int, laden: bool = False) -> Config:
+    """The config of heads so wide; ``architecture`` None: interpreted. laden: with a mask, a soft-cap or dropout."""
     if architecture is None:
         return INTERPRETED
     table = CONFIGS[architecture, "ieee" if dtype == torch.float32 else "16-bit"]
-    return next(config for widest, config in table if width <= widest)
+    config = next(config for widest, config in table if width <= widest)
+    if laden:
+        dq, dkv = (replace(tiles, step=min(tiles.step, LADEN_STEP)) for tiles in (config.dq, config.dkv))
+        config = Config(dq, dkv)
+    return config
 
 
 @dataclass(frozen=True)
@@ -140,13 +152,14 @@ def gradients(given: Given, scores: Scores, causal: bool, config: Config, judge:
     attention_dq[(row_blocks,)](*for_rows, dq, seen, words, site, fault_argument(faults), **by_rows)
     if judge.repair:
         attention_dq_again[(min(row_blocks, REPAIR_PROGRAMS),)](
-            *for_rows, dq, seen, seen_again, words, site, row_blocks, fault_argument(again), **by_rows
-        )
+            *for_rows, dq, seen, seen_again, words, site, row_blocks, fault_argument(again),
+            **by_rows | _launch(config.dq, again=True),
+        )  # fmt: skip
     attention_dkv[(key_blocks,)](*for_keys, dk, dv, found, words, site, fault_argument(faults), **by_keys)
     if judge.repair:
         attention_dkv_again[(min(key_blocks, REPAIR_PROGRAMS),)](
             *for_keys, dk, dv, found, found_again, words, site, key_blocks, fault_argument(again),
-            **by_keys,
+            **by_keys | _launch(config.dkv, again=True),
         )  # fmt: skip
     conclude[(1,)](
         words, site, seen, seen_again, found, found_again, row_blocks, key_blocks, length, keys, judge.labels,
@@ -159,8 +172,9 @@ def _power(width: int) -> int:
     return max(16, triton.next_power_of_2(width))
 
 
-def _launch(tiles: Tiles) -> dict[str, Any]:
-    return {"num_warps": tiles.warps, "num_stages": tiles.stages, "enable_fp_fusion": True, "maxnreg": MAX_REGISTERS}
+def _launch(tiles: Tiles, again: bool = False) -> dict[str, Any]:
+    stages = tiles.again if again else tiles.stages
+    return {"num_warps": tiles.warps, "num_stages": stages, "enable_fp_fusion": True, "maxnreg": MAX_REGISTERS}
 
 
 def _status(blocks: int, rows: int, unquiet: Tensor) -> Status:

@@ -28,7 +28,7 @@ from .record import CLEAN, DETAILS, INPUT, OBSERVED, RECOMPUTED, TRANSIENT, UNCO
 from .summary import CASE, SUMMARY, UNQUIET
 
 #: Steps of the loop over keys in flight, at most: the registers of more are not there.
-STAGES = 2
+STAGES = 1
 
 
 @triton.jit(do_not_specialize_on_alignment=["site"])

@@ -88,7 +88,7 @@ def plan(call: AttentionCall) -> Any:
 
     q, k, v, device = call.q, call.k, call.v, call.q.device
     (e, d), keys = (q.shape[-1], v.shape[-1]), k.shape[2]
-    config, arithmetic = _choice(e, d, q.dtype, device)
+    config, arithmetic = _choice(e, d, q.dtype, device, laden(call))
     scores, scaled = attention_scores.scores_of(
         q, k, call.mask, call.scale, call.offset, call.window, call.softcap, call.dropout, call.seed
     )
@@ -100,14 +100,19 @@ def plan(call: AttentionCall) -> Any:
     )  # fmt: skip
 
 
+def laden(call: AttentionCall) -> bool:
+    """Whether more happens to a score than its scale, and its being hidden by place: that takes registers from the blocks."""
+    return call.mask is not None or call.softcap is not None or call.dropout > 0
+
+
 @lru_cache(maxsize=1024)
-def _choice(e: int, d: int, dtype: torch.dtype, device: torch.device) -> tuple[Any, threshold.Arithmetic]:
+def _choice(e: int, d: int, dtype: torch.dtype, device: torch.device, laden: bool) -> tuple[Any, threshold.Arithmetic]:
     """(blocks, arithmetic) of heads on a device."""
     from abft.triton_kernels import configs
     from abft.triton_kernels.attention_forward import padded
 
     architecture, kind = None if device.type == "cpu" else products.family_of(device), products.KIND[dtype]
-    config = configs.choose_attention(architecture, kind, max(padded(e), padded(d)))
+    config = configs.choose_attention(architecture, kind, max(padded(e), padded(d)), laden)
     return config, products.ARITHMETIC.get((architecture, kind), threshold.FMA_32)  # type: ignore[arg-type]
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from abft import checksum, floating, ledger, sites, threshold
 from abft.backends import triton as backend
-from abft.backends.triton_attention import AttentionCall
+from abft.backends.triton_attention import AttentionCall, laden
 from abft.faults import Strike
 from abft.ledger import Verdict
 
@@ -121,7 +121,7 @@ def gradients(
 
     q, device = call.q, call.q.device
     architecture = None if on_host(device) else backend.family_of(device)
-    config = kernels.config_for(architecture, q.dtype, max(q.shape[-1], call.v.shape[-1]))
+    config = kernels.config_for(architecture, q.dtype, max(q.shape[-1], call.v.shape[-1]), laden(call))
     scores, _ = scores_of(q, call.k, call.mask, call.scale, call.offset, call.window, call.softcap, call.dropout, call.seed)
     maxima, sums = given.statistics
     inputs = kernels.Given(q, call.k, call.v, given.d_out, given.out, maxima.contiguous(), sums.contiguous())

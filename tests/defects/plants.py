@@ -692,6 +692,14 @@ PLANTS = (
         ("tests/test_multihead.py::test_the_function_in_a_scope_is_torchs",),
     ),
     Plant(
+        "probabilities-of-any-size",
+        "What exceeds one, or is negative, is a probability to the kernels.",
+        "triton_kernels/attention_forward.py",
+        "<= largest.to(tl.uint32, bitcast=True), 0.0, 1.0)",
+        "<= largest.to(tl.uint32, bitcast=True), 0.0, 0.0)",
+        ("tests/kernels/test_attention_forward.py::test_what_is_no_probability_is_seen_and_what_rounding_explains_is_not",),
+    ),
+    Plant(
         "attention-follows-no-direction",
         "Attention is checked under qk and pv only, so not by default.",
         "abft/attention/tally.py",

@@ -42,11 +42,11 @@ def tensor_cores(core: TensorCore, architecture: int) -> Iterator[None]:
     }
     arithmetic = backend.ARITHMETIC[architecture, "16-bit"]
 
-    def choice(e: int, d: int, dtype: torch.dtype, device: torch.device) -> tuple[Any, Any]:
-        return configs.choose_attention(architecture, "16-bit", max(e, d)), arithmetic
+    def choice(e: int, d: int, dtype: torch.dtype, device: torch.device, laden: bool = False) -> tuple[Any, Any]:
+        return configs.choose_attention(architecture, "16-bit", max(e, d), laden), arithmetic
 
-    def config_for(_: int | None, dtype: torch.dtype, columns: int) -> Any:
-        return original(architecture, dtype, columns)
+    def config_for(_: int | None, dtype: torch.dtype, columns: int, laden: bool = False) -> Any:
+        return original(architecture, dtype, columns, laden)
 
     original = attention_gradients.config_for
     with ExitStack() as stack:

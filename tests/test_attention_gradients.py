@@ -212,7 +212,7 @@ def test_a_row_of_the_gradient_that_became_zero_is_seen(struck):
 @pytest.mark.parametrize("where", ["q", "k", "v", "above"])
 def test_poisoned_operands_are_inputs(where):
     operands = _operands((1, 2, 20, 16), keys=30, depth=16)
-    operands["q k v above".split().index(where)][0, 1, 3, 2] = math.nan
+    operands[["q", "k", "v", "above"].index(where)][0, 1, 3, 2] = math.nan
     found, report = _step(operands), abft.report()
     assert report.input_rows > 0 and report.detected == report.uncorrected == 0
     for ours, torchs in zip(found, _step(operands, function=F.scaled_dot_product_attention), strict=True):

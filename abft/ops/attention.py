@@ -21,8 +21,8 @@ from torch import Tensor
 from abft import ledger, plans, redundancy, sites, threshold
 from abft.attention import products
 from abft.attention.backward import gradients
-from abft.attention.gradients import Given, Gradients
 from abft.attention.forward import attend
+from abft.attention.gradients import Given, Gradients
 from abft.attention.plain import plain
 from abft.attention.problem import Attended, Options, Problem
 from abft.attention.tally import Tally

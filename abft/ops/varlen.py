@@ -15,14 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from abft import floating, plans, sites
+from abft import floating, ledger, plans, sites
 from abft.attention import sequences
 from abft.attention.backward import Gradients
-from abft.attention.problem import Attended, Options
+from abft.attention.problem import Attended, Options, Problem
 from abft.attention.sequences import Packed, Sequence
 from abft.attention.tally import Tally
 from abft.errors import ShapeError
-from abft.ops import checked
+from abft.ops import attention_kernels, checked
 from abft.ops.attention import _asks_for_kernels, _execute, _in_kernels, _on_meta_alone, _refuse
 from abft.ops.checked import LIBRARY, bypass
 
@@ -48,7 +48,12 @@ def _varlen(
         packed = _read(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, options)
     with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
         if _in_kernels(q, chosen):
-            raise NotImplementedError("the kernels of attention do not take packed sequences yet")
+            if not all((q.shape[0], k.shape[0], max_q, max_k)):
+                return q.new_zeros(*q.shape[:2], v.shape[-1]), q.new_zeros(2, *q.shape[1::-1], dtype=torch.float32)
+            words = ledger_ if q.device.type != "cpu" else torch.from_numpy(ledger.cpu().words)
+            whole, sequences_ = _as_one(q, k, v, options), _sequences(cu_seq_q, cu_seq_k, max_q, max_k)
+            out, statistics = attention_kernels.attend(whole, plans.checked(chosen), site, words, sequences_)
+            return _by_tokens(out), statistics.flatten(1, 3)
 
         def results(a: Attended) -> list[tuple[str, Tensor]]:
             return [("O", a.out.transpose(0, 1)), ("O", a.statistics)]
@@ -68,7 +73,16 @@ def _varlen_backward(
         packed = _read(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, options)
     with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
         if _in_kernels(q, chosen):
-            raise NotImplementedError("the kernels of attention do not take packed sequences yet")
+            if not all((q.shape[0], k.shape[0], max_q, max_k)):
+                return q.new_zeros(q.shape), k.new_zeros(k.shape), v.new_zeros(v.shape)
+            assert out is not None, "the kernels take δ from the forward's output"
+            words = ledger_ if q.device.type != "cpu" else torch.from_numpy(ledger.cpu().words)
+            whole, sequences_ = _as_one(q, k, v, options), _sequences(cu_seq_q, cu_seq_k, max_q, max_k)
+            above, below = (t.unflatten(1, whole.q.shape[1:3]).permute(1, 2, 0, 3).unsqueeze(0) for t in (d_out, out))
+            by_head = statistics.unflatten(1, (1, *whole.q.shape[1:3]))
+            dq, *of_keys = attention_kernels.gradients(whole, above, below, by_head, chosen, site, words, sequences_)
+            dk, dv = (t.squeeze(0).transpose(0, 1).contiguous() for t in of_keys)
+            return _by_tokens(dq), dk, dv
 
         def results(g: Gradients) -> list[tuple[str, Tensor]]:
             return [(name, t.transpose(0, 1)) for name, t in (("dQ", g.q), ("dK", g.k), ("dV", g.v))]
@@ -77,6 +91,26 @@ def _varlen_backward(
         found = _execute(lambda books: sequences.gradients(packed, d_out, statistics, books), results, tally)
         dq, dk, dv = (t.transpose(0, 1).contiguous() for t in found)
         return dq, dk, dv
+
+
+# --- for the kernels ------------------------------------------------------------------------------
+
+
+def _as_one(q: Tensor, k: Tensor, v: Tensor, options: Options) -> Problem:
+    """The tokens of all sequences as one, (1, H, G, T, E) and (1, H, S, ·), views."""
+    of_q = q.unflatten(1, (k.shape[1], -1)).permute(1, 2, 0, 3).unsqueeze(0)
+    return Problem(of_q, *(t.transpose(0, 1).unsqueeze(0) for t in (k, v)), None, 0, options)
+
+
+def _by_tokens(t: Tensor) -> Tensor:
+    """(1, H, G, T, ·) as (T, heads, ·)."""
+    return t.squeeze(0).permute(2, 0, 1, 3).flatten(1, 2).contiguous()
+
+
+def _sequences(cu_seq_q: Tensor, cu_seq_k: Tensor, max_q: int, max_k: int) -> Any:
+    from abft.backends.triton_attention import Sequences
+
+    return Sequences(cu_seq_q.contiguous(), cu_seq_k.contiguous(), max_q, max_k)
 
 
 # --- what the lengths say -------------------------------------------------------------------------

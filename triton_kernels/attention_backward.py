@@ -28,6 +28,7 @@ import triton.language as tl
 from .attention_panels import SIDE, SKETCHES, SUMS, hat_of, side_of
 from .attention_scores import (
     LOG2E,
+    Scores,
     binary,
     dropout_base,
     exponents,
@@ -36,7 +37,6 @@ from .attention_scores import (
     kept,
     mask_of,
     rectangle,
-    start_of,
     tanh,
     visited,
 )
@@ -44,7 +44,6 @@ from .attention_sequences import (
     first_key_of,
     first_row_of,
     key_panel,
-    moved,
     own_keys,
     own_rows,
     plane_of,
@@ -52,6 +51,8 @@ from .attention_sequences import (
     result_keys,
     result_rows,
     sequence_of,
+    start_of_keys,
+    start_of_queries,
 )
 from .judgement import is_finite, ratio_of
 from .record import raise_worst
@@ -196,15 +197,12 @@ def _strike(values, faults, PLACE: tl.constexpr, KERNEL: tl.constexpr, plane, ro
 
 
 @triton.jit
-def bounds_of(bounds, scores):
-    """The bounds of one sequence."""
-    if bounds.dq_slope is None:
-        return bounds
-    else:
-        keys, depth = scores.keys.to(tl.float32), (scores.group * scores.length).to(tl.float32)
-        return Bounds(bounds.s, bounds.dp, bounds.dq + bounds.dq_slope * keys, bounds.dk + bounds.dk_slope * depth,
-                      bounds.dv + bounds.dv_slope * depth, bounds.vanishing, bounds.total, bounds.delta, bounds.score, bounds.absolute,
-                      None, None, None)  # fmt: skip
+def bounds_of(bounds, one):
+    """The bounds of one of packed sequences."""
+    keys, depth = one.keys.to(tl.float32), (one.group * one.length).to(tl.float32)
+    return Bounds(bounds.s, bounds.dp, bounds.dq + bounds.dq_slope * keys, bounds.dk + bounds.dk_slope * depth,
+                  bounds.dv + bounds.dv_slope * depth, bounds.vanishing, bounds.total, bounds.delta, bounds.score, bounds.absolute,
+                  bounds.dq_slope, bounds.dk_slope, bounds.dv_slope)  # fmt: skip
 
 
 @triton.jit
@@ -227,16 +225,19 @@ def of_queries(at_q, at_k, at_v, at_do, at_o, x, scores, k_panel, v_panel, w_key
     plane, first_row = index // blocks, index % blocks * BM
     batch, head, member = heads_of(scores, plane)
     if scores.cu_q is not None:
-        scores = sequence_of(scores, batch)
-        bounds = bounds_of(bounds, scores)
-        at_q, at_do, at_o = moved(at_q, scores.begin_q), moved(at_do, scores.begin_q), moved(at_o, scores.begin_q)
-        at_k, at_v = moved(at_k, scores.begin_k), moved(at_v, scores.begin_k)
+        one = sequence_of(scores, batch)
+        if CHECK:
+            bounds = bounds_of(bounds, one)
+        scores = Scores(one.length, one.keys, scores.heads, scores.group, scores.scale, scores.scale2, one.offset, scores.window,
+                        scores.cap, scores.mask, scores.dropped, scores.seed_low, scores.seed_high, scores.undropped, scores.cu_q,
+                        scores.cu_k, scores.sequences, scores.tokens, scores.key_tokens, one.begin_q, one.begin_k,
+                        one.sequence)  # fmt: skip
     rows, e, d = first_row + tl.arange(0, BM), tl.arange(0, BE), tl.arange(0, BD)
     inside = rows < scores.length
     at = first_row_of(scores, plane) + rows
-    q = rectangle(start_of(at_q, batch, head, member), at_q, rows, e, scores.length, E)
-    d_out = rectangle(start_of(at_do, batch, head, member), at_do, rows, d, scores.length, D)
-    delta, reach = _delta(at_o, d_out, batch, head, member, rows, d, scores.length, D)
+    q = rectangle(start_of_queries(scores, at_q, batch, head, member), at_q, rows, e, scores.length, E)
+    d_out = rectangle(start_of_queries(scores, at_do, batch, head, member), at_do, rows, d, scores.length, D)
+    delta, reach = _delta(at_o, d_out, scores, batch, head, member, rows, d, D)
     tl.store(x.delta + at, delta, mask=inside)
     m2, l2 = binary(tl.load(x.maxima + at, mask=inside, other=0.0), tl.load(x.sums + at, mask=inside, other=0.0))
     inverse = tl.where(l2 > 0, 1.0 / l2, 0.0)
@@ -294,9 +295,9 @@ def of_queries(at_q, at_k, at_v, at_do, at_o, x, scores, k_panel, v_panel, w_key
 
 
 @triton.jit
-def _delta(at_o, d_out, batch, head, member, rows, d, LENGTH, D):
+def _delta(at_o, d_out, scores, batch, head, member, rows, d, D):
     """(Σ dO O, Σ |dO O|)"""
-    out = rectangle(start_of(at_o, batch, head, member), at_o, rows, d, LENGTH, D)
+    out = rectangle(start_of_queries(scores, at_o, batch, head, member), at_o, rows, d, scores.length, D)
     product = d_out.to(tl.float32) * out.to(tl.float32)
     return tl.sum(product, 1), tl.sum(tl.abs(product), 1)
 
@@ -312,8 +313,8 @@ def _query_tile(acc, side, qk, pv, poisoned, sums, q, d_out, row, block, at_k, a
     of_keys = plane_of(scores, batch, head)
     cols, e, d = block * BN + tl.arange(0, BN), tl.arange(0, BE), tl.arange(0, BD)
     index = key_panel(scores, of_keys, block, BN)
-    k = rectangle(start_of(at_k, batch, head, 0), at_k, cols, e, scores.keys, E)
-    v = rectangle(start_of(at_v, batch, head, 0), at_v, cols, d, scores.keys, D)
+    k = rectangle(start_of_keys(scores, at_k, batch, head, 0), at_k, cols, e, scores.keys, E)
+    v = rectangle(start_of_keys(scores, at_v, batch, head, 0), at_v, cols, d, scores.keys, D)
     place = own_rows(scores, member, rows)
     s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
     if FAULT is not None:
@@ -381,14 +382,17 @@ def of_keys(at_q, at_k, at_v, at_do, x, scores, q_panel, d_panel, w_queries, w_e
     plane, first_key = index // blocks, index % blocks * BN
     batch, head = plane // scores.heads, plane % scores.heads
     if scores.cu_q is not None:
-        scores = sequence_of(scores, batch)
-        bounds = bounds_of(bounds, scores)
-        at_q, at_do = moved(at_q, scores.begin_q), moved(at_do, scores.begin_q)
-        at_k, at_v = moved(at_k, scores.begin_k), moved(at_v, scores.begin_k)
+        one = sequence_of(scores, batch)
+        if CHECK:
+            bounds = bounds_of(bounds, one)
+        scores = Scores(one.length, one.keys, scores.heads, scores.group, scores.scale, scores.scale2, one.offset, scores.window,
+                        scores.cap, scores.mask, scores.dropped, scores.seed_low, scores.seed_high, scores.undropped, scores.cu_q,
+                        scores.cu_k, scores.sequences, scores.tokens, scores.key_tokens, one.begin_q, one.begin_k,
+                        one.sequence)  # fmt: skip
     cols, e, d = first_key + tl.arange(0, BN), tl.arange(0, BE), tl.arange(0, BD)
     inside = cols < scores.keys
-    k = rectangle(start_of(at_k, batch, head, 0), at_k, cols, e, scores.keys, E)
-    v = rectangle(start_of(at_v, batch, head, 0), at_v, cols, d, scores.keys, D)
+    k = rectangle(start_of_keys(scores, at_k, batch, head, 0), at_k, cols, e, scores.keys, E)
+    v = rectangle(start_of_keys(scores, at_v, batch, head, 0), at_v, cols, d, scores.keys, D)
     zero = tl.zeros((BN,), tl.float32)
     k_norm, v_norm = zero, zero
     if CHECK:
@@ -444,8 +448,8 @@ def _key_tile(acc_k, acc_v, beside, qk, pv, poisoned, k, v, row, member, block, 
     inside = rows < scores.length
     index = query_panel(scores, of_rows, block, BM)
     at = first_row_of(scores, of_rows) + rows
-    q = rectangle(start_of(at_q, batch, head, member), at_q, rows, e, scores.length, E)
-    d_out = rectangle(start_of(at_do, batch, head, member), at_do, rows, d, scores.length, D)
+    q = rectangle(start_of_queries(scores, at_q, batch, head, member), at_q, rows, e, scores.length, E)
+    d_out = rectangle(start_of_queries(scores, at_do, batch, head, member), at_do, rows, d, scores.length, D)
     m2, l2 = binary(tl.load(x.maxima + at, mask=inside, other=0.0), tl.load(x.sums + at, mask=inside, other=0.0))
     inverse = tl.where(l2 > 0, 1.0 / l2, 0.0)
     delta = tl.load(x.delta + at, mask=inside, other=0.0)

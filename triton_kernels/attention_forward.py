@@ -46,7 +46,6 @@ from .attention_scores import (
     natural,
     rectangle,
     sign_of_block,
-    start_of,
     visited,
 )
 from .attention_sequences import (
@@ -54,11 +53,12 @@ from .attention_sequences import (
     first_row_of,
     key_block,
     key_blocks,
-    moved,
     own_rows,
     plane_of,
     result_rows,
     sequence_of,
+    start_of_keys,
+    start_of_queries,
 )
 from .configs import MAX_REGISTERS, AttentionConfig
 from .gemm import fault_argument, note_unit
@@ -119,9 +119,13 @@ def checked_attention(q, k, v, out, statistics, sums, weights, scores, limits, w
     blocks = tl.cdiv(scores.length, BM)
     number, block = tl.program_id(0) // blocks, blocks - 1 - tl.program_id(0) % blocks  # under a causal mask the last takes longest
     if scores.cu_q is not None:
-        scores = sequence_of(scores, number // (scores.heads * scores.group))
-        limits = limits_of(limits, scores)
-        q, k, v = moved(q, scores.begin_q), moved(k, scores.begin_k), moved(v, scores.begin_k)
+        one = sequence_of(scores, number // (scores.heads * scores.group))
+        if CHECKED:
+            limits = limits_of(limits, one.keys)
+        scores = Scores(one.length, one.keys, scores.heads, scores.group, scores.scale, scores.scale2, one.offset, scores.window,
+                        scores.cap, scores.mask, scores.dropped, scores.seed_low, scores.seed_high, scores.undropped, scores.cu_q,
+                        scores.cu_k, scores.sequences, scores.tokens, scores.key_tokens, one.begin_q, one.begin_k,
+                        one.sequence)  # fmt: skip
         if CHECKED:
             if tl.program_id(0) == 0:
                 _count(words, site, tl.load(scores.cu_q + scores.sequences) * (scores.heads * scores.group), roles, REPEAT)
@@ -160,14 +164,11 @@ def _count(words, site, rows, roles, REPEAT: tl.constexpr):
 
 
 @triton.jit
-def limits_of(limits, scores):
+def limits_of(limits, keys):
     """The coefficients for the keys of one sequence: affine in them, shift in their root; that of the scores is of the longest."""
-    if limits.output_slope is None:
-        return limits
-    else:
-        keys, slope = scores.keys.to(tl.float32), limits.output_slope
-        output = (limits.output[0] + slope[0] * keys, limits.output[1] + slope[1] * keys, limits.output[2] + slope[2] * keys)
-        return Limits(limits.scores, limits.shift * tl.sqrt(keys), output, limits.sums + limits.sums_slope * keys, None, None)
+    n, slope = keys.to(tl.float32), limits.output_slope
+    output = (limits.output[0] + slope[0] * n, limits.output[1] + slope[1] * n, limits.output[2] + slope[2] * n)
+    return Limits(limits.scores, limits.shift * tl.sqrt(n), output, limits.sums + limits.sums_slope * n, slope, limits.sums_slope)
 
 
 @triton.jit
@@ -192,7 +193,8 @@ def _remember(details, finding, row, rows_total, tile, mask):
 def store_rows(out, statistics, y, m, l, scores, number, rows, D, rows_total, mask, FAULT, BD: tl.constexpr):
     """O (contiguous), rounded, and the statistics (2, rows) of some rows of a head."""
     cols, row = tl.arange(0, BD), first_row_of(scores, number) + rows
-    tl.store(out + result_rows(scores, number, rows)[:, None] * D + cols[None, :], y.to(out.dtype.element_ty), mask=mask[:, None] & (cols[None, :] < D))
+    at = out + result_rows(scores, number, rows)[:, None] * D + cols[None, :]
+    tl.store(at, y.to(out.dtype.element_ty), mask=mask[:, None] & (cols[None, :] < D))
     m, l = natural(m, l)
     if FAULT is not None:
         m = _strike_rows(m, FAULT, STATISTICS, scores, number, rows, 0)
@@ -213,7 +215,8 @@ def attend_block(q, k, v, sums, weights, scores, limits, number, block, E, D, FA
     rows = block * BM + tl.arange(0, BM)
     base = dropout_base(scores, batch, head, member) if scores.dropped is not None else None
     way = Way(batch, head, member, plane_of(scores, batch, head), rows, base)
-    queries = rectangle(start_of(q, batch, head, member), q, rows, tl.arange(0, BE), scores.length, E)
+    start = start_of_queries(scores, q, batch, head, member)
+    queries = rectangle(start, q, rows, tl.arange(0, BE), scores.length, E)
     read = queries
     if FAULT is not None:
         read = strike(queries, FAULT, QUERIES, way.plane, own_rows(scores, member, rows), tl.arange(0, BE), 0, 1)
@@ -261,7 +264,7 @@ def _step(m, l, acc, check, signed, first, fall, wrong, held, left, queries, k, 
     """One block of keys. HIDES: it may hold keys that some rows do not see."""
     cols = block * BN + tl.arange(0, BN)
     own = own_rows(scores, way.member, way.rows)
-    s = tl.dot(queries, tl.trans(_tile(k, way, block, tl.arange(0, BE), scores.keys, E, BN, HIDES)), input_precision=PRECISION)
+    s = tl.dot(queries, tl.trans(_tile(k, scores, way, block, tl.arange(0, BE), scores.keys, E, BN, HIDES)), input_precision=PRECISION)
     if FAULT is not None:
         s = strike(s, FAULT, S, way.plane, own, cols, 0, 1)
         m = _strike_rows(m, FAULT, M, scores, way.plane * scores.group + way.member, way.rows, block * BN)
@@ -313,15 +316,16 @@ def _step(m, l, acc, check, signed, first, fall, wrong, held, left, queries, k, 
             check += tl.dot(used, columns, input_precision=PRECISION) * tl.load(sums.scales + scale)[None, :]
         first = tl.where(first == float("-inf"), new, first)
         fall = fall * alpha
-    acc = tl.dot(used, _tile(v, way, block, tl.arange(0, BD), scores.keys, D, BN, HIDES), acc * alpha[:, None], input_precision=PRECISION)
+    values = _tile(v, scores, way, block, tl.arange(0, BD), scores.keys, D, BN, HIDES)
+    acc = tl.dot(used, values, acc * alpha[:, None], input_precision=PRECISION)
     return new, l, acc, check, signed, first, fall, wrong, held, left
 
 
 @triton.jit
-def _tile(t, way, block, cols, ROWS, COLS, BN: tl.constexpr, HIDES: tl.constexpr):
+def _tile(t, scores, way, block, cols, ROWS, COLS, BN: tl.constexpr, HIDES: tl.constexpr):
     """A block of keys or values, zero beyond the last; 32-bit offsets from a 64-bit start."""
     local = tl.arange(0, BN)
-    start = start_of(t, way.batch, way.head, way.member) + tl.cast(block, tl.int64) * BN * t.row
+    start = start_of_keys(scores, t, way.batch, way.head, way.member) + tl.cast(block, tl.int64) * BN * t.row
     inside = cols[None, :] < COLS
     if HIDES:
         inside &= local[:, None] < ROWS - block * BN

@@ -156,7 +156,8 @@ def gradients(given: Given, scores: Scores, causal: bool, config: Config, judge:
         )  # fmt: skip
     conclude[(1,)](
         words, site, seen, seen_again, found, found_again, row_blocks, key_blocks, length, keys, judge.labels,
-        BM=config.dq.rows, BN=config.dkv.rows, REPAIRED=judge.repair, TOLD=judge.told, PACKED=packed, num_warps=4,
+        BM=config.dq.rows, BN=config.dkv.rows, REPAIRED=judge.repair, TOLD=judge.told, PACKED=packed is not None,
+        SCORES=packed, num_warps=4,
         enable_fp_fusion=True,
     )  # fmt: skip
     return dq, dk, dv

@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .attention_scores import Scores, heads, rectangle, sign_of_block, sign_of_key, start_of
-from .attention_sequences import first_prefix, key_block, key_blocks, moved, sequence_of
+from .attention_sequences import first_prefix, key_block, key_blocks, sequence_of, start_of_keys
 from .judgement import SKETCHES, is_finite
 from .panel import power_of_two
 from .summary import clear
@@ -56,40 +56,48 @@ class Weights(NamedTuple):
 
 @triton.jit(do_not_specialize=["summary_words"])
 def sum_keys_and_values(k, v, weights, prefix, panel, scales, summary, summary_words, heads_each, S, E, D, planes,
-                        PARTS: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, PACKED=None):  # fmt: skip
+                        PARTS: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, PACKED: tl.constexpr = False, SCORES=None):  # fmt: skip
     """planes × ⌈E/32⌉ programs sum K, planes × ⌈S/BN⌉ build V's panel. prefix (planes, ⌈S/BN⌉ + 1, 10, E), panel (planes, 16, ⌈S/BN⌉ BN),
-    scales (planes, ⌈S/BN⌉, 16) or None; a plane is a head of one batch. PACKED: the scores of packed sequences, S keys the longest; a plane
-    is a head of one sequence, and where its sums lie is attention_sequences.py's."""
+    scales (planes, ⌈S/BN⌉, 16) or None; a plane is a head of one batch. PACKED: SCORES are of packed sequences, S keys the longest;
+    a plane is a head of one sequence, and where its sums lie is attention_sequences.py's."""
     clear(summary, summary_words)
     slices, program = tl.cdiv(E, SLICE), tl.program_id(0)
     if program < planes * slices:
-        plane, first = program // slices, program % slices * SLICE
-        if PACKED is None:
-            at = prefix + tl.cast(plane, tl.int64) * (tl.cdiv(S, BN) + 1) * PREFIX_ROWS * E
-            _sum_keys(start_of(k, plane // heads_each, plane % heads_each, 0), k, weights, at, first, S, E, BN)
-        else:
-            one, head = sequence_of(PACKED, plane // heads_each), plane % heads_each
-            own = moved(k, one.begin_k)
-            at = prefix + first_prefix(one, head, BN) * PREFIX_ROWS * E
-            _sum_keys(start_of(own, 0, head, 0), own, weights, at, first, one.keys, E, BN)
+        _keys_of_head(k, weights, prefix, program // slices, heads_each, program % slices * SLICE, S, E, PACKED, SCORES, BN)
     else:
         blocks = tl.cdiv(S, BN)
         plane, block = (program - planes * slices) // blocks, (program - planes * slices) % blocks
-        if PACKED is None:
-            at, here = panel + tl.cast(plane, tl.int64) * PANEL * blocks * BN, scales
-            if scales is not None:
-                here = scales + (tl.cast(plane, tl.int64) * blocks + block) * PANEL
-            start = start_of(v, plane // heads_each, plane % heads_each, 0)
-            _sum_values(start, v, weights, at, here, block, blocks * BN, S, D, PARTS, BN, BD)
-        else:
-            one, head = sequence_of(PACKED, plane // heads_each), plane % heads_each
-            if block * BN < one.keys:
-                own = moved(v, one.begin_k)
-                at, here = panel + key_block(one, head, 0, PANEL, BN) * BN, scales
-                if scales is not None:
-                    here = scales + key_block(one, head, block, 1, BN) * PANEL
-                room = key_blocks(one, BN) * BN
-                _sum_values(start_of(own, 0, head, 0), own, weights, at, here, block, room, one.keys, D, PARTS, BN, BD)
+        _values_of_head(v, weights, panel, scales, plane, heads_each, block, blocks, S, D, PACKED, SCORES, PARTS, BN, BD)
+
+
+@triton.jit
+def _keys_of_head(k, weights, prefix, plane, heads_each, first, S, E, PACKED: tl.constexpr, SCORES, BN: tl.constexpr):
+    if not PACKED:
+        at = prefix + tl.cast(plane, tl.int64) * (tl.cdiv(S, BN) + 1) * PREFIX_ROWS * E
+        _sum_keys(start_of(k, plane // heads_each, plane % heads_each, 0), k, weights, at, first, S, E, BN)
+    else:
+        one, head = sequence_of(SCORES, plane // heads_each), plane % heads_each
+        at = prefix + first_prefix(one, head, BN) * PREFIX_ROWS * E
+        _sum_keys(start_of_keys(one, k, 0, head, 0), k, weights, at, first, one.keys, E, BN)
+
+
+@triton.jit
+def _values_of_head(v, weights, panel, scales, plane, heads_each, block, blocks, S, D, PACKED: tl.constexpr, SCORES, PARTS: tl.constexpr,
+                    BN: tl.constexpr, BD: tl.constexpr):  # fmt: skip
+    if not PACKED:
+        start = start_of(v, plane // heads_each, plane % heads_each, 0)
+        at = panel + tl.cast(plane, tl.int64) * PANEL * blocks * BN
+        if scales is not None:
+            scales += (tl.cast(plane, tl.int64) * blocks + block) * PANEL
+        _sum_values(start, v, weights, at, scales, block, blocks * BN, S, D, PARTS, BN, BD)
+    else:
+        one, head = sequence_of(SCORES, plane // heads_each), plane % heads_each
+        at = panel + key_block(one, head, 0, PANEL, BN) * BN
+        if scales is not None:
+            scales += key_block(one, head, block, 1, BN) * PANEL
+        if block * BN < one.keys:
+            start = start_of_keys(one, v, 0, head, 0)
+            _sum_values(start, v, weights, at, scales, block, key_blocks(one, BN) * BN, one.keys, D, PARTS, BN, BD)
 
 
 @triton.jit
@@ -183,6 +191,7 @@ def build(k: Tensor, v: Tensor, weights: Weights, parts: int, bn: int, summary: 
     sum_keys_and_values[(programs,)](
         heads(k), heads(v), weights, prefix, panel, scales, summary, summary.numel(), heads_each,
         keys if packed is None else packed.keys, e, d, planes,
-        PARTS=parts, BN=bn, BD=max(16, triton.next_power_of_2(d)), PACKED=packed, num_warps=4, enable_fp_fusion=True,
+        PARTS=parts, BN=bn, BD=max(16, triton.next_power_of_2(d)), PACKED=packed is not None, SCORES=packed, num_warps=4,
+        enable_fp_fusion=True,
     )  # fmt: skip
     return Sums(prefix, panel, scales)

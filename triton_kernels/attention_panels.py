@@ -18,8 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .attention_scores import Heads, heads, heads_of, rectangle, start_of
-from .attention_sequences import first_key_of, first_row_of, key_panel, moved, query_panel, sequence_of
+from .attention_scores import Heads, heads, heads_of, rectangle
+from .attention_sequences import first_key_of, first_row_of, key_panel, query_panel, sequence_of, start_of_keys, start_of_queries
 from .panel import power_of_two
 
 #: Columns beside a matrix: as many as the narrowest matrix instruction has.
@@ -61,26 +61,40 @@ def encode(q, k, v, d_out, of_q, of_k, of_v, of_d_out, queries, keys, values, gr
     of_queries, of_keys = tl.cdiv(scores.length, BM) * planes, tl.cdiv(scores.keys, BN) * (planes // scores.group)
     if program < of_queries:
         blocks = tl.cdiv(scores.length, BM)
-        plane, block, index = program // blocks, program % blocks, program
-        batch, head, member = heads_of(scores, plane)
-        if scores.cu_q is not None:
-            scores = sequence_of(scores, batch)
-            q, d_out, index = moved(q, scores.begin_q), moved(d_out, scores.begin_q), query_panel(scores, plane, block, BM)
-        if (scores.cu_q is None) or (block * BM < scores.length):
-            first, n = first_row_of(scores, plane), scores.length
-            _encode(start_of(q, batch, head, member), q, of_q, queries, index, block, first, n, E, BM, BE, PARTS, SCALED)
-            _encode(start_of(d_out, batch, head, member), d_out, of_d_out, gradients, index, block, first, n, D, BM, BD, PARTS, SCALED)
+        plane, block = program // blocks, program % blocks
+        _encode_queries(q, d_out, of_q, of_d_out, queries, gradients, scores, plane, block, E, D, BM, BE, BD, PARTS, SCALED)
     elif program < of_queries + of_keys:
         index, blocks = program - of_queries, tl.cdiv(scores.keys, BN)
-        plane, block = index // blocks, index % blocks
-        batch, head = plane // scores.heads, plane % scores.heads
-        if scores.cu_q is not None:
-            scores = sequence_of(scores, batch)
-            k, v, index = moved(k, scores.begin_k), moved(v, scores.begin_k), key_panel(scores, plane, block, BN)
-        if (scores.cu_q is None) or (block * BN < scores.keys):
-            first, n = first_key_of(scores, plane), scores.keys
-            _encode(start_of(k, batch, head, 0), k, of_k, keys, index, block, first, n, E, BN, BE, PARTS, SCALED)
-            _encode(start_of(v, batch, head, 0), v, of_v, values, index, block, first, n, D, BN, BD, PARTS, SCALED)
+        _encode_keys(k, v, of_k, of_v, keys, values, scores, index // blocks, index % blocks, E, D, BN, BE, BD, PARTS, SCALED)
+
+
+@triton.jit
+def _encode_queries(q, d_out, of_q, of_d_out, queries, gradients, scores, plane, block, E, D, BM: tl.constexpr, BE: tl.constexpr,
+                    BD: tl.constexpr, PARTS: tl.constexpr, SCALED: tl.constexpr):  # fmt: skip
+    batch, head, member = heads_of(scores, plane)
+    if scores.cu_q is None:
+        one = scores
+    else:
+        one = sequence_of(scores, batch)
+    index, first, n = query_panel(one, plane, block, BM), first_row_of(one, plane), one.length
+    of_head, above = start_of_queries(one, q, batch, head, member), start_of_queries(one, d_out, batch, head, member)
+    if (scores.cu_q is None) or (block * BM < n):
+        _encode(of_head, q, of_q, queries, index, block, first, n, E, BM, BE, PARTS, SCALED)
+        _encode(above, d_out, of_d_out, gradients, index, block, first, n, D, BM, BD, PARTS, SCALED)
+
+
+@triton.jit
+def _encode_keys(k, v, of_k, of_v, keys, values, scores, plane, block, E, D, BN: tl.constexpr, BE: tl.constexpr, BD: tl.constexpr,
+                 PARTS: tl.constexpr, SCALED: tl.constexpr):  # fmt: skip
+    batch, head = plane // scores.heads, plane % scores.heads
+    if scores.cu_q is None:
+        one = scores
+    else:
+        one = sequence_of(scores, batch)
+    index, first, n = key_panel(one, plane, block, BN), first_key_of(one, plane), one.keys
+    if (scores.cu_q is None) or (block * BN < n):
+        _encode(start_of_keys(one, k, batch, head, 0), k, of_k, keys, index, block, first, n, E, BN, BE, PARTS, SCALED)
+        _encode(start_of_keys(one, v, batch, head, 0), v, of_v, values, index, block, first, n, D, BN, BD, PARTS, SCALED)
 
 
 @triton.jit

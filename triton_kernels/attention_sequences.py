@@ -1,46 +1,69 @@
 """Packed sequences: where a program's queries and keys lie, from the cumulative lengths on the device.
 
 Launches are sized by the longest sequence, and a program whose block lies behind the end of its sequence leaves at once. Inside, the scores
-become those of the one sequence (``sequence_of``), the operands are moved to its first token (``moved``), and what is computed is what the
-dense kernels compute of it alone, bit for bit. What differs is where things lie:
+become those of the one sequence (``sequence_of``), and what is computed is what the dense kernels compute of it alone, bit for bit. What
+differs is where things lie:
 
     rows, of numbers per query       (heads of queries, tokens)          dense: (batch, heads, queries)
     out, gradients                   (tokens, heads, columns)            as torch packs them
     blocks of B tokens with sums     (heads, ⌊tokens / B⌋ + sequences)   a sequence's begin at ⌊first token / B⌋ + its number: room for all
 
-Without sequences (``cu_q`` None) every function here is what stood in its place, and compiles to that.
+Without sequences (``cu_q`` None) every function here is what stood in its place, and compiles to that. The scores of one sequence are put
+together where they are needed: a function that returns them would turn what is None, or constant, into numbers.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
 
-from .attention_scores import Heads, Scores
+from .attention_scores import Scores, start_of
+
+
+class Sequence(NamedTuple):
+    """One sequence: what of the scores these functions ask for, and the scores' offset, by which its last query stands at its last key."""
+
+    length: Any
+    keys: Any
+    offset: Any
+    heads: Any
+    group: Any
+    cu_q: Any
+    sequences: Any
+    tokens: Any
+    key_tokens: Any
+    begin_q: Any
+    begin_k: Any
+    sequence: Any
 
 
 @triton.jit
-def sequence_of(scores, batch):
-    """The scores of one sequence: its lengths, and its last query at its last key."""
+def sequence_of(scores, number):
+    """The number-th sequence."""
+    begin_q, begin_k = tl.load(scores.cu_q + number), tl.load(scores.cu_k + number)
+    length, keys = tl.load(scores.cu_q + number + 1) - begin_q, tl.load(scores.cu_k + number + 1) - begin_k
+    return Sequence(length, keys, scores.offset + keys - length, scores.heads, scores.group, scores.cu_q, scores.sequences, scores.tokens,
+                    scores.key_tokens, begin_q, begin_k, number)  # fmt: skip
+
+
+@triton.jit
+def start_of_queries(scores, t, batch, head, member):
+    """The address of a head's first query."""
     if scores.cu_q is None:
-        return scores
+        return start_of(t, batch, head, member)
     else:
-        begin_q, begin_k = tl.load(scores.cu_q + batch), tl.load(scores.cu_k + batch)
-        length, keys = tl.load(scores.cu_q + batch + 1) - begin_q, tl.load(scores.cu_k + batch + 1) - begin_k
-        return Scores(length, keys, scores.heads, scores.group, scores.scale, scores.scale2, scores.offset + keys - length, scores.window,
-                      scores.cap, scores.mask, scores.dropped, scores.seed_low, scores.seed_high, scores.undropped, scores.cu_q, scores.cu_k,
-                      scores.sequences, scores.tokens, scores.key_tokens, begin_q, begin_k, batch)  # fmt: skip
+        return start_of(t, 0, head, member) + tl.cast(scores.begin_q, tl.int64) * t.row
 
 
 @triton.jit
-def moved(t, begin):
-    """An operand whose tokens begin at a sequence's first."""
-    if begin is None:
-        return t
+def start_of_keys(scores, t, batch, head, member):
+    """The address of a head's first key or value."""
+    if scores.cu_q is None:
+        return start_of(t, batch, head, member)
     else:
-        return Heads(t.ptr + tl.cast(begin, tl.int64) * t.row, 0, t.head, t.group, t.row, t.col)
+        return start_of(t, 0, head, member) + tl.cast(scores.begin_k, tl.int64) * t.row
 
 
 # --- numbers per row ------------------------------------------------------------------------------

@@ -39,6 +39,7 @@ from abft.protection import protect, refresh, restore, unprotect
 from abft.reporting import Report, report
 from abft.statistics.watches import Alarm, SiteStatistics
 from abft.training import StepGuard
+from abft.varlen import varlen_attention
 from abft.verification import CheckResult, verify_attention, verify_matmul
 from abft.watching import watch
 
@@ -85,6 +86,7 @@ __all__ = [
     "restore",
     "scaled_dot_product_attention",
     "unprotect",
+    "varlen_attention",
     "verify_attention",
     "verify_deferred",
     "verify_matmul",

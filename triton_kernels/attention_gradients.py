@@ -109,7 +109,8 @@ class Judge:
 
 @dataclass(frozen=True)
 class Given:
-    """q, d_out, out (B, H, G, L, ·); k, v (B, H, S, ·); of the forward: maxima and sums (B, H, G, L), contiguous fp32."""
+    """q, d_out, out (B, H, G, L, ·); k, v (B, H, S, ·); of the forward: maxima and sums (B, H, G, L), contiguous fp32. Of packed sequences,
+    of which the scores tell, B is one, and L and S are tokens."""
 
     q: Tensor
     k: Tensor
@@ -122,10 +123,16 @@ class Given:
 
 def gradients(given: Given, scores: Scores, causal: bool, config: Config, judge: Judge | None, words: Tensor, site: Tensor,
               faults: Tensor | None = None, again: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """dQ, dK, dV, contiguous, checked if there is a judge. ``again``: faults that hit the repetition."""
+    """dQ, dK, dV, contiguous, of packed sequences (tokens, heads, ·); checked if there is a judge. ``again``: faults that hit the
+    repetition."""
     q, k, v = given.q, given.k, given.v
     planes, of_keys, length, keys = q.shape[:3].numel(), k.shape[:2].numel(), q.shape[3], k.shape[2]
-    dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
+    rows, columns, packed = planes * length, of_keys * keys, scores if scores.cu_q is not None else None
+    if packed is None:
+        dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
+    else:  # what belongs to no sequence is nobody's, and zero
+        dq, dk, dv = (torch.zeros(t.shape[-2], t.shape[:-2].numel(), t.shape[-1], dtype=t.dtype, device=t.device) for t in (q, k, v))
+        planes, of_keys, length, keys = planes * packed.sequences, of_keys * packed.sequences, packed.length, packed.keys
     delta = torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device)
     at_q, at_k, at_v, at_do, at_o = (heads(t) for t in (q, k, v, given.d_out, given.out))
     x = Rows(given.maxima, given.sums, delta)
@@ -146,7 +153,6 @@ def gradients(given: Given, scores: Scores, causal: bool, config: Config, judge:
     of_q, of_k, of_v, of_do = _panels(given, scores, config, judge, summary, planes, wide)
     for_rows = (at_q, at_k, at_v, at_do, at_o, x, scores, of_k, of_v, judge.of_keys, judge.of_e, judge.bounds)
     for_keys = (at_q, at_k, at_v, at_do, x, scores, of_q, of_do, judge.of_queries, judge.of_e, judge.of_d, judge.bounds)
-    rows, columns = planes * length, of_keys * keys
     seen, seen_again = (_status(row_blocks, rows, summary[i : i + 1]) for i in (0, 2))
     found, found_again = (_status(key_blocks, columns, summary[i : i + 1]) for i in (1, 3))
     attention_dq[(row_blocks,)](*for_rows, dq, seen, words, site, fault_argument(faults), **by_rows)
@@ -163,7 +169,9 @@ def gradients(given: Given, scores: Scores, causal: bool, config: Config, judge:
         )  # fmt: skip
     conclude[(1,)](
         words, site, seen, seen_again, found, found_again, row_blocks, key_blocks, length, keys, judge.labels,
-        BM=config.dq.rows, BN=config.dkv.rows, REPAIRED=judge.repair, TOLD=judge.told, num_warps=4, enable_fp_fusion=True,
+        BM=config.dq.rows, BN=config.dkv.rows, REPAIRED=judge.repair, TOLD=judge.told, PACKED=packed is not None,
+        SCORES=packed, num_warps=4,
+        enable_fp_fusion=True,
     )  # fmt: skip
     return dq, dk, dv
 
@@ -190,11 +198,12 @@ def _panels(
     """The panels of the operands: hats over the blocks that are stepped over, columns beside what products multiply by."""
     q, k, v, d_out = given.q, given.k, given.v, given.d_out
     of_queries, of_keys = config.dkv.step, config.dq.step
-    built = empty(q, of_queries, True), empty(k, of_keys, True), empty(v, of_keys, False), empty(d_out, of_queries, True)
+    n = scores.sequences
+    built = empty(q, of_queries, True, n), empty(k, of_keys, True, n), empty(v, of_keys, False, n), empty(d_out, of_queries, True, n)
     longest, e, d = judge.sketch.stride(0), judge.of_e, judge.of_d
     pairs = ((judge.of_queries, e), (judge.of_keys, e), (judge.of_keys, d), (judge.of_queries, d))
     weights = [Weights(of_rows, w, w.shape[1], judge.sketch, longest) for of_rows, w in pairs]
-    blocks = planes * -(-q.shape[3] // of_queries) + k.shape[:2].numel() * -(-k.shape[2] // of_keys)
+    blocks = planes * -(-scores.length // of_queries) + planes // scores.group * -(-scores.keys // of_keys)
     encode[(blocks,)](
         heads(q), heads(k), heads(v), heads(d_out), *built, *weights, scores, q.shape[-1], v.shape[-1], summary, planes,
         BM=of_queries, BN=of_keys, BE=wide["BE"], BD=wide["BD"], PARTS=wide["PARTS"], SCALED=wide["SCALED"], num_warps=4,

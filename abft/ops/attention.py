@@ -52,7 +52,7 @@ def _attention(
     options = Options.read(scale, causal, offset, window, softcap, dropout)
     problem = Problem(q, k, v, mask, _seed(seed), options)
     chosen = plans.now(policy_text, sites.index_of(site), "fprop", on_gpu=q.is_cuda)
-    _refuse(problem, chosen)
+    _refuse(problem.keys, q.shape[-1], v.shape[-1], problem.wide, chosen)
     if _in_kernels(q, chosen):
         chosen = plans.checked(chosen)
         words = ledger_ if q.device.type != "cpu" else torch.from_numpy(ledger.cpu().words)
@@ -159,12 +159,12 @@ def _vote(tally: Tally, name: str, x: Tensor, y: Tensor, z: Tensor) -> Tensor:
     return redundancy.vote(x, y, z)
 
 
-def _refuse(problem: Problem, chosen: Policy) -> None:
-    """What cannot be done under this policy is said, never done differently."""
+def _refuse(keys: int, e: int, d: int, wide: torch.dtype, chosen: Policy) -> None:
+    """What cannot be done under this policy is said, never done differently. Of heads of ``e`` columns and values of ``d``."""
     if chosen.max_floor is None or chosen.level == "off":
         return
-    for name, n, k in (("qk", problem.keys, problem.q.shape[-1]), ("pv", problem.v.shape[-1], problem.keys)):
-        p = products.plan(n, k, problem.wide, chosen.panel, chosen.group, name == "pv")
+    for name, n, k in (("qk", keys, e), ("pv", d, keys)):
+        p = products.plan(n, k, wide, chosen.panel, chosen.group, name == "pv")
         floor = threshold.expected_floor(p.arithmetic, k, p.layout.groups)
         if floor > chosen.max_floor:
             raise PolicyError(

@@ -37,6 +37,7 @@ from abft.pending import flush as verify_deferred
 from abft.policy import Policy
 from abft.protection import protect, refresh, restore, unprotect
 from abft.reporting import Report, report
+from abft.statistics.peers import Peers
 from abft.statistics.watches import Alarm, SiteStatistics
 from abft.training import StepGuard
 from abft.verification import CheckResult, verify_attention, verify_matmul
@@ -57,6 +58,7 @@ __all__ = [
     "ModuleCoverage",
     "MultiheadAttention",
     "NotInjected",
+    "Peers",
     "Policy",
     "PolicyError",
     "Report",

@@ -1,6 +1,6 @@
 """Training with 5, 10 and 20 % of the steps struck: does the run end where a fault-free one would?
 
-    spread       held-out losses of the fault-free runs: what the seed alone decides
+    spread       of the held-out losses of the fault-free runs: where one more seed would end with 95 %, by Student's prediction interval
     protected    abft repairs, StepGuard replays the rest: bit-equal to the fault-free run of its seed, if every fault was repaired
     unprotected  the same faults, nobody looks: inside the spread (then the mixture is benign to so short a training), or not
 
@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy import stats
 
 from bench import intervals
 from bench.results import FOLDER, Results
@@ -76,10 +77,16 @@ def _keep(results: Results, key: str, run: Run, distance: Distance) -> None:
     )  # fmt: skip
 
 
+def spread_of(runs: list[dict[str, Any]]) -> tuple[float, float]:
+    """The interval in which one more fault-free seed would end with a probability of 95 %, were they normal; at least two are needed."""
+    held_out = [float(r["held_out"]) for r in runs if r["arm"] == FAULT_FREE]
+    half = float(stats.t.ppf(0.975, len(held_out) - 1)) * np.std(held_out, ddof=1) * np.sqrt(1 + 1 / len(held_out))
+    return float(np.mean(held_out) - half), float(np.mean(held_out) + half)
+
+
 def summaries(runs: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     """Of every arm and rate, beside the spread of the fault-free runs."""
-    spread = [float(r["held_out"]) for r in runs if r["arm"] == FAULT_FREE]
-    low, high = min(spread), max(spread)
+    low, high = spread_of(runs)
     for arm, rate in dict.fromkeys((r["arm"], r["rate"]) for r in runs):
         mine = [r for r in runs if (r["arm"], r["rate"]) == (arm, rate)]
         held_out, off = np.array([float(r["held_out"]) for r in mine]), np.array([float(r["held_out_off"]) for r in mine])
@@ -108,10 +115,10 @@ def _draw(records: list[dict[str, Any]], image: Path = IMAGE) -> None:
         print(f"no plot: {error}")
         return
     runs = [r for r in records if r["kind"] == "run"]
-    spread = [float(r["held_out"]) for r in runs if r["arm"] == FAULT_FREE]
+    seeds = sum(r["arm"] == FAULT_FREE for r in runs)
     rates = sorted({r["rate"] for r in runs if r["arm"] != FAULT_FREE})
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4), layout="constrained")
-    left.axhspan(min(spread), max(spread), color="0.9", label=f"spread of {len(spread)} fault-free seeds")
+    left.axhspan(*spread_of(runs), color="0.9", label=f"one more fault-free seed (95 %, from {seeds})")
     for arm, colour, shift in ((UNPROTECTED, "#D55E00", -0.12), (PROTECTED, "#0072B2", 0.12)):
         for number, rate in enumerate(rates):
             mine = [r for r in runs if (r["arm"], r["rate"]) == (arm, rate)]

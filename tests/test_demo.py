@@ -245,15 +245,15 @@ def test_loss_curves_are_drawn_even_for_a_run_that_died(tmp_path):
 
 @pytest.fixture(scope="module")
 def marginal_runs() -> list[marginal.Run]:
-    """The three arms, shorter: the device turns marginal as soon as the others are known, and its bias grows faster."""
+    """The three arms, shorter: the device turns marginal as soon as the others are known."""
     text = Text.read()
     shape = Shape(text.symbols, context=32, width=16, heads=1, layers=1)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch, Progress("training", 1) as bar:
-        for name, value in {"WARM_UP": 16, "ONSET": 20, "FIRST": 4e-7, "DOUBLING": 2}.items():
+        for name, value in {"WARM_UP": 10, "ONSET": 10, "FIRST": 1e-6, "DOUBLING": 8, "CHECKPOINT": 5}.items():
             patch.setattr(marginal, name, value)
-        made = [marginal.train(arm, text, steps=38, seed=3, bar=bar, shape=shape) for arm in marginal.ARMS]
+        made = [marginal.train(arm, text, steps=28, seed=3, bar=bar, shape=shape) for arm in marginal.ARMS]
     torch.set_num_threads(threads)
     return made
 
@@ -264,7 +264,7 @@ def test_a_marginal_device_is_named_although_no_check_sees_it(marginal_runs):
     assert watched.checks > 1e5
     assert watched.detected == 0
     assert 0 < watched.of_bound < 0.5, "well below the bound, or the checks would have found it without statistics"
-    assert watched.resumed <= 20 < watched.found, "the run goes back to before the device changed"
+    assert watched.resumed <= 10 < watched.found, "the run goes back to before the device changed"
     others = [level for levels in watched.levels for unit, level in enumerate(levels) if unit != marginal.MARGINAL]
     assert max(others) < 0.5
 

@@ -37,6 +37,7 @@ from abft.pending import flush as verify_deferred
 from abft.policy import Policy
 from abft.protection import protect, refresh, restore, unprotect
 from abft.reporting import Report, report
+from abft.statistics.peers import Peers
 from abft.statistics.watches import Alarm, SiteStatistics
 from abft.training import StepGuard
 from abft.varlen import varlen_attention
@@ -58,6 +59,7 @@ __all__ = [
     "ModuleCoverage",
     "MultiheadAttention",
     "NotInjected",
+    "Peers",
     "Policy",
     "PolicyError",
     "Report",

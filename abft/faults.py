@@ -37,6 +37,23 @@ class BitOperation:
         return (((integers & keep) ^ flip) + add).view(values.dtype)
 
 
+@dataclass(frozen=True)
+class Addition:
+    """values' = values + amount, rounded to their type: an adder that is a little off, always in one direction."""
+
+    amount: float
+
+    def apply(self, values: Tensor) -> Tensor:
+        """The faulty copy of ``values``; floating dtypes."""
+        return values + self.amount
+
+    def _no_word(self) -> int:
+        # What the kernels read of a strike: it is no operation on bits, so it has none of their words.
+        raise NotImplementedError("what='offset' strikes on a CPU only: the kernels turn bits; use backend='reference' or another fault")
+
+    keep = flip = add = property(_no_word)
+
+
 def _signed(value: int, width: int) -> int:
     value &= (1 << width) - 1
     return value - (1 << width) if value >> (width - 1) else value
@@ -73,7 +90,7 @@ class Strike:
 
     place: Place
     region: Region
-    operation: BitOperation
+    operation: BitOperation | Addition
     tile0: int = 0
     tile1: int = 2**31 - 1
 

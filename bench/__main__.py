@@ -18,6 +18,7 @@ COMMANDS = {
     "attention-faults": "random faults in every place inside attention: detected, repaired, missed",
     "adaptive": "the adaptive policy against fixed levels at several rates of real faults, and through a step of the rate",
     "prediction": "uncorrected faults predicted on simulated fleets that the predictor has not seen",
+    "training-faults": "trainings with 5, 10 and 20 % of the steps struck, protected and not, beside the spread of fault-free seeds",
     "memory": "bytes of panels, per direction and group",
     "work": "what a repair computes again, of what the product computed: tiles counted in the interpreted kernels",
     "statistics": "the second detector: a drifting training run, a marginal unit, harmless flips, its cost",
@@ -39,6 +40,7 @@ COMMANDS = {
 }
 MODULES = {
     "predict": "predictions",
+    "training-faults": "training_faults",
     "emulated-clean": "emulated_clean",
     "emulated-faults": "emulated_faults",
     "emulated-kernels": "emulated_kernels",

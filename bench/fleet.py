@@ -36,11 +36,14 @@ class Assumptions:
 
 @dataclass(frozen=True)
 class Fleet:
-    """history: (devices, windows, 4) as abft.prediction.COUNTS; failed: window of the first uncorrected fault, or -1; kind: of KINDS."""
+    """history: (devices, windows, 4) as abft.prediction.COUNTS; failed: window of the first uncorrected fault, or -1; kind: of KINDS.
+    hazard (devices, windows): uncorrected faults expected in a window, sudden ones aside: what nobody sees, and nobody could know better.
+    """
 
     history: np.ndarray
     failed: np.ndarray
     kind: np.ndarray
+    hazard: np.ndarray
 
 
 def simulate(assumptions: Assumptions, seed: int) -> Fleet:
@@ -67,7 +70,20 @@ def simulate(assumptions: Assumptions, seed: int) -> Fleet:
     persistent = rng.binomial(repaired.astype(int), np.where(aging, 0.25, np.where((kind == 2)[:, None], 0.15, 0.02)))
     louder = 1 + a.noise * np.maximum(0, np.log10(np.maximum(rate, 1e-9) / 0.02)) * aging
     worst = np.minimum(1.0, 0.25 * np.exp(rng.normal(0, 0.1, (n, a.windows))) * louder)
-    return Fleet(np.stack([repaired, severe, persistent, worst], -1), failed, kind)
+    return Fleet(np.stack([repaired, severe, persistent, worst], -1), failed, kind, rate * beyond)
+
+
+def foreseeable(fleet: Fleet, horizon: int, lead: int) -> tuple[float, float]:
+    """(failures that could be foreseen, failures) expected of the fleet's devices, by somebody who knows the rate of each, now and later.
+
+    Given the rates, what was repaired says nothing of when a fault will be beyond repair, so the best rule of all is to raise each
+    device's one alarm in the window t that makes P(alive until t + lead, failed by t + horizon) largest. Nobody foresees a sudden failure.
+    """
+    total = np.pad(np.cumsum(fleet.hazard, 1), ((0, 0), (0, horizon)), mode="edge")
+    alive, length = np.exp(-total), fleet.hazard.shape[1]
+    best = (alive[:, lead - 1 : lead - 1 + length] - alive[:, horizon : horizon + length]).max(1)
+    sudden = fleet.kind == KINDS.index("sudden")
+    return float(best[~sudden].sum()), float((1 - alive[~sudden, length - 1]).sum() + sudden.sum())
 
 
 def fails_within(fleet: Fleet, windows: int) -> np.ndarray:

@@ -4,7 +4,8 @@
 
 Fitted on training fleets, threshold taken from validation fleets, judged on held-out ones. An alarm is the first window in which a device's
 probability reaches the threshold. It is right if the device, left alone, has an uncorrected fault within the horizon; a failure is foreseen
-if its alarm came at most the horizon and at least the lead time before it.
+if its alarm came at most the horizon and at least the lead time before it. The limit is the recall expected of somebody who knows
+every device's present and future rate, whatever the precision: no features and no weights can be expected to do better.
 """
 
 from __future__ import annotations
@@ -101,13 +102,15 @@ def alarms(weights: Weights, fleet: Fleet) -> tuple[int, int, int, int]:
 
 
 def judge(weights: Weights, assumptions: Assumptions, count: int, seed: int) -> dict[str, Any]:
-    totals = np.zeros(4, int)
+    totals, sudden, most = np.zeros(4, int), 0, np.zeros(2)
     edges = np.array([0, 0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0001])
     binned = np.zeros((len(edges) - 1, 3))
     squares, windows, base = 0.0, 0, 0.0
     for i in range(count):
         fleet = fleets.simulate(assumptions, seed + i)
         totals += alarms(weights, fleet)
+        most += fleets.foreseeable(fleet, HORIZON, LEAD)
+        sudden += int(((fleet.kind == fleets.KINDS.index("sudden")) & (fleet.failed >= 0)).sum())
         y = fails_within(fleet)
         p = weights.probability(features(fleet.history))[~np.isnan(y)]
         y = y[~np.isnan(y)]
@@ -122,7 +125,7 @@ def judge(weights: Weights, assumptions: Assumptions, count: int, seed: int) -> 
     return {
         "alarms": raised, "right": right, "precision": right / max(1, raised), "precision_interval": intervals.proportion(right, raised),
         "failures": failures, "foreseen": foreseen, "recall": foreseen / max(1, failures),
-        "recall_interval": intervals.proportion(foreseen, failures),
+        "recall_interval": intervals.proportion(foreseen, failures), "sudden": sudden, "limit": most[0] / most[1],
         "downtime_saved": 1 - with_it / max(1e-9, lost), "brier": squares / windows, "brier_of_base_rate": share * (1 - share),
         "reliability": [{"windows": int(n), "said": s / n, "was": w / n} for n, s, w in binned if n],
     }  # fmt: skip

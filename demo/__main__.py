@@ -1,7 +1,8 @@
-"""``python -m demo``: two acts under faults, then a table, plots and a record.
+"""``python -m demo``: three acts under faults, then a table, plots and a record.
 
 (a) retrieval   a pretrained sentence encoder answers questions about the standard library
 (b) training    a small GPT learns the standard library's sources
+(c) marginal    four devices train one together, and one of them is off by less than any check sees
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
 
     # What an earlier run left would stand beside this run's numbers and contradict them.
-    for old in (out / "results.jsonl", out / "wrong_answers.png", *out.glob("loss_*_percent.png")):
+    for old in (out / "results.jsonl", out / "wrong_answers.png", out / "marginal_unit.png", *out.glob("loss_*_percent.png")):
         old.unlink(missing_ok=True)
 
     # Imported late: --help and a mistyped argument must not wait for torch.
@@ -49,6 +50,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             reports.append(_act_a(plan, options.seed, out, record))
         if options.only in (None, "gpt"):
             reports.append(_act_b(plan, options.seed, out, record))
+        if options.only in (None, "marginal"):
+            reports.append(_act_c(plan, options.seed, out, record))
         seconds = time.perf_counter() - start
         record.write("end", seconds=round(seconds, 1))
     print("\n" + "\n\n".join(report for report in reports if report))
@@ -109,6 +112,26 @@ def _act_b(plan: Plan, seed: int, out: Path, record) -> str:
     return summary.of_training(text, rows)
 
 
+def _act_c(plan: Plan, seed: int, out: Path, record) -> str:
+    from . import charts, marginal, summary
+    from .progress import Progress
+    from .training import Distance, Text
+
+    print(f"\n(c) a marginal unit: {marginal.DEVICES} simulated devices train one GPT, and device{marginal.MARGINAL} goes bad slowly")
+    text = Text.read()
+    rows: list[tuple[marginal.Run, Distance]] = []
+    with Progress("training", plan.training_seeds * len(marginal.ARMS) * plan.marginal_steps) as bar:
+        for run_seed in range(seed, seed + plan.training_seeds):
+            runs: list[marginal.Run] = []
+            for arm in marginal.ARMS:
+                runs.append(marginal.train(arm, text, steps=plan.marginal_steps, seed=run_seed, bar=bar))
+                rows.append((runs[-1], Distance.between(runs[-1], runs[0])))
+                record.write("marginal_run", seed=run_seed, **runs[-1].record(), distance=asdict(rows[-1][1]))
+            if run_seed == seed:
+                _plot(charts.marginal_unit, runs, out / "marginal_unit.png")
+    return summary.of_marginal(rows)
+
+
 def _plot(draw, data, path: Path) -> None:
     from .charts import PlotsUnavailable
 
@@ -121,11 +144,11 @@ def _plot(draw, data, path: Path) -> None:
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="demo", description="Two models under faults: with and without abft.")
     size = parser.add_mutually_exclusive_group()
-    size.add_argument("--quick", dest="plan", action="store_const", const=QUICK, help="under 30 seconds on two cores")
+    size.add_argument("--quick", dest="plan", action="store_const", const=QUICK, help="under a minute on two cores")
     size.add_argument("--full", dest="plan", action="store_const", const=FULL, help="5, 10 and 20 %% in both acts, several seeds")
     parser.add_argument("--out", type=Path, default=Path("demo-output"), help="folder for results.jsonl and plots (%(default)s)")
     parser.add_argument("--seed", type=_seed, default=0, help="of data, weights and faults (%(default)s)")
-    parser.add_argument("--only", choices=("encoder", "gpt"), help="one act alone: (a) encoder, (b) gpt")
+    parser.add_argument("--only", choices=("encoder", "gpt", "marginal"), help="one act alone: (a), (b), (c)")
     parser.set_defaults(plan=DEFAULT)
     options = parser.parse_args(arguments)
     if options.out.exists() and not options.out.is_dir():

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
+from . import marginal
 from .retrieval import ArmResult, Retrieval
 from .training import YARDSTICK, Run
 
@@ -16,6 +17,8 @@ COLOURS = {
     "NaN watching": "#E69F00",
     "protected": "#0072B2",
     "DMR": "#009E73",
+    "left in": "#D55E00",
+    "watched": "#0072B2",
 }
 ULP = 2.0**-22  # of a float32 loss between 2 and 4
 STYLE = {
@@ -88,6 +91,46 @@ def loss_curves(runs: Sequence[Run], path: Path) -> None:
         bottom.set_ylabel("|Δloss| to the fault-free run")
         bottom.set_xlabel("step")
         bottom.legend(loc="upper left", ncols=2, fontsize=10)
+        figure.savefig(path)
+        plt.close(figure)
+
+
+def marginal_unit(runs: Sequence[marginal.Run], path: Path) -> None:
+    """The losses, how far each run is from the fault-free one, and what the statistics said of each device meanwhile."""
+    plt = _pyplot()
+    reference, watched = runs[0], runs[-1]
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(3, 1, figsize=(9, 9), sharex=True, layout="constrained")
+        for run in runs:
+            broad = run is reference
+            look = {"linewidth": 6, "alpha": 0.25} if broad else {"linewidth": 1.4}
+            axes[0].plot(run.losses, color=COLOURS[run.arm], label=run.arm, zorder=1 if broad else 2, **look)
+            if not broad:
+                gaps = [abs(a - b) for a, b in zip(run.losses, reference.losses, strict=True)]
+                label = run.arm if any(gap != 0 for gap in gaps) else f"{run.arm}: 0 at every step, after going back"
+                axes[1].plot(gaps, color=COLOURS[run.arm], label=label, linewidth=1.4)
+        axes[0].set_ylim(0.85 * min(reference.losses), 1.15 * max(reference.losses))
+        axes[0].set_ylabel("training loss\n(nats per character)")
+        axes[0].set_title(f"One device of {marginal.DEVICES} turns marginal: a bias that doubles every {marginal.DOUBLING} steps")
+        axes[1].set_yscale("symlog", linthresh=ULP)
+        axes[1].set_ylim(-ULP / 3, 30)
+        axes[1].set_ylabel("|Δloss| to the fault-free run")
+        for device, levels in enumerate(zip(*watched.levels, strict=True)):
+            blamed = device == watched.blamed
+            axes[2].plot(levels, color=COLOURS["left in"] if blamed else "#999999", label=f"device{device}", linewidth=2 if blamed else 1)
+        axes[2].axhline(1.0, color="black", linewidth=0.8, linestyle="--", label="alarm")
+        axes[2].set_ylabel("cumulative sum of the bias,\nof its threshold")
+        axes[2].set_xlabel("step")
+        for place in axes:
+            place.axvline(marginal.ONSET, color="black", linewidth=0.8, linestyle=":")
+            if watched.blamed >= 0:
+                place.axvline(watched.found, color=COLOURS["watched"], linewidth=0.8)
+        axes[2].annotate("turns marginal", (marginal.ONSET, 0.8), xytext=(-6, 0), textcoords="offset points", ha="right", fontsize=10)
+        if watched.blamed >= 0:
+            said = f"{watched.named} named and taken out;\nback to step {watched.resumed}"
+            axes[2].annotate(said, (watched.found, 0.6), xytext=(6, 0), textcoords="offset points", fontsize=10)
+        for place, where in zip(axes, ("upper right", "upper left", "upper left"), strict=True):
+            place.legend(loc=where, fontsize=10)
         figure.savefig(path)
         plt.close(figure)
 

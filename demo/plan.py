@@ -17,8 +17,9 @@ class Plan:
     steps: int
     training_rates: tuple[float, ...]
     training_seeds: int
+    marginal_steps: int
 
 
-QUICK = Plan("quick", 40, 200, 1, (0.2,), 32, (0.2,), 1)
-DEFAULT = Plan("default", 104, None, 5, (0.05, 0.1, 0.2), 160, (0.2,), 1)
-FULL = Plan("full", 104, None, 20, (0.05, 0.1, 0.2), 300, (0.05, 0.1, 0.2), 3)
+QUICK = Plan("quick", 40, 200, 1, (0.2,), 32, (0.2,), 1, 64)
+DEFAULT = Plan("default", 104, None, 5, (0.05, 0.1, 0.2), 160, (0.2,), 1, 120)
+FULL = Plan("full", 104, None, 20, (0.05, 0.1, 0.2), 300, (0.05, 0.1, 0.2), 3, 120)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from . import tables
+from . import marginal, tables
 from .faultlog import Tally
 from .retrieval import Retrieval
 from .training import YARDSTICK, Distance, Run, Text
@@ -51,6 +51,28 @@ def of_training(text: Text, rows: Sequence[tuple[Run, Distance]]) -> str:
         f"  Largest |Δloss|: unprotected {_furthest(rows, 'unprotected')}, protected {_furthest(rows, 'protected')}, "
         f"rounding {_furthest(rows, YARDSTICK)}.",
         f"  protected: {equal} of {len(guarded)} runs bit-equal; {_undetected(run.faults for run, _ in guarded)}",
+    ]
+    return "\n".join(lines)
+
+
+def of_marginal(rows: Sequence[tuple[marginal.Run, Distance]]) -> str:
+    reference, left_in, watched = (rows[at][0] for at in range(len(marginal.ARMS)))
+    lines = [
+        f"(c) A MARGINAL UNIT  {marginal.DEVICES} simulated devices train one GPT for {len(watched.losses)} steps; from step "
+        f"{marginal.ONSET} on device{marginal.MARGINAL} adds",
+        f"  {marginal.FIRST:.0e}, about 0.1 σ of its residuals, to one column of every forward product, and twice as much every "
+        f"{marginal.DOUBLING} steps.",
+        tables.marginal_table(rows),
+        "  beyond bound: what checksums say.  began: the step from which the statistics date it.  back to: the checkpoint before that.",
+        "  Δ: against the fault-free run of the same seed; 0: every bit is the same.",
+    ]
+    if watched.blamed < 0:
+        return "\n".join([*lines, "  No device was named."])
+    gap = abs(left_in.losses[watched.found] - reference.losses[watched.found])
+    lines += [
+        f"  Named at step {watched.found}, when it added {watched.amount:.0e}: its largest residual was {watched.of_bound:.2f} of the "
+        "bound, and the loss of the run",
+        f"  that left it in was off by {tables.number(gap, '.0e')}. The alarm: {watched.message.partition('; rank')[0]}.",
     ]
     return "\n".join(lines)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from . import marginal
 from .retrieval import Retrieval
 from .training import Distance, Run
 
@@ -68,6 +69,28 @@ def training_table(runs: Sequence[tuple[Run, Distance]]) -> str:
                 number(distance.max_loss, ".1e"),
                 number(distance.parameters, ".1e"),
                 f"{1e3 * run.seconds / len(run.losses):.0f}",
+            )
+        )
+    return table(header, rows)
+
+
+def marginal_table(runs: Sequence[tuple[marginal.Run, Distance]]) -> str:
+    header = ("arm", "rows checked", "beyond bound", "named", "at step", "began", "back to", "held-out", "max |Δloss|", "‖Δθ‖/‖θ‖")
+    rows: list[Sequence[object]] = []
+    for run, distance in runs:
+        if rows and run.arm == marginal.ARMS[0]:
+            rows.append(())
+        watched, named = run.arm == "watched", run.blamed >= 0
+        rows.append(
+            (
+                run.arm,
+                f"{run.checks:,}" if watched else "–",
+                run.detected if watched else "–",
+                run.named or "–",
+                *((run.found, run.began, run.resumed) if named else ("–", "–", "–")),
+                number(run.held_out, ".4f"),
+                number(distance.max_loss, ".1e"),
+                number(distance.parameters, ".1e"),
             )
         )
     return table(header, rows)

@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -78,6 +79,14 @@ class Run:
         return {**numbers, **self.faults.record(), "seconds": round(self.seconds, 3)}
 
 
+class Trained(Protocol):
+    """What is left of any training run."""
+
+    losses: list[float]
+    held_out: float
+    parameters: Tensor
+
+
 @dataclass(frozen=True)
 class Distance:
     """How far a run went from the fault-free one of the same seed."""
@@ -88,7 +97,7 @@ class Distance:
     parameters: float  # ‖θ − θ*‖ / ‖θ*‖
 
     @classmethod
-    def between(cls, run: Run, reference: Run) -> Distance:
+    def between(cls, run: Trained, reference: Trained) -> Distance:
         gaps = [abs(a - b) for a, b in zip(run.losses, reference.losses, strict=True)]
         apart = (run.parameters - reference.parameters).norm() / reference.parameters.norm()
         return cls(
@@ -121,7 +130,7 @@ def train(arm: str, text: Text, *, steps: int, rate: float, seed: int, bar: Prog
             run.seconds += time.perf_counter() - start
             run.faults.add(log[before:], abft.report(reset=True))
             bar.advance(f"{arm}: loss {run.losses[-1]:.2f}")
-    run.held_out = _held_out_loss(model, text.held_out)
+    run.held_out = held_out_loss(model, text.held_out)
     run.parameters = torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
     return run
 
@@ -180,6 +189,6 @@ def _batches(text: Tensor, context: int, steps: int, seed: int) -> Iterator[tupl
 
 
 @torch.no_grad()
-def _held_out_loss(model: GPT, text: Tensor) -> float:
+def held_out_loss(model: GPT, text: Tensor) -> float:
     batches = _batches(text, model.positions.num_embeddings, HELD_OUT_BATCHES, seed=0)
     return sum(model(characters, targets).item() for characters, targets in batches) / HELD_OUT_BATCHES

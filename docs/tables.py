@@ -462,11 +462,13 @@ def fleets(page: str) -> str:
             low, high = (100 * float(v) for v in r[f"{name}_interval"])
             return f"{100 * float(r[name]):.1f} % ({low:.1f} to {high:.1f})"
 
-        saved = f"{100 * float(r['downtime_saved']):.0f} %"
-        return r["key"], r["fleets"], r["failures"], r["alarms"], interval("precision"), interval("recall"), saved, f.link(page)
+        saved, most = f"{100 * float(r['downtime_saved']):.0f} %", f"{100 * float(r['limit']):.1f} %"
+        failures = f"{r['failures']}, {r['sudden']} sudden"
+        return r["key"], r["fleets"], failures, r["alarms"], interval("precision"), interval("recall"), most, saved, f.link(page)
 
     rows = [row(f, r) for f in files("prediction") for r in f.kind("fleets")]
-    return table("fleets | how many | failures | alarms | precision | recall | downtime saved | file", rows, "python -m bench prediction")
+    header = "fleets | how many | failures | alarms | precision | recall | recall at most | downtime saved | file"
+    return table(header, rows, "python -m bench prediction")
 
 
 def reliability(page: str) -> str:
@@ -549,6 +551,38 @@ def statistics(page: str) -> str:
             low, high = r["interval"]
             rows.append((f"time, {r['what']}, {r['size']} × {r['size']}", f"× {r['ratio']:.4f} ({low:.4f} … {high:.4f})", f.link(page)))
     return table("what | result | file", rows, "python -m bench statistics")
+
+
+def training_faults(page: str) -> str:
+    """Trainings under faults beside the spread of fault-free seeds."""
+    rows: list[tuple[object, ...]] = []
+    for f in files("training-faults*"):
+        for s in f.kind("summary"):
+            for a in s["arms"]:
+                low, high = a["spread"]
+                if a["arm"] == "fault-free":
+                    spread = f"{a['runs']} of {a['runs']} ({low} … {high})"
+                    rows.append((a["arm"], "–", a["runs"], "–", "–", spread, "–", "–", f.link(page)))
+                    continue
+                worst = "NaN or ∞" if isinstance(a["worst_off"], str) else small(a["worst_off"])
+                cells = (
+                    f"{a['harmful']:,} of {a['faults']:,}",
+                    f"{a['all_repaired_bit_equal']} of {a['all_repaired']}" if a["arm"] == "protected" else "–",
+                    _of(a, "inside"),
+                    _of(a, "elsewhere"),
+                    worst,
+                )
+                rows.append((a["arm"], f"{a['rate']:.0%}", a["runs"], *cells, f.link(page)))
+    header = (
+        "arm | steps struck | runs | harmful of all faults | bit-equal, of runs in which all were repaired | "
+        "inside the fault-free spread | ended elsewhere | largest change of the held-out loss | file"
+    )
+    return table(header, rows, "python -m bench training-faults")
+
+
+def _of(a: Record, what: str) -> str:
+    low, high = (100 * float(v) for v in a[f"{what}_interval"])
+    return f"{a[what]} of {a['runs']} ({low:.0f} to {high:.0f} %)"
 
 
 # --- kernels ----------------------------------------------------------------------------------------
@@ -687,6 +721,7 @@ def _circumstances(found: list[File], page: str) -> tuple[str, str, str]:
 PICTURES = {
     "wrong_answers.png": "Wrong answers delivered by a sentence encoder while faults strike its products",
     "loss_20_percent.png": "Loss curves of a small GPT, a fifth of the steps struck",
+    "marginal_unit.png": "One of four devices turns marginal: losses with and without it, and what the statistics say of each device",
 }
 
 
@@ -751,6 +786,7 @@ TABLES: dict[str, Callable[[str], str]] = {
     "bytes": bytes_moved,
     "work": work,
     "statistics": statistics,
+    "training-faults": training_faults,
 }
 
 

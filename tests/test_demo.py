@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from demo import __main__ as program
-from demo import corpus, encoder
-from demo.charts import loss_curves
+from demo import corpus, encoder, marginal, summary
+from demo.charts import loss_curves, marginal_unit
 from demo.faultlog import Tally
 from demo.gpt import Shape
 from demo.plan import Plan
@@ -26,7 +26,7 @@ from demo.tables import number, table
 from demo.training import ARMS, YARDSTICK, Distance, Run, Text, train
 
 ROOT = Path(__file__).parents[1]
-TINY = Plan("tiny", 6, 40, 1, (0.5,), 4, (0.5,), 1)
+TINY = Plan("tiny", 6, 40, 1, (0.5,), 4, (0.5,), 1, 2)
 
 try:
     importlib.metadata.files(encoder.PACKAGE)
@@ -157,7 +157,7 @@ def test_without_the_package_act_a_is_left_out_in_one_sentence(monkeypatch, tmp_
         YARDSTICK,
         *ARMS[1:],
     ]
-    assert {line["kind"] for line in lines} == {"run", "retrieval_unavailable", "training", "training_run", "end"}
+    assert {line["kind"] for line in lines} == {"run", "retrieval_unavailable", "training", "training_run", "marginal_run", "end"}
 
 
 def test_asking_for_the_missing_encoder_alone_fails(monkeypatch, tmp_path):
@@ -238,6 +238,50 @@ def test_loss_curves_are_drawn_even_for_a_run_that_died(tmp_path):
     dead = Run("unprotected", 0.2, 0, losses=[3.0, math.nan, math.nan])
     loss_curves([fine, dead], tmp_path / "loss.png")
     assert (tmp_path / "loss.png").stat().st_size > 1000
+
+
+# ── a marginal unit ──
+
+
+@pytest.fixture(scope="module")
+def marginal_runs() -> list[marginal.Run]:
+    """The three arms, shorter: the device turns marginal as soon as the others are known."""
+    text = Text.read()
+    shape = Shape(text.symbols, context=32, width=16, heads=1, layers=1)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch, Progress("training", 1) as bar:
+        for name, value in {"WARM_UP": 10, "ONSET": 10, "FIRST": 1e-6, "DOUBLING": 8, "CHECKPOINT": 5}.items():
+            patch.setattr(marginal, name, value)
+        made = [marginal.train(arm, text, steps=28, seed=3, bar=bar, shape=shape) for arm in marginal.ARMS]
+    torch.set_num_threads(threads)
+    return made
+
+
+def test_a_marginal_device_is_named_although_no_check_sees_it(marginal_runs):
+    _, _, watched = marginal_runs
+    assert (watched.blamed, watched.named) == (marginal.MARGINAL, f"device{marginal.MARGINAL}")
+    assert watched.checks > 1e5
+    assert watched.detected == 0
+    assert 0 < watched.of_bound < 0.5, "well below the bound, or the checks would have found it without statistics"
+    assert watched.resumed <= 10 < watched.found, "the run goes back to before the device changed"
+    others = [level for levels in watched.levels for unit, level in enumerate(levels) if unit != marginal.MARGINAL]
+    assert max(others) < 0.5
+
+
+def test_without_the_device_the_run_is_bit_equal_and_with_it_is_not(marginal_runs):
+    reference, left_in, watched = marginal_runs
+    assert Distance.between(watched, reference).bit_equal
+    assert not Distance.between(left_in, reference).bit_equal
+
+
+def test_the_marginal_unit_is_drawn_and_told(marginal_runs, tmp_path):
+    rows = [(run, Distance.between(run, marginal_runs[0])) for run in marginal_runs]
+    assert f"device{marginal.MARGINAL}, beside 3 peers" in summary.of_marginal(rows)
+    json.dumps([run.record() for run in marginal_runs])
+    pytest.importorskip("matplotlib")
+    marginal_unit(marginal_runs, tmp_path / "marginal.png")
+    assert (tmp_path / "marginal.png").stat().st_size > 1000
 
 
 # ── the command line ──

@@ -104,6 +104,32 @@ def whole(t: Any) -> Tensor:
 
 
 @pytest.mark.slow
+def test_ranks_are_peers(tmp_path):
+    torch.multiprocessing.spawn(_peers, (f"file://{tmp_path}/rendezvous",), nprocs=3)
+
+
+def _peers(rank: int, rendezvous: str) -> None:
+    """The middle one of three ranks is off by less than its checks see, and all three learn that it is that one."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=3, timeout=TIMEOUT)
+    try:
+        torch.manual_seed(rank)
+        model, peers = abft.protect(nn.Linear(32, 32), Policy(detector="both"), name="layer"), abft.Peers(warm_up=16)
+        fault = Fault("offset", pattern="column", index=(0, 3), probability=1.0, amount=1e-6)
+        found: list[Any] = []
+        for step in range(60):
+            with torch.no_grad(), abft.inject.faults(fault) if step >= 20 and rank == 1 else nullcontext():
+                model(torch.randn(1024, 32))
+            found = peers.compare()
+            assert step >= 20 or not found
+            if found:
+                break
+        assert {(f.unit, f.name) for f in found} == {(1, "rank 1")} and any(f.alarm.quarantine for f in found)
+        assert abft.report().detected == 0
+    finally:
+        dist.destroy_process_group()
+
+
 def test_two_ranks(tmp_path):
     """One pair of processes for everything; an assertion that fails in one of them fails here."""
     torch.multiprocessing.spawn(_two_ranks, (f"file://{tmp_path}/rendezvous",), nprocs=2)

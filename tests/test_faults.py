@@ -61,6 +61,29 @@ def balanced(report: abft.Report) -> bool:
     return report.detected == report.observed + report.corrected + report.uncorrected
 
 
+# --- a unit that is a little off ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("amount", [3.0, -3.0])
+def test_an_offset_shifts_one_column_of_every_row(steps, amount):
+    repairing, observing = steps
+    fault = Fault("offset", pattern="column", index=(0, 7), amount=amount)
+    seen, report, injected = observing.struck(fault)
+    expected = observing.clean["fprop"].clone()
+    expected[:, 7] += amount
+    assert oracles.bits_equal(seen["fprop"], expected)
+    assert (report.observed, injected.what, injected.pattern) == (ROWS, "offset", "column")
+    assert all(row == number and column == 7 for number, (row, column, *_) in enumerate(injected.elements))
+    mended, report, _ = repairing.struck(fault)
+    assert report.corrected == ROWS and oracles.bits_equal(mended["fprop"], repairing.clean["fprop"])
+
+
+@pytest.mark.parametrize(("what", "amount"), [("offset", 0.0), ("offset", float("inf")), ("offset", float("nan")), ("nullify", 1.0)])
+def test_only_an_offset_has_an_amount(what, amount):
+    with pytest.raises(abft.PolicyError, match="Fault.amount is what 'offset' adds"):
+        Fault(what, amount=amount)
+
+
 # --- faults of a product -------------------------------------------------------------------------------
 
 

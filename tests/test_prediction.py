@@ -146,7 +146,7 @@ def test_more_trouble_is_never_less_probable() -> None:
 
 
 def test_labels_say_when_a_device_fails() -> None:
-    made = fleet.Fleet(np.zeros((2, 10, 4)), np.array([5, -1]), np.array([3, 0]))
+    made = fleet.Fleet(np.zeros((2, 10, 4)), np.array([5, -1]), np.array([3, 0]), np.zeros((2, 10)))
     assert fleet.fails_within(made, 3).tolist()[0][:6] == pytest.approx([0, 0, 1, 1, 1, np.nan], nan_ok=True)
     assert fleet.fails_within(made, 3).tolist()[1] == pytest.approx([0] * 7 + [np.nan] * 3, nan_ok=True)
 
@@ -157,8 +157,21 @@ def test_alarms_are_judged_as_stated() -> None:
     history = np.zeros((4, 600, 4))
     for device, start in enumerate((149, 140, 20, 200)):
         history[device, start:, 0] = 1.0
-    made = fleet.Fleet(history, np.array([150, 150, 150, -1]), np.array([3, 3, 3, 2]))
+    made = fleet.Fleet(history, np.array([150, 150, 150, -1]), np.array([3, 3, 3, 2]), np.zeros((4, 600)))
     assert bench_prediction.alarms(weights, made) == (2, 4, 1, 3)
+
+
+def test_what_can_be_foreseen_is_a_limit() -> None:
+    """Of a constant hazard: the best window is the first, and the draws of a fleet agree with the expectation. Nobody foresees the sudden."""
+    hazard = np.full((4000, 150), 0.01)
+    failed = np.random.default_rng(0).geometric(1 - np.exp(-0.01), 4000) - 1
+    made = fleet.Fleet(np.zeros((4000, 150, 4)), np.where(failed < 150, failed, -1), np.full(4000, 3), hazard)
+    best, failures = fleet.foreseeable(made, 20, 2)
+    assert best == pytest.approx(4000 * (np.exp(-0.02) - np.exp(-0.21)))
+    assert abs(((failed >= 2) & (failed <= 20)).sum() - best) < 4 * np.sqrt(best)
+    assert failures == pytest.approx(4000 * (1 - np.exp(-1.5)))
+    sudden = fleet.Fleet(made.history, made.failed, np.full(4000, 4), hazard)
+    assert fleet.foreseeable(sudden, 20, 2) == (0.0, 4000.0)
 
 
 def test_the_shipped_weights_are_the_committed_ones_and_reach_the_goal() -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 import threading
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -335,6 +337,52 @@ def test_an_alarm_is_told_without_a_lock(monkeypatch):
     finally:
         log.removeHandler(handler)
     assert waited and not any(waited)
+
+
+def test_replicas_are_held_against_each_other():
+    """A bias of a fifth of the residuals' deviation: no check sees it, none of the units alone would dare to say, three peers do."""
+    base, names = nn.Linear(64, 64), ["left", "middle", "right"]
+    models = [abft.protect(copy.deepcopy(base), BOTH, name=f"{name}.layer") for name in names]
+    peers, generator = abft.Peers(names, warm_up=24), torch.Generator().manual_seed(0)
+
+    def compare(amount: float) -> list:
+        with torch.no_grad():
+            for model in models:
+                marginal = model is models[2] and amount
+                fault = Fault("offset", pattern="column", index=(0, 5), probability=1.0, amount=amount or 1.0)
+                with faults(fault) if marginal else nullcontext():
+                    model(torch.randn(1024, 64, generator=generator))
+        return peers.compare()
+
+    assert not [found for _ in range(40) for found in compare(0.0)]
+    assert peers.warm and peers.levels().max() < 0.5
+    found = next(found for _ in range(60) if (found := compare(4e-7)))
+    assert {(f.unit, f.name, f.alarm.unit, f.alarm.test, f.alarm.quarantine) for f in found} == {(2, "right", 2, "bias", True)}
+    assert abs(found[0].alarm.deviation) < 0.6
+    assert 24 <= found[0].began <= 42, "an excursion that chance began may have been on its way already; too late it must not be"
+    assert found[0].alarm.site == "layer" and "right, beside 2 peers" in found[0].alarm.message
+    report = abft.report()
+    assert report.detected == 0 and list(report.alarms) == [f.alarm for f in found]
+    watches.forget()  # of the units' sums, not of what the peers have learnt
+    assert compare(0.0) == [] and compare(0.0) == []
+
+
+def test_two_units_or_two_of_one_name_are_no_peers():
+    for names in (["a", "b"], ["a", "b", "b"]):
+        with pytest.raises(ValueError, match="nobody can say which is wrong"):
+            abft.Peers(names)
+
+
+def test_outliers_of_one_peer_may_be_its_datas(monkeypatch):
+    rng, peers, sums = np.random.default_rng(3), abft.Peers(["a", "b", "c", "d"]), np.zeros((4, len(KINDS), len(FIELDS)))
+    name = ("layer", "fprop", 64, 64, "float32")
+    monkeypatch.setattr(peers, "_sums", lambda: [{name: of_unit.copy()} for of_unit in sums])
+    found = []
+    for i, b in enumerate(batches(rng, 4, WARM_UP + 100, n=8192)):
+        b[3, :, accumulators.ABOVE_12] = 5 * (i > WARM_UP)
+        sums += b
+        found += peers.compare()
+    assert {(f.name, f.alarm.test, f.alarm.quarantine) for f in found} == {("d", "outliers", False)}
 
 
 def test_drifting_data_is_no_marginal_unit():

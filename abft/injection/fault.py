@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import math
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass, replace
 from typing import Any, get_args
@@ -12,12 +13,12 @@ import torch
 
 from abft import bits
 from abft.errors import PolicyError
-from abft.faults import ATTENTION_PLACES, BitOperation, Place, Region, Strike, Target
+from abft.faults import ATTENTION_PLACES, Addition, BitOperation, Place, Region, Strike, Target
 from abft.policy import ATTENTION_ROLES, ROLES
 
-KINDS = ("nullify", "bitflip", "carry", "nan", "inf", "-inf", "near_inf", "nonfinite", "scale", "stuck_at")
+KINDS = ("nullify", "bitflip", "carry", "nan", "inf", "-inf", "near_inf", "nonfinite", "scale", "stuck_at", "offset")
 INTEGER_KINDS = ("nullify", "bitflip", "carry", "stuck_at")
-PATTERNS = ("element", "row", "warp", "warp2", "warp4", "warp8", "warp16", "fragment", "tile")
+PATTERNS = ("element", "row", "column", "warp", "warp2", "warp4", "warp8", "warp16", "fragment", "tile")
 WEIGHTINGS = ("uniform", "lsb")
 #: An MMA accumulator fragment, and the result tile that a warp or one SM owns.
 FRAGMENT = (16, 8)
@@ -30,13 +31,15 @@ class Fault:
     """A fault = what × where × pattern, at which products.
 
     what: nullify · bitflip · carry (±2^k on the pattern) · nan · inf · -inf · near_inf · nonfinite (one of the four) ·
-    scale (by a power of two) · stuck_at (one bit, at 0 or 1). An int8 product knows nullify, bitflip, carry and stuck_at only.
+    scale (by a power of two) · stuck_at (one bit, at 0 or 1) · offset (``amount`` is added; not in the kernels).
+    An int8 product knows nullify, bitflip, carry and stuck_at only.
     where: accumulator · operand (a tile of A in shared memory) · output (after the product was rounded; the fused kernel
     has taken its sums by then) · checksum (the check's own accumulators: rows × columns of the panel) · panel (the remembered
     checksums) · weight (its bits in memory, undone at exit). Inside attention also, by the letters of its equations: S, dQ, dK (role qk) ·
     P (after exp), l (its row sums), O, dP, dS, dV (role pv); there a block of queries is a product.
     site: shell pattern of site names; role: fprop, dgrad, wgrad, qk, pv or "*".
-    pattern: element · row · warp2/4/8/16 (every n-th column of a row in one tile; "warp" draws n) · fragment (16 × 8) · tile (128 × 128).
+    pattern: element · row · column (of all rows) · warp2/4/8/16 (every n-th column of a row in one tile; "warp" draws n) ·
+    fragment (16 × 8) · tile (128 × 128).
     index: (row, column) of the first struck element, drawn if None. bits: how many bits a bitflip turns; bit: exactly which one;
     weighting: how bits are drawn ("lsb" favours low ones). call: fires once, at the call-th matching product, unless
     ``probability`` (of every matching product) is given. Raises PolicyError for unknown words.
@@ -54,6 +57,7 @@ class Fault:
     call: int = 0
     probability: float | None = None
     weighting: str = "uniform"
+    amount: float = 0.0
 
     def __post_init__(self) -> None:
         for name, allowed in (
@@ -68,6 +72,10 @@ class Fault:
             isinstance(self.index, Sequence) and len(self.index) == 2 and all(_is_count(i) for i in self.index)
         ):
             raise PolicyError(f"Fault.index must be (row, column), two whole numbers, or None; got {self.index!r}")
+        if not math.isfinite(self.amount) or (self.amount != 0) != (self.what == "offset"):
+            raise PolicyError(
+                f"Fault.amount is what 'offset' adds, finite and not 0, and belongs to no other fault; got {self.amount} for {self.what!r}"
+            )
         if self.probability is not None and not 0 <= self.probability <= 1:
             raise PolicyError(f"Fault.probability must lie in [0, 1]; got {self.probability}")
 
@@ -126,6 +134,8 @@ def _region(fault: Fault, shape: tuple[int, int], batch: int, rng: np.random.Gen
         return Region(r, r + 1, c, c + 1, 1, batch)
     if fault.pattern == "row":
         return Region(r, r + 1, 0, columns, 1, batch)
+    if fault.pattern == "column":
+        return Region(0, rows, c, c + 1, 1, batch)
     if fault.pattern.startswith("warp"):
         stride = int(fault.pattern[4:]) if fault.pattern != "warp" else int(rng.choice([2, 4, 8, 16]))
         start = c // TILE[1] * TILE[1]
@@ -135,7 +145,7 @@ def _region(fault: Fault, shape: tuple[int, int], batch: int, rng: np.random.Gen
     return Region(r, min(r + height, rows), c, min(c + width, columns), 1, batch)
 
 
-def _operation(fault: Fault, dtype: torch.dtype, rng: np.random.Generator) -> BitOperation:
+def _operation(fault: Fault, dtype: torch.dtype, rng: np.random.Generator) -> BitOperation | Addition:
     if not dtype.is_floating_point:
         return _integer_operation(fault, dtype, rng)
     width, mantissa = bits.WIDTH[dtype], MANTISSA[dtype]
@@ -150,6 +160,8 @@ def _operation(fault: Fault, dtype: torch.dtype, rng: np.random.Generator) -> Bi
     }
     if what in fixed:
         return BitOperation(0, fixed[what], 0)
+    if what == "offset":
+        return Addition(fault.amount)
     if what == "scale":
         return BitOperation(-1, 0, int(rng.choice([-1, 1])) * (int(rng.integers(1, 5)) << mantissa))
     return _on_bits(fault, width, rng)

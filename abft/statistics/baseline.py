@@ -53,6 +53,7 @@ class Baseline:
     rates: tuple[tuple[float, float], ...] = RATES
     size: float = BATCH  # checks that make a batch
     frozen: bool = False
+    warm_up: int = WARM_UP
     _means: list[np.ndarray] = field(default_factory=list)
     _noises: list[np.ndarray] = field(default_factory=list)
     _sizes: list[float] = field(default_factory=list)
@@ -75,7 +76,7 @@ class Baseline:
         count = np.maximum(self.total[:, COUNT], 1.0)
         # Kinds that nobody judges (a lean panel) keep the prior.
         self.sigma = np.where(self.total[:, SQUARES] > 0, np.sqrt(self.total[:, SQUARES] / count), PRIOR_SIGMA)
-        if self.batches >= WARM_UP:
+        if self.batches >= self.warm_up:
             self._freeze()
 
     def _freeze(self) -> None:

@@ -22,19 +22,30 @@ THRESHOLD = 40.0
 
 @dataclass
 class Cusum:
-    """S of every unit. levels: (units,)"""
+    """S of every unit. levels, began: (units,)
+
+    began: how many batches had passed when the sum that alarmed last left zero, an estimate of when the change came
+    (Hinkley, Biometrika 57, 1970); -1 before an alarm.
+    """
 
     units: int
     threshold: float = THRESHOLD
     levels: np.ndarray = field(init=False)
+    began: np.ndarray = field(init=False)
 
     def __post_init__(self) -> None:
         self.levels = np.zeros(self.units)
+        self.began = np.full(self.units, -1)
+        self._left_zero = np.zeros(self.units, int)
+        self._batches = 0
 
     def step(self, ratio: np.ndarray) -> np.ndarray:
         """Add the ℓ (units,) of one batch; which units alarm, and start anew."""
+        self._left_zero = np.where(self.levels > 0, self._left_zero, self._batches)
+        self._batches += 1
         self.levels = np.maximum(0.0, self.levels + ratio)
         alarms = self.levels >= self.threshold
+        self.began[alarms] = self._left_zero[alarms]
         self.levels[alarms] = 0.0
         return alarms
 

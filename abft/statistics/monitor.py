@@ -112,6 +112,10 @@ class Monitor:
         tests = {"bias": self._up + self._down, "noise": self._noise, "outliers": self._rates}
         return {name: max(float(c.levels.max()) / c.threshold for c in charts) for name, charts in tests.items()}
 
+    def charts(self, test: str) -> list[Cusum]:
+        """The sums of a test."""
+        return {"bias": self._up + self._down, "noise": self._noise, "outliers": self._rates}[test]
+
     def note(self, severity: Severity, rows: int = 1) -> None:
         """Count rows beyond their bound (S2 to S4)."""
         self.severities[severity] = self.severities.get(severity, 0) + rows

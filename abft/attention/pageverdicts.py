@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from abft import bits
 from abft.attention import decode
 from abft.attention.decode import Computed, Judged, Request
 from abft.attention.pages import Mended, mend
@@ -89,12 +90,11 @@ def _say(
         if not tally.repairs:
             _find(tally, name, tally.only_told, rows, start, _judgement(first, name), unit, cause, found)
             continue
-        verdict, why = Verdict.RECOMPUTED, "transient"
-        if found.restored:
-            verdict, why = Verdict.RECONSTRUCTED, "weight"
-        elif found.rebuilt:
-            verdict, why = Verdict.FALSE_ALARM, "panel"
-        _find(tally, name, verdict, rows & ~still, start, _judgement(first, name), unit, why, found)
+        # Sums that were wrong, and rows that come out the same with right ones: the data never were.
+        by_sums = rows & ~still & (bits.same(first.out[unit], again.out[unit]).all(-1).numpy() if found.rebuilt else False)
+        verdict, why = (Verdict.RECONSTRUCTED, "weight") if found.restored else (Verdict.RECOMPUTED, "transient")
+        _find(tally, name, Verdict.FALSE_ALARM, by_sums, start, _judgement(first, name), unit, "panel")
+        _find(tally, name, verdict, rows & ~still & ~by_sums, start, _judgement(first, name), unit, why, found)
         _find(tally, name, Verdict.UNCORRECTED, rows & still, start, _judgement(again, name), unit, cause, found)
 
 

@@ -98,7 +98,10 @@ def _in_kernels(request: Request, policy: Policy, site: Tensor, words: Tensor) -
     from abft.backends import triton_decode
 
     roles = roles_of(policy)
-    call = triton_decode.DecodeCall(request, policy, roles, strikes_of(request, sites.index_of(site)))
+    call = triton_decode.DecodeCall(
+        request.q, request.pages.tensors(), request.table, request.lengths, request.scale, request.window, request.softcap, policy, roles,
+        strikes_of(request, sites.index_of(site)),
+    )  # fmt: skip
     for role in PLACES.keys() - roles:
         ledger.bypass(plans.why_unchecked(policy, role))
     # A record on a device does not carry its policy: whoever reads it finds the reaction at the site.
@@ -173,7 +176,7 @@ def _append(
         else:
             from abft.backends import triton_decode
 
-            triton_decode.append(where, new_k, new_v, table, lengths, counts)
+            triton_decode.append(where.tensors(), new_k, new_v, table, lengths, counts)
 
 
 def _paged_attention_meta(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> Tensor:

@@ -33,6 +33,7 @@ from abft.guarding import checkpoint_context, checkpoint_ops, context, protected
 from abft.ledger import Verdict
 from abft.nn import Linear, MultiheadAttention
 from abft.ops import flops as _flops  # noqa: F401  (registers the formula)
+from abft.paging import PagedCache, paged_attention
 from abft.pending import flush as verify_deferred
 from abft.policy import Policy
 from abft.protection import protect, refresh, restore, unprotect
@@ -59,6 +60,7 @@ __all__ = [
     "ModuleCoverage",
     "MultiheadAttention",
     "NotInjected",
+    "PagedCache",
     "Peers",
     "Policy",
     "PolicyError",
@@ -79,6 +81,7 @@ __all__ = [
     "int_mm",
     "linear",
     "matmul",
+    "paged_attention",
     "policies",
     "prediction",
     "protect",

@@ -172,6 +172,34 @@ def attention(arithmetic: Arithmetic, e: int, d: int, keys: int, kinds: tuple[Ki
     return AttentionCoefficients(arithmetic.unit * own, arithmetic.unit * KAPPA_SHIFT * math.sqrt(keys), output, sums)
 
 
+@dataclass(frozen=True)
+class DecodeCoefficients:
+    """Bounds of an attention whose number of keys n only the device knows:
+
+    |Σ ε x - c| <= (scores · max(1, √(n / 8192)) + slope) · S + shift · √n · |m|;  |Σ w O - c_w| <= (output_w + n · output_slope_w) · S;
+    |ℓ - ℓ'| <= (sums + n · sums_slope) · ℓ.
+    """
+
+    scores: float
+    slope: float
+    shift: float
+    output: tuple[float, ...]
+    output_slope: tuple[float, ...]
+    sums: float
+    sums_slope: float
+
+
+@lru_cache(maxsize=256)
+def decode(arithmetic: Arithmetic, e: int, d: int, kinds: tuple[Kind, ...]) -> DecodeCoefficients:
+    """``attention`` with its number of keys left open."""
+    at_none, at_one = (coefficients(of_probabilities(arithmetic), n, kinds, d).accumulate for n in (0, arithmetic.depth))
+    return DecodeCoefficients(
+        arithmetic.unit * arithmetic.base, arithmetic.unit * KAPPA_SLOPE * e / arithmetic.depth, arithmetic.unit * KAPPA_SHIFT,
+        at_none, tuple((b - a) / arithmetic.depth for a, b in zip(at_none, at_one, strict=True)),
+        SUM_BASE, SUM_PER_STEP * arithmetic.unit / arithmetic.depth,
+    )  # fmt: skip
+
+
 def _judged_as(kind: Kind, width: int) -> Kind:
     # Groups too narrow for balanced signs carry plain ones, and plain ones keep the truncation bias.
     return "one" if kind == "e" and width < 4 else kind

@@ -101,6 +101,17 @@ ATTENTION = {
 ATTENTION_INTERPRETED = AttentionConfig(32, 32, 4, 1)
 
 
+#: Programs that attention over pages splits its keys for, and pages that a program reads at least: two to a multiprocessor of the largest.
+DECODE_PROGRAMS, DECODE_PAGES = 264, 2
+#: Parts of one head, at most: what puts them together is one program.
+DECODE_SPLITS = 64
+
+
+def decode_splits(units: int, pages: int) -> int:
+    """Into how many parts the pages of a head are split, of so many heads over all sequences. By the table's width, not by lengths."""
+    return max(1, min(DECODE_SPLITS, -(-DECODE_PROGRAMS // units), pages // DECODE_PAGES))
+
+
 #: Keys of a block, at most, where a mask, a soft-cap or dropout takes registers, too.
 LADEN_KEYS = 32
 

@@ -25,6 +25,7 @@ def _interpreted() -> None:
         importlib.reload(tl.standard)
         importlib.reload(tl)
     assert type(tl.sum).__name__ == "InterpretedFunction"
+    import abft.triton_kernels.attention_decode
     import abft.triton_kernels.attention_gradients
     import abft.triton_kernels.attention_settle
     import abft.triton_kernels.integer_check

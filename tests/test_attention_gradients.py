@@ -202,11 +202,13 @@ def test_what_is_wrong_every_time_is_taken_from_the_steps(place, struck):
 
 
 def test_a_row_of_the_gradient_that_became_zero_is_seen(struck):
-    """Σ dX = 0 holds there: the second sum tells. One key, whose probability is 1: of a row of two numbers one is the other's negative."""
-    operands = _operands((1, 1, 8, 16), keys=2, depth=16)
+    """Σ dX = 0 holds there, and dQ is the product of what is there: only the second sum tells."""
+    operands = _operands()
     clean = _step(operands)
-    struck(Struck(IN_DX, 3, 0, 0.0))
+    struck(Struck(IN_DX, 100, -1, 0.0))
     assert _same(_step(operands), clean) and abft.report().recomputed == 1
+    event = abft.report().events[0]
+    assert (event.role, event.row) == ("pv", 100)
 
 
 @pytest.mark.parametrize("where", ["q", "k", "v", "above"])

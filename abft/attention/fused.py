@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import ctypes
 import math
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +20,7 @@ from torch import Tensor
 
 from abft import bits, checksum, encoding, threshold
 from abft.attention import products, softmax, steps
-from abft.attention.problem import Attended, Problem
+from abft.attention.problem import Attended, Options, Problem
 from abft.attention.tally import Tally
 from abft.ledger import Verdict
 from abft.native import library
@@ -62,7 +64,9 @@ class Described(ctypes.Structure):
 
 @dataclass(frozen=True)
 class Struck:
-    """For tests: a number that the pass finds in place of another. row: among all heads'; column: a key, or one of the result's."""
+    """For tests: a number that the pass finds in place of another. row: among all heads'; column: a key, or one of the result's;
+    below 0, of dX alone: the row becomes zero.
+    """
 
     place: int
     row: int
@@ -157,31 +161,47 @@ def _once(problem: Problem, tally: Tally) -> Passed | None:
     """One pass; None if memory is short."""
     functions = library.functions()
     assert functions is not None
-    q, k, v, mask = (adjacent(t) for t in (problem.q, problem.k, problem.v, readable_mask(problem)))
-    assert q is not None and k is not None and v is not None
+    q, k, v, mask = adjacent(problem.q), adjacent(problem.k), adjacent(problem.v), readable_mask(problem)
     attended = problem.empty()
     out = attended.out if q.dtype == torch.float32 else torch.empty_like(attended.out, dtype=torch.float32)
     checked = is_checked(tally, "S") or is_checked(tally, "O")
-    places = np.empty(problem.rows if checked else 0, PLACE)
-    x = described(problem, mask, checked)
-    x.q_steps[:], x.k_steps[:], x.v_steps[:], x.out_steps[:] = q.stride()[:4], k.stride()[:3], v.stride()[:3], out.stride()[:4]
-    x.q, x.k, x.v, x.out, x.places = q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), places.ctypes.data
-    x.mask = q.data_ptr() if mask is None else mask.data_ptr()
-    x.maxima, x.sums = (t.data_ptr() for t in attended.statistics)
-    hit = strike()
-    if hit is not None:
-        x.strike, x.strike_row, x.strike_column, x.strike_value = hit.place, hit.row, hit.column, hit.value
+    places, address = room_for_places(problem.rows if checked else 0)
+    # What is like an earlier call is not described again: it costs as much as a small attention.
+    template = described(*shape_of(q, k, v, mask), out.stride()[:4], problem.options, checked)
+    x = Described.from_buffer_copy(template.plan)
+    x.q, x.k, x.v, x.out, x.places = q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), address
+    x.mask = x.q if mask is None else mask.data_ptr()
+    x.maxima = attended.statistics.data_ptr()
+    x.sums = x.maxima + problem.rows * attended.statistics.element_size()
+    strike_with(strike(), x)
     work = problem.rows * problem.keys * (q.shape[-1] + v.shape[-1])
     if not functions.abft_attention(ctypes.byref(x), steps.threads_for(work)):
         return None
     if out is not attended.out:
         attended.out.copy_(out)
-    return Passed(attended, (math.sqrt(x.worst2[0]), math.sqrt(x.worst2[1])), places[: x.count])
+    return Passed(attended, (math.sqrt(x.worst2[0]), math.sqrt(x.worst2[1])), places[: x.count].copy())
 
 
-def adjacent(t: Tensor | None) -> Tensor | None:
+def strike_with(hit: Struck | None, x: Described) -> None:
+    if hit is not None:
+        x.strike, x.strike_row, x.strike_column, x.strike_value = hit.place, hit.row, hit.column, hit.value
+
+
+_kept = threading.local()
+
+
+def room_for_places(rows: int) -> tuple[np.ndarray, int]:
+    """This thread's room for as many suspect rows, and its address; what is in it lasts until the next call."""
+    kept: tuple[np.ndarray, int] | None = getattr(_kept, "places", None)
+    if kept is None or len(kept[0]) < rows:
+        places = np.empty(max(rows, 1024), PLACE)
+        kept = _kept.places = places, places.ctypes.data
+    return kept
+
+
+def adjacent(t: Tensor) -> Tensor:
     """Its numbers adjacent along the last dimension."""
-    return t if t is None or t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
+    return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
 
 
 def readable_mask(problem: Problem) -> Tensor | None:
@@ -190,24 +210,45 @@ def readable_mask(problem: Problem) -> Tensor | None:
     if mask is None:
         return None
     mask = mask if mask.dtype == torch.bool else mask.to(torch.float32)
-    return mask if mask.shape[-1] == problem.keys else mask.expand(*mask.shape[:-1], problem.keys).contiguous()
+    return adjacent(mask if mask.shape[-1] == problem.keys else mask.expand(*mask.shape[:-1], problem.keys).contiguous())
 
 
-def described(problem: Problem, mask: Tensor | None, checked: bool) -> Described:
-    q, o = problem.q, problem.options
+Shape = tuple[torch.Size, torch.Size, torch.Size, tuple[int, ...], tuple[int, ...], tuple[int, ...], torch.dtype, Any]
+
+
+def shape_of(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Shape:
+    """Everything that tells these operands from those of another problem, but for where they lie."""
+    of_mask = None if mask is None else (mask.shape, mask.stride(), mask.dtype)
+    return q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride(), q.dtype, of_mask
+
+
+@dataclass(frozen=True)
+class Template:
+    """What describes a problem but for its addresses, to be copied, and what its own addresses lead to."""
+
+    plan: ctypes.Structure
+    kept: tuple[object, ...]
+
+
+@lru_cache(maxsize=1024)
+def described(
+    q: torch.Size, k: torch.Size, v: torch.Size, q_steps: tuple[int, ...], k_steps: tuple[int, ...], v_steps: tuple[int, ...],
+    dtype: torch.dtype, mask: tuple[torch.Size, tuple[int, ...], torch.dtype] | None, out_steps: tuple[int, ...], o: Options, checked: bool,
+) -> Template:  # fmt: skip
     x = Described()
-    batch, heads, members, length, width = q.shape
-    x.batch, x.heads, x.members, x.length = batch, heads, members, length
-    x.keys, x.width, x.depth = problem.keys, width, problem.v.shape[-1]
-    x.dtype, x.checked = encoding.DTYPES[q.dtype], checked
+    x.batch, x.heads, x.members, x.length, x.width = q
+    x.keys, x.depth = v[-2:]
+    x.q_steps[:], x.k_steps[:], x.v_steps[:], x.out_steps[:] = q_steps[:4], k_steps[:3], v_steps[:3], out_steps
+    x.dtype, x.checked = encoding.DTYPES[dtype], checked
     x.causal, x.offset, x.window, x.scale = o.causal, o.offset, o.window or 0, o.scale
     if mask is not None:
-        x.mask_kind = SEEN if mask.dtype == torch.bool else ADDED
-        x.mask_steps[:] = [0 if size == 1 else step for size, step in zip(mask.shape[:4], mask.stride()[:4], strict=True)]
-    plan = _plan(problem.keys, width, problem.v.shape[-1])
+        sizes, mask_steps, of_mask = mask
+        x.mask_kind = SEEN if of_mask == torch.bool else ADDED
+        x.mask_steps[:] = [0 if size == 1 else step for size, step in zip(sizes[:4], mask_steps[:4], strict=True)]
+    plan = _plan(x.keys, x.width, x.depth)
     x.keys_group, x.last_keys, x.columns, x.largest2 = plan.keys, plan.last_keys, plan.columns, plan.largest2
     x.softmax_bound, x.range = softmax.KAPPA_SOFTMAX * softmax.UNIT[torch.float32], softmax.RANGE
-    return x
+    return Template(x, (plan,))
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from abft import bits, checksum, threshold
 from abft.attention import fused, scoregrad, softmax, steps
 from abft.attention.fused import IN_DK, IN_DP, IN_DQ, IN_DV, IN_DX, IN_PROBABILITIES, IN_SCORES, Described, Group, Struck
 from abft.attention.gradients import Given, Gradients
-from abft.attention.problem import Problem
+from abft.attention.problem import Options, Problem
 from abft.attention.tally import Tally
 from abft.ledger import Verdict
 from abft.native import library
@@ -125,35 +125,46 @@ def _once(problem: Problem, given: Given, tally: Tally) -> Passed | None:
     """One pass; None if memory is short."""
     functions = library.functions()
     assert functions is not None
-    q, k, v, mask, above = (fused.adjacent(t) for t in (problem.q, problem.k, problem.v, fused.readable_mask(problem), given.d_out))
-    assert q is not None and k is not None and v is not None and above is not None
-    found = Gradients(*(_like(t) for t in (problem.q, problem.k, problem.v)), None)
-    wide = [t if t.dtype == torch.float32 else torch.empty_like(t, dtype=torch.float32) for t in found.of_operands]
-    checked, statistics = fused.is_checked(tally, "S"), given.statistics.contiguous()
-    places = np.empty(problem.rows + 2 * k.shape[:3].numel() if checked else 0, fused.PLACE)
-    y = _Gradients(fused.described(problem, mask, checked))
+    q, k, v, mask = fused.adjacent(problem.q), fused.adjacent(problem.k), fused.adjacent(problem.v), fused.readable_mask(problem)
+    above, statistics = fused.adjacent(given.d_out), given.statistics.contiguous()
+    found = Gradients(_like(problem.q), _like(problem.k), _like(problem.v), None)
+    dq, dk, dv = (t if t.dtype == torch.float32 else torch.empty_like(t, dtype=torch.float32) for t in found.of_operands)
+    checked = fused.is_checked(tally, "S")
+    places, address = fused.room_for_places(problem.rows + 2 * k.shape[:3].numel() if checked else 0)
+    template = _described(
+        *fused.shape_of(q, k, v, mask), above.stride(), dq.stride(), dk.stride(), dv.stride(), problem.options, checked, problem.rows_each
+    )
+    y = _Gradients.from_buffer_copy(template.plan)
     x = y.forward
-    x.q_steps[:], x.k_steps[:], x.v_steps[:], x.out_steps[:] = q.stride()[:4], k.stride()[:3], v.stride()[:3], wide[0].stride()[:4]
-    y.above_steps[:], y.dk_steps[:], y.dv_steps[:] = above.stride()[:4], wide[1].stride()[:3], wide[2].stride()[:3]
-    x.q, x.k, x.v, y.above, x.places = q.data_ptr(), k.data_ptr(), v.data_ptr(), above.data_ptr(), places.ctypes.data
-    x.out, y.dk, y.dv = (t.data_ptr() for t in wide)
-    x.mask = q.data_ptr() if mask is None else mask.data_ptr()
-    x.maxima, x.sums = (t.data_ptr() for t in statistics)
-    y.tile = next(problem.planes()).rows_each
-    plan = _plan(problem.keys, q.shape[-1], v.shape[-1], q.shape[2] * q.shape[3])
-    y.values_group, y.last_values, y.rows_of_q, y.rows_of_k, y.rows_of_v = plan.groups
-    y.weights, y.sketches, y.sketch_step = plan.weights.ctypes.data, plan.sketches.ctypes.data, plan.sketches.strides[0] // 4
-    y.vanishing_bound, y.columns_bound = scoregrad.KAPPA_VANISHING * softmax.UNIT[torch.float32], plan.columns_bound
-    hit = strike()
-    if hit is not None:
-        x.strike, x.strike_row, x.strike_column, x.strike_value = hit.place, hit.row, hit.column, hit.value
+    x.q, x.k, x.v, y.above, x.places = q.data_ptr(), k.data_ptr(), v.data_ptr(), above.data_ptr(), address
+    x.out, y.dk, y.dv = dq.data_ptr(), dk.data_ptr(), dv.data_ptr()
+    x.mask = x.q if mask is None else mask.data_ptr()
+    x.maxima = statistics.data_ptr()
+    x.sums = x.maxima + problem.rows * statistics.element_size()
+    fused.strike_with(strike(), x)
     work = problem.rows * problem.keys * (3 * q.shape[-1] + 2 * v.shape[-1])
     if not functions.abft_attention_backward(ctypes.byref(y), steps.threads_for(work)):
         return None
-    for to, of in zip(found.of_operands, wide, strict=True):
+    for to, of in zip(found.of_operands, (dq, dk, dv), strict=True):
         if to is not of:
             to.copy_(of)
-    return Passed(found, tuple(math.sqrt(w) for w in y.worst2), places[: x.count])
+    return Passed(found, tuple(map(math.sqrt, y.worst2)), places[: x.count].copy())
+
+
+@lru_cache(maxsize=1024)
+def _described(
+    q: torch.Size, k: torch.Size, v: torch.Size, q_steps: tuple[int, ...], k_steps: tuple[int, ...], v_steps: tuple[int, ...],
+    dtype: torch.dtype, mask: tuple[torch.Size, tuple[int, ...], torch.dtype] | None, above_steps: tuple[int, ...],
+    dq_steps: tuple[int, ...], dk_steps: tuple[int, ...], dv_steps: tuple[int, ...], options: Options, checked: bool, tile: int,
+) -> fused.Template:  # fmt: skip
+    forward = fused.described(q, k, v, q_steps, k_steps, v_steps, dtype, mask, dq_steps[:4], options, checked)
+    plan = _plan(k[2], q[-1], v[-1], q[2] * q[3])
+    y = _Gradients(Described.from_buffer_copy(forward.plan))
+    y.above_steps[:], y.dk_steps[:], y.dv_steps[:], y.tile = above_steps[:4], dk_steps[:3], dv_steps[:3], tile
+    y.values_group, y.last_values, y.rows_of_q, y.rows_of_k, y.rows_of_v = plan.groups
+    y.weights, y.sketches, y.sketch_step = plan.weights.ctypes.data, plan.sketches.ctypes.data, plan.sketches.strides[0] // 4
+    y.vanishing_bound, y.columns_bound = scoregrad.KAPPA_VANISHING * softmax.UNIT[torch.float32], plan.columns_bound
+    return fused.Template(y, (forward, plan))
 
 
 def _like(t: Tensor) -> Tensor:

@@ -185,7 +185,7 @@ INLINE int chunk_agrees(abft_attended *x, const abft_group *g, const float *row,
 }
 
 INLINE void hit_in(const abft_attended *x, int place, int64_t row, int64_t chunk, float *values) {
-    if (__builtin_expect(x->strike == place && x->strike_column / CHUNK == chunk, 0)) hit(x, place, row, values);
+    if (__builtin_expect(x->strike == place && x->strike_column >= 0 && x->strike_column / CHUNK == chunk, 0)) hit(x, place, row, values);
 }
 
 /* What a block's rows add to 1ᵀ total. */
@@ -274,6 +274,8 @@ static __attribute__((noinline)) void block_of_gradients(abft_gradients *y, grad
         for (int64_t r = 0; r < rows; r++) {
             m->noise[r] += gradient_of_row(m->p + r * m->ld, m->dx + r * m->ld, m->deltas[r], m->nu_rows, at, at + n, checked);
             hit_in(x, IN_DX, number[r], c, m->dx + r * m->ld);
+            if (__builtin_expect(x->strike == IN_DX && x->strike_column < 0 && number[r] == x->strike_row, 0)) /* all of the row is lost */
+                memset(m->dx + r * m->ld + at, 0, n * sizeof(float));
         }
         product(m->dx + at, m->ld, tall, m->rows_of_k + at * m->ld_q, m->ld_q, m->wide, keys, m->dq, m->wide, checked ? m->dq_panel : NULL,
                 PANEL, c == c0);

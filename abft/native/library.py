@@ -24,7 +24,9 @@ from functools import lru_cache
 from importlib import resources
 from pathlib import Path
 
-FILES = ("vectors.h", "rowsums.h", "judge.c", "encode.c", "fingerprint.c", "measure.c", "attention.h", "attention.c", "attention_backward.c")
+FILES = (
+    "vectors.h", "rowsums.h", "judge.c", "encode.c", "fingerprint.c", "measure.c", "attention.h", "attention.c", "attention_backward.c",
+)  # fmt: skip
 #: No -ffast-math: a NaN has to stay one.
 FLAGS = ("-O2", "-march=native", "-fopenmp", "-fno-math-errno", "-fPIC", "-shared", "-pthread", "-std=gnu11")
 _POINTER, _SIZE, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int

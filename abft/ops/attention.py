@@ -220,7 +220,7 @@ class CheckedAttention(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         # Dynamo traces this and knows the first answer; it could not trace the second question.
         by_operator = torch.compiler.is_compiling() or not nobody_watches(q, k, v)
-        attend_ = attention if by_operator else _attention
+        attend_: Callable[..., tuple[Tensor, Tensor, Tensor]] = attention if by_operator else _attention
         out, statistics, full = attend_(q, k, v, mask, seed, *options, weights, book, site, policy_text)
         # The reference computes δ from probabilities, the kernels from the output.
         kept = out if q.device.type != "cpu" or _asks_for_kernels(policy_text) else None
@@ -245,7 +245,7 @@ class CheckedAttention(torch.autograd.Function):
             d_out = q.new_zeros((*q.shape[:-1], v.shape[-1]))
         above = d_weights if ctx.weights else None
         by_operator = torch.compiler.is_compiling() or not nobody_watches(d_out, q, k, v)
-        backward_ = attention_backward if by_operator else _attention_backward
+        backward_: Callable[..., tuple[Tensor, ...]] = attention_backward if by_operator else _attention_backward
         dq, dk, dv, d_mask = backward_(
             d_out, above, q, k, v, mask, seed, statistics, *ctx.options, of_mask, ctx.ledger, ctx.site, ctx.policy, kept
         )

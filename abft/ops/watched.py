@@ -10,7 +10,7 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def nobody_watches(*operands: Tensor) -> bool:
-    """On a CPU, of plain tensors, outside of modes, transforms, tracers and profilers: there the operator costs as much as a small product."""
+    """On a CPU, of plain tensors, outside of modes, transforms, tracers, profilers: there an operator costs as much as a small product."""
     return (
         all(type(t) in _PLAIN and t.is_cpu and torch._C._has_storage(t) and not t._is_zerotensor() and not t.is_neg() for t in operands)
         and torch._C._len_torch_dispatch_stack() == torch._C._len_torch_function_stack() == 0

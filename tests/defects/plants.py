@@ -644,6 +644,22 @@ PLANTS = (
         ("tests/test_attention_faults.py::test_a_fault_in_every_place_is_repaired_to_the_very_bits",),
     ),
     Plant(
+        "compiled-gradient-sums-to-zero-only",
+        "The compiled backward looks at the plain sum of the softmax's gradient only.",
+        "abft/native/attention_backward.c",
+        "fabs(sum_of(weighted) - expected)",
+        "fabs(sum_of(weighted) - sum_of(weighted))",
+        ("tests/test_attention_gradients.py::test_a_row_of_the_gradient_that_became_zero_is_seen",),
+    ),
+    Plant(
+        "chains-over-queries-begin-anew",
+        "A chain over queries is that of its last block.",
+        "abft/native/attention_backward.c",
+        "if (i % CHUNK == 0) {",
+        "{",
+        ("tests/test_attention_gradients.py::test_queries_that_share_keys_and_tiles_of_any_height_change_no_bit_between_them",),
+    ),
+    Plant(
         "repaired-softmax-multiplies-nothing",
         "The softmax is repaired, and O stays the product of what it was.",
         "abft/attention/forward.py",

@@ -58,7 +58,7 @@ def cpu_model() -> str:
 
 
 def vector_units() -> str:
-    """What the CPU multiplies with: two of one name differ in that, and a product in bf16 by a factor of ten."""
+    """What the CPU multiplies with: two of one name may differ in that, most of all in bf16."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as file:
             flags = next(line.split() for line in file if line.startswith("flags"))

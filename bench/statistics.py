@@ -4,14 +4,13 @@
 
 training: a model learns under ``detector="both"`` while its statistics drift; residuals are recorded. marginal: recorded residuals,
 drawn anew for 132 units of which one is off. severity: random flips under ``detector="statistical"``. cost: of ``both`` on top of
-``checksum``.
+``checksum`` (bench/detector_cost.py; a file of its own).
 """
 
 from __future__ import annotations
 
 import argparse
 import math
-import time
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +20,7 @@ from torch import nn
 import abft
 from abft.statistics import watches
 from abft.statistics.severity import Budget
-from bench import intervals, marginal, recorded
+from bench import detector_cost, intervals, marginal, recorded
 from bench.results import FOLDER, Results
 
 #: What can be measured by itself, and what it writes; the rest of the file stays.
@@ -37,11 +36,13 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--trials", type=int, default=20)
     parser.add_argument("--flips", type=int, default=2000)
+    parser.add_argument("--blocks", type=int, default=60, help="of the cost: two seconds each")
     parser.add_argument("--dtype", default="fp32", choices=["fp32", "bf16"])
     parser.add_argument("--fresh", action="store_true")
     options = parser.parse_args(argv)
     torch.set_num_threads(1)
-    results = Results("statistics", fresh=options.fresh, **{k: v for k, v in vars(options).items() if k not in ("fresh", "parts")})
+    asked = {k: v for k, v in vars(options).items() if k not in ("fresh", "parts", "blocks")}
+    results = Results("statistics", fresh=options.fresh, **asked)
     parts = options.parts or list(PARTS)
     if "marginal" in parts:
         parts = ["training", *parts]  # whose residuals it draws
@@ -56,8 +57,8 @@ def main(argv: list[str]) -> int:
             # One element is what the gate lets be: of several, which may cancel in some of its sums, it must take none for harmless.
             severity(results, options.flips, group, "warp")
     if "cost" in parts:
-        cost(results)
-    print(FOLDER / "statistics.jsonl")
+        detector_cost.measure(Results("statistics-cost", fresh=True, blocks=options.blocks), blocks=options.blocks)
+    print(FOLDER / "statistics*.jsonl")
     return 0
 
 
@@ -155,35 +156,6 @@ def severity(results: Results, flips: int, group: int | None, pattern: str = "el
         could_save=harmless / flagged, harmful=harmful, harmful_left=harmful_left,
         harmful_left_below=intervals.upper_limit(harmful_left, harmful), unseen=missed,
     )  # fmt: skip
-
-
-def cost(results: Results, size: int = 2048, rows: int = 256, rounds: int = 60) -> None:
-    """Calls in turn: checksum, both, checksum again; ratios within each round."""
-    torch.manual_seed(0)
-    watches.forget()
-    x = torch.randn(rows, size)
-    layer = nn.Linear(size, size)
-    policies = [abft.Policy(), abft.Policy(detector="both"), abft.Policy()]
-    models = []
-    for policy in policies:
-        twin = nn.Linear(size, size)
-        twin.load_state_dict(layer.state_dict())
-        models.append(abft.protect(twin, policy, name="cost"))
-    times = []
-    with torch.no_grad():
-        for i in range(rounds + 5):
-            now = []
-            for model in models:
-                start = time.perf_counter()
-                model(x)
-                now.append(time.perf_counter() - start)
-            if i >= 5:
-                times.append(now)
-    t = np.array(times)
-    for name, ratio in (("both / checksum", t[:, 1] / t[:, 0]), ("checksum / checksum", t[:, 2] / t[:, 0])):
-        low, high = intervals.median(ratio.tolist())
-        median = float(np.median(ratio))
-        results.add("cost", key=f"cost {name}", what=name, size=size, rows=rows, rounds=rounds, ratio=median, interval=[low, high])
 
 
 def _draw(run: recorded.Run, dtype: str) -> None:

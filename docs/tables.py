@@ -59,7 +59,8 @@ class File:
         if s.get("gpu") and self.name.startswith(("time-", "scaling-")) and "-cpu" not in self.name:
             return f"{s['gpu'].split(',')[0]}, torch {release(s.get('torch', '?'))}"
         threads = s.get("threads", 1)
-        return f"{s.get('cpu', '?')}, {threads} thread{'s' * (threads != 1)}, torch {release(s.get('torch', '?'))}"
+        vectors = f" ({s['vectors']})" if "vectors" in s else ""
+        return f"{s.get('cpu', '?')}{vectors}, {threads} thread{'s' * (threads != 1)}, torch {release(s.get('torch', '?'))}"
 
     def link(self, page: str, text: str = "") -> str:
         return f"[{text or self.name}]({os.path.relpath(self.path, (ROOT / page).parent)})"
@@ -547,9 +548,11 @@ def statistics(page: str) -> str:
             could = f" of {100 * r['could_save']:.0f} % that harm nobody" if r["pattern"] == "element" else ""
             struck = "random flips" if r["pattern"] == "element" else "flips of several elements of a row"
             rows.append((f"{struck}, fp32, N = {r['n']:,}, group {group}", f"{saved}{could}; {kept}", f.link(page)))
+    for f in files("statistics-cost*") or files("statistics*"):
         for r in f.kind("cost"):
-            low, high = r["interval"]
-            rows.append((f"time, {r['what']}, {r['size']} × {r['size']}", f"× {r['ratio']:.4f} ({low:.4f} … {high:.4f})", f.link(page)))
+            (low, high), clock = r["interval"], f" ({r['clock']} clock)" if "clock" in r else ""
+            what = f"time{clock}, {r['what']}, {r['size']} × {r['size']}"
+            rows.append((what, f"× {r['ratio']:.4f} ({low:.4f} … {high:.4f})", f.link(page)))
     return table("what | result | file", rows, "python -m bench statistics")
 
 

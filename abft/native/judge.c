@@ -339,7 +339,7 @@ INLINE void judge_rows(const abft_plan *p, const abft_product *x, int64_t m0, in
                        int dtype, int full) {
     const int64_t kinds = full ? KINDS : 1, each = p->groups * kinds;
     const d4 accumulate2 = *(const d4 *)p->accumulate2, round2 = *(const d4 *)p->round2, absolute2 = *(const d4 *)p->absolute2;
-    double noise[2], actual[2 * KINDS] __attribute__((aligned(32))) = {0}, square[2];
+    double noise[2] = {0}, actual[2 * KINDS] __attribute__((aligned(32))) = {0}, square[2];
     for (int64_t g = 0; g < p->groups; g++) {
         const int64_t start = g * p->width, width = p->n - start < p->width ? p->n - start : p->width;
         sums_of_rows(x->y, m0 * x->ldy + start, x->ldy, rows, width, width < p->width ? p->last_signs : p->signs, dtype, full, actual, KINDS,

@@ -20,7 +20,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """``--panel``, ``--timing`` and ``--detector``, as in a policy."""
     parser.add_argument("--panel", default=COMMON["panel"], choices=["full", "lean"])
     parser.add_argument("--timing", default=COMMON["timing"], choices=["immediate", "deferred"], help="deferred: the kernels only")
-    parser.add_argument("--detector", default=COMMON["detector"], choices=["checksum", "both", "statistical"], help="statistical: a CPU only")
+    parser.add_argument("--detector", default=COMMON["detector"], choices=["checksum", "both", "statistical"], help="statistical: a CPU")
     parser.add_argument("--seconds", type=float, default=math.inf, help="begin nothing new after so long")
     parser.add_argument("--out", type=Path, help="folder of the result (default: bench/results)")
 

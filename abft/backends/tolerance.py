@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from abft.backends.call import Call
@@ -60,7 +61,20 @@ def _severity(case: Case, row: int) -> Severity:
     residual = j.sums.actual[row].astype(np.float64) - j.sums.predicted[row]
     bound = j.tau[row].astype(np.float64)
     beyond = np.flatnonzero((np.abs(residual) > bound).any(-1))
-    single = len(beyond) == 1 and case.locate(case.y, row, int(beyond[0])) is not None
+    column = case.locate(case.y, row, int(beyond[0])) if len(beyond) == 1 else None
     # What is weighted by a column's place tells where, and e and one how much: a single error weighs 1 in both.
     kinds = [i for i, kind in enumerate(j.sums.kinds) if kind in ("e", "one")]
-    return of_suspect(residual[:, kinds], bound[:, kinds], float(j.sums.squares[row].astype(np.float64).sum()), single=single)
+    error = float("nan") if column is None else _error_at(case, row, column)
+    return of_suspect(residual[:, kinds], bound[:, kinds], error, float(j.sums.squares[row].astype(np.float64).sum()))
+
+
+def _error_at(case: Case, row: int, column: int) -> float:
+    """What one element is off by, from its fp64 product: the only way to know that the sums are not those of several others."""
+    call, y = case.call, case.y
+    bias = 0.0 if call.bias is None else call.bias[column].double()
+    if call.a.dim() == 2:
+        error = y[row, column].double() - (torch.dot(call.a[row].double(), call.w[column].double()) + bias)
+    else:
+        batch, r = divmod(row, call.a.shape[1])
+        error = y[batch, r, column].double() - (torch.dot(call.a[batch, r].double(), call.w[batch, column].double()) + bias)
+    return float(error.numpy())

@@ -188,7 +188,7 @@ def main(argv: list[str]) -> int:
     if not todo:
         parser.error(f"nothing is audited for this choice (on AMD only cases {AMD_CASES} and operands {AMD_OPERANDS})")
     committed = audited.path(triton.__version__)
-    unfinished = (options.out or committed.parent) / f"{committed.stem}-unfinished.jsonl"  # of a run that was stopped
+    unfinished = (options.out or committed.parent) / f"unfinished-{committed.name}"  # of a run that was stopped
     have = {} if options.afresh else known(audited.rows(committed)) | known(audited.rows(unfinished))
     if options.compare:
         return _compare([json.loads(dump(row)) for row in compile_all(todo, options.jobs, have)])

@@ -64,7 +64,6 @@ class Case:
 #: Attention is left to torch on Blackwell (docs/decisions/0048); AMD's GPUs were not tried.
 ATTENTION = {"launches": compiled.attention_launches, "arches": ("80", "90")}
 GRADIENT = {"launches": compiled.attention_gradient_launches, "arches": ("80", "90")}
-ON_HOPPER = {"arches": ("90",)}
 #: Types of attention's operands, of its commonest cases and of others.
 THREE, TWO, ONE = ("bf16", "fp16", "ieee"), ("bf16", "ieee"), ("bf16",)
 #: What is audited; a new kernel takes one line here. m = n = k = 4096 with bias unless said otherwise. A short N has a narrow panel
@@ -96,17 +95,23 @@ CASES = (
     Case("attention", {}, THREE, **ATTENTION),
     Case("attention lean", {"form": "lean"}, ("bf16", "fp16"), **ATTENTION),
     Case("attention 256", {"columns": 256}, TWO, **ATTENTION),
-    Case("attention whole", {"causal": False}, ONE, **ATTENTION | ON_HOPPER),
+    Case("attention whole", {"causal": False}, ONE, **ATTENTION),
     Case("attention everything", {"asked": "everything"}, ONE, **ATTENTION),
-    Case("attention added", {"asked": "added"}, ONE, **ATTENTION | ON_HOPPER),
+    Case("attention added", {"asked": "added"}, ONE, **ATTENTION),
     Case("gradient 64", {"columns": 64}, THREE, **GRADIENT),
-    Case("gradient 96", {"columns": 96}, ONE, **GRADIENT | ON_HOPPER),
+    Case("gradient 96", {"columns": 96}, ONE, **GRADIENT),
     Case("gradient", {}, THREE, **GRADIENT),
     Case("gradient 256", {"columns": 256}, TWO, **GRADIENT),
-    Case("gradient whole", {"causal": False}, ONE, **GRADIENT | ON_HOPPER),
+    Case("gradient whole", {"causal": False}, ONE, **GRADIENT),
     Case("gradient everything", {"asked": "everything"}, ONE, **GRADIENT),
-    Case("gradient added", {"asked": "added"}, ONE, **GRADIENT | ON_HOPPER),
+    Case("gradient added", {"asked": "added"}, ONE, **GRADIENT),
 )
+#: Hopper is audited in full, other GPUs in the commonest cases.
+IN_FULL = "90"
+ELSEWHERE = {
+    "full": OPERANDS, "half": ("bf16", "fp16"), "deferred": FLOATS, "second": ("bf16", "tf32"), "third": ("bf16",),
+    "attention 64": THREE, "attention": THREE, "gradient 64": THREE, "gradient": THREE,
+}  # fmt: skip
 #: For AMD only that the kernels build, with the configs of older GPUs: nothing is claimed of their arithmetic.
 AMD_CASES, AMD_OPERANDS = ("full",), ("bf16", "ieee")
 
@@ -146,7 +151,8 @@ def work(arches: Iterable[str], names: Iterable[str], operands: Iterable[str]) -
     for arch, case in itertools.product(arches, CASES):
         amd = not arch.isdecimal()
         for kind in case.operands:
-            built = arch in case.arches and not (amd and (case.name not in AMD_CASES or kind not in AMD_OPERANDS))
+            built = arch in case.arches and (arch == IN_FULL or kind in ELSEWHERE.get(case.name, ()))
+            built = built and not (amd and (case.name not in AMD_CASES or kind not in AMD_OPERANDS))
             if built and case.name in names and kind in operands:
                 yield arch, kind, case
 
@@ -188,7 +194,7 @@ def main(argv: list[str]) -> int:
     if not todo:
         parser.error(f"nothing is audited for this choice (on AMD only cases {AMD_CASES} and operands {AMD_OPERANDS})")
     committed = audited.path(triton.__version__)
-    unfinished = (options.out or committed.parent) / f"{committed.stem}-unfinished.jsonl"  # of a run that was stopped
+    unfinished = (options.out or committed.parent) / f"unfinished-{committed.name}"  # of a run that was stopped
     have = {} if options.afresh else known(audited.rows(committed)) | known(audited.rows(unfinished))
     if options.compare:
         return _compare([json.loads(dump(row)) for row in compile_all(todo, options.jobs, have)])

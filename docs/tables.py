@@ -619,6 +619,32 @@ def _products() -> Iterator[tuple[File, Record, Record]]:
                 yield f, r, found[arch, operands, "unchecked_product"]
 
 
+#: A kernel of attention, and the one that computes its suspect blocks again.
+AGAIN = {"checked_attention": "settle_attention", "attention_dq": "attention_dq_again", "attention_dkv": "attention_dkv_again"}
+
+
+def attention_audit(page: str) -> str:
+    """Attention's kernels beside the same compiled without checks; "lean" is without products of exponentials."""
+    rows = []
+    for f in files("audit*"):
+        found: dict[tuple[str, ...], list[Record]] = {}
+        for r in f.kind("audit"):
+            found.setdefault((r["arch"], r["case"], r["operands"], r["kernel"]), []).append(r)
+        for (arch, case, operands, kernel), launches in found.items():
+            if kernel in AGAIN:
+                twin, r = launches
+                (again,) = found[arch, case, operands, AGAIN[kernel]]
+                steps = " → ".join(str(one["tiles"][0]["step"]["issued"]) if one["tiles"] else "–" for one in (twin, r))
+                tile = f"{r['config']['BM']} × {r['config']['BN']}"
+                rows.append((arch, case, operands, kernel, tile, _beside(twin, r, "registers"), r["local"], again["local"],
+                             _beside(twin, r, "blocks"), steps, _triton(f), f.link(page)))  # fmt: skip
+    header = (
+        "target | case | operands | kernel | queries × keys | registers, unchecked → checked | spilled bytes | in a repetition | "
+        "blocks per multiprocessor | instructions of a block's step | Triton | file"
+    )
+    return table(header, rows, "python -m bench audit")
+
+
 def _beside(twin: Record, r: Record, what: str) -> str:
     return f"{twin[what]} → {r[what]}" if what in r else "–"
 
@@ -786,6 +812,7 @@ TABLES: dict[str, Callable[[str], str]] = {
     "memory": memory,
     "predictions": predictions,
     "audit": audit,
+    "attention-audit": attention_audit,
     "bytes": bytes_moved,
     "work": work,
     "statistics": statistics,

@@ -154,7 +154,7 @@ def _limits(arithmetic: threshold.Arithmetic, e: int, d: int, keys: int, packed:
 
 
 @lru_cache(maxsize=1024)
-def _choice(e: int, d: int, dtype: torch.dtype, device: torch.device, laden: bool) -> tuple[Any, threshold.Arithmetic]:
+def _choice(e: int, d: int, dtype: torch.dtype, device: torch.device, laden: bool = False) -> tuple[Any, threshold.Arithmetic]:
     """(blocks, arithmetic) of heads on a device."""
     from abft.triton_kernels import configs
     from abft.triton_kernels.attention_forward import padded

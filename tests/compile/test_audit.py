@@ -23,6 +23,7 @@ INT_KERNELS = {"checked_int_product", "verify_exactly", "recompute_exactly", "se
 INT_PRODUCTS = ("checked_int_product", "recompute_exactly")
 #: Compiled by hand so far (docs/decisions/0048, 0051): compiled.attention_launches and attention_gradient_launches are what cases will take.
 UNAUDITED = {"checked_attention", "sum_keys_and_values", "settle_attention"}
+UNAUDITED |= {"decode_part", "combine_parts", "part_again", "conclude_parts", "append_tokens"}  # test_decode_forms.py
 UNAUDITED |= {"encode", "attention_dq", "attention_dkv", "attention_dq_again", "attention_dkv_again", "conclude"}
 #: The matrix instruction of every generation and kind, and that of the two shapes of tile.
 MATRIX = {

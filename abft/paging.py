@@ -31,8 +31,8 @@ class PagedCache:
 
     k and v are (pages, page_length, kv_heads, head_dim): pages in order, ``table(sequences)``, are a contiguous (B, S, H, D) cache.
     fp16, bf16 or fp32; page_length 16, 32, 64 or 128. Beside the contents lie, per page and head, two fp32 vectors of K's width, and
-    per token four fp32 numbers and six (fp32: twelve) of 32 bits: read at a step are only the former, 1 / page_length + 8 / head_dim of
-    what is read of 16-bit contents. Does not see a token that was wrong when it was appended. Raises ShapeError, DtypeError.
+    per token and head four fp32 numbers, which a step reads (of 16-bit contents 2 / page_length + 4 / head_dim more), and a fingerprint,
+    which it does not. Does not see a token that was wrong when it was appended. Raises ShapeError, DtypeError.
     """
 
     def __init__(

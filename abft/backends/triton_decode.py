@@ -81,7 +81,7 @@ def plan(call: DecodeCall) -> Any:
         flat, rows, q.shape[3], call.scale, call.scale * LOG2E.value, call.window, call.softcap
     )
     splits = configs.decode_splits(flat.shape[0] * flat.shape[1], call.table.shape[1])
-    wide = max(e, d) > 128
+    wide = max(e, d) > 64
     return attention_decode.Decoding(
         flat, query, _pages(call.pages), _tables(call.table, call.lengths), weights(k.shape[1], d, device),
         attention_decode.Limits(c.scores, c.slope, c.shift, c.output, c.output_slope, c.sums, c.sums_slope), splits,

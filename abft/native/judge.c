@@ -82,7 +82,7 @@ INLINE void multiply_along(const float *a, int64_t rs, int rows, const float *pa
     if (i < depth) STEP(some_lanes, depth - i)
 #undef STEP
     UNROLL for (int r = 0; r < rows; r++) {
-        const v4 sums = sums_of(sum[r][0], sum[r][1], sum[r][2], sum[r][3]);
+        const v4 sums = sum_four(sum[r][0], sum[r][1], sum[r][2], sum[r][3]);
         if (columns == QUAD)
             *(v4 *)(raw + r * wide) += sums;
         else
@@ -161,7 +161,7 @@ INLINE void predict(const abft_plan *p, const abft_product *x, int64_t m0, int64
                 if (rows == TASK)
                     UNROLL for (int m = 0; m < TASK; m += LANES) *(vf *)(block + k * TASK + m) = lanes_of(x->a, at + m, dtype);
                 else
-                    for (int m = 0; m < TASK; m += LANES) *(vf *)(block + k * TASK + m) = first_of(x->a, at + m, rows - m, dtype);
+                    for (int m = 0; m < TASK; m += LANES) *(vf *)(block + k * TASK + m) = lanes_at_most(x->a, at + m, rows - m, dtype);
             }
             multiply_columns(block, to, k0, depth, sums);
         } else if (dtype == FP32 && ks == 1) {

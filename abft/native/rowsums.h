@@ -36,10 +36,10 @@ INLINE void sums_of_rows(const void *y, int64_t start, int64_t ld, int rows, int
             square[r][0] += square[r][i];
         }
         if (full)
-            *(d4 *)(sums + r * step) = __builtin_convertvector(sums_of(e[r][0], one[r], hi[r], lo), d4);
+            *(d4 *)(sums + r * step) = __builtin_convertvector(sum_four(e[r][0], one[r], hi[r], lo), d4);
         else
-            sums[r * step + E] = sum_of(e[r][0]);
-        squares[r] = sum_of(square[r][0]);
+            sums[r * step + E] = sum_lanes(e[r][0]);
+        squares[r] = sum_lanes(square[r][0]);
     }
 }
 

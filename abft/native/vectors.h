@@ -117,7 +117,7 @@ INLINE vf some_lanes(const void *p, int64_t i, int64_t count, int dtype) {
     return *(const vf *)out;
 }
 
-INLINE vf first_of(const void *p, int64_t i, int64_t count, int dtype) {
+INLINE vf lanes_at_most(const void *p, int64_t i, int64_t count, int dtype) {
     return count >= LANES ? lanes_of(p, i, dtype) : some_lanes(p, i, count, dtype);
 }
 
@@ -154,7 +154,7 @@ INLINE v4 four_of(vf v) {
 #endif
 }
 
-INLINE v4 sums_of(vf a, vf b, vf c, vf d) {
+INLINE v4 sum_four(vf a, vf b, vf c, vf d) {
 #if LANES == 8
     const __m256 sums = _mm256_hadd_ps(_mm256_hadd_ps((__m256)a, (__m256)b), _mm256_hadd_ps((__m256)c, (__m256)d));
     return (v4)_mm256_castps256_ps128(sums) + (v4)_mm256_extractf128_ps(sums, 1);
@@ -172,7 +172,7 @@ INLINE v4 sums_of(vf a, vf b, vf c, vf d) {
 #endif
 }
 
-INLINE double sum_of(vf v) {
+INLINE double sum_lanes(vf v) {
     const v4 four = four_of(v);
     return (double)((four[0] + four[2]) + (four[1] + four[3]));
 }

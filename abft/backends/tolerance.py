@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from abft import checksum
 from abft.backends.call import Call
 from abft.backends.reference import Judgement
 from abft.ledger import Verdict
@@ -17,6 +18,10 @@ from abft.statistics.severity import Severity, of_suspect
 
 if TYPE_CHECKING:
     from abft.backends.arbitration import Case
+
+
+#: Fragments on either side of where an error was located in which it may lie.
+NEAR = 4
 
 
 def watch_of(call: Call) -> watches.Watch | None:
@@ -64,7 +69,13 @@ def _severity(case: Case, row: int) -> Severity:
     column = case.locate(case.y, row, int(beyond[0])) if len(beyond) == 1 else None
     # What is weighted by a column's place tells where, and e and one how much: a single error weighs 1 in both.
     kinds = [i for i, kind in enumerate(j.sums.kinds) if kind in ("e", "one")]
-    error = float("nan") if column is None else _error_at(case, row, column)
+    error = float("nan")
+    if column is not None:
+        # Of an error near its bound hi tells the place only nearly; lo does.
+        start, stop = case.plan.layout.groups.span(int(beyond[0]))
+        near = range(column - NEAR * checksum.FRAGMENT, column + NEAR * checksum.FRAGMENT + 1, checksum.FRAGMENT)
+        errors = [_error_at(case, row, n) for n in near if start <= n < stop]
+        error = min(errors, key=lambda e: abs(abs(e) - abs(residual[beyond[0], kinds[0]])))
     return of_suspect(residual[:, kinds], bound[:, kinds], error, float(j.sums.squares[row].astype(np.float64).sum()))
 
 

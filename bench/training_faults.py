@@ -130,7 +130,8 @@ def _draw(records: list[dict[str, Any]], image: Path = IMAGE) -> None:
         died = [sum(not math.isfinite(float(r["held_out"])) for r in runs if (r["arm"], r["rate"]) == (arm, rate)) for rate in rates]
         for number, count in enumerate(died):
             if count:  # a run that is not there is easily overlooked
-                left.text(number + shift, 0.98, f"{count} at NaN", color=colour, ha="center", va="top", transform=left.get_xaxis_transform())
+                place = left.get_xaxis_transform()
+                left.text(number + shift, 0.98, f"{count} at NaN", color=colour, ha="center", va="top", transform=place)
     right.set_yscale("symlog", linthresh=1e-8)
     right.set_ylim(-3e-9, None)
     left.set(ylabel="held-out loss after the last step")

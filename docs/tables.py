@@ -737,7 +737,7 @@ def _marginal(f: File, runs: list[Record], page: str) -> str:
     run = next(iter(f.kind("run")))
     where = f"{run['machine']['cpu']}, threads: {run['torch_threads']}, torch {release(run['versions']['torch'])}, fp32"
     counts = "rows checked | beyond their bounds | named | largest change of the loss | held-out loss | file"
-    return "\n" + table(f"one of four devices turns marginal ({where}) | {counts}", map(row, runs))
+    return table(f"one of four devices turns marginal ({where}) | {counts}", map(row, runs))
 
 
 # --- the commands -------------------------------------------------------------------------------------

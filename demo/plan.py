@@ -1,4 +1,4 @@
-"""How much the demo does: on two CPU cores under 30 seconds, under three minutes, or the whole matrix."""
+"""How much the demo does: on two CPU cores under a minute, under three minutes, or the whole matrix."""
 
 from __future__ import annotations
 

@@ -10,6 +10,7 @@ The demo's arms (demo/training.py) on a smaller GPT, each seed with weights, dat
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -126,6 +127,11 @@ def _draw(records: list[dict[str, Any]], image: Path = IMAGE) -> None:
             label = arm if number == 0 else None
             left.plot(places, [float(r["held_out"]) for r in mine], "o", color=colour, markersize=4, label=label)
             right.plot(places, [abs(float(r["held_out_off"])) for r in mine], "o", color=colour, markersize=4, label=label)
+        died = [sum(not math.isfinite(float(r["held_out"])) for r in runs if (r["arm"], r["rate"]) == (arm, rate)) for rate in rates]
+        for number, count in enumerate(died):
+            if count:  # a run that is not there is easily overlooked
+                place = left.get_xaxis_transform()
+                left.text(number + shift, 0.98, f"{count} at NaN", color=colour, ha="center", va="top", transform=place)
     right.set_yscale("symlog", linthresh=1e-8)
     right.set_ylim(-3e-9, None)
     left.set(ylabel="held-out loss after the last step")

@@ -762,6 +762,10 @@ def demo(page: str) -> str:
         arms = [a for a in f.kind("retrieval_arm") if a["rate"] > 0]
         if arms:
             parts.append(_retrieval(f, arms, page))
+    for f in files("demo*"):
+        runs = list(f.kind("marginal_run"))
+        if runs:
+            parts.append(_marginal(f, runs, page))
     return "\n".join(parts) or "*Plots stand here after `./run demo`.*\n"
 
 
@@ -776,6 +780,21 @@ def _retrieval(f: File, arms: list[Record], page: str) -> str:
     where = f"{run['machine']['cpu']}, {run['torch_threads']} threads, torch {torch}, fp32"
     header = f"retrieval ({where}) | forwards struck | requests | harmful faults | detected | wrong answers | file"
     return table(header, map(row, arms))
+
+
+def _marginal(f: File, runs: list[Record], page: str) -> str:
+    def row(r: Record) -> tuple[object, ...]:
+        watched, named = r["arm"] == "watched", r["blamed"] >= 0
+        checks = (f"{r['checks']:,}", f"**{r['detected']:,}**") if watched else ("–", "–")
+        found = f"{r['named']} at step {r['found']}, back to {r['resumed']}" if named else "–"
+        off = r["distance"]["max_loss"]
+        same = "bit-equal" if r["distance"]["bit_equal"] else small(off)
+        return r["arm"], *checks, found, same, f"{r['held_out']:.4f}", f.link(page)
+
+    run = next(iter(f.kind("run")))
+    where = f"{run['machine']['cpu']}, threads: {run['torch_threads']}, torch {release(run['versions']['torch'])}, fp32"
+    counts = "rows checked | beyond their bounds | named | largest change of the loss | held-out loss | file"
+    return table(f"one of four devices turns marginal ({where}) | {counts}", map(row, runs))
 
 
 # --- the commands -------------------------------------------------------------------------------------

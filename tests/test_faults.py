@@ -16,6 +16,7 @@ from torch.nn import functional as F
 import abft
 from abft import checksum
 from abft.backends import reference
+from abft.faults import Addition
 from abft.inject import Fault, Injected, Mixture, faults
 
 WHATS = ("nullify", "bitflip", "carry", "nan", "inf", "-inf", "near_inf", "nonfinite", "scale", "stuck_at")
@@ -76,6 +77,12 @@ def test_an_offset_shifts_one_column_of_every_row(steps, amount):
     assert all(row == number and column == 7 for number, (row, column, *_) in enumerate(injected.elements))
     mended, report, _ = repairing.struck(fault)
     assert report.corrected == ROWS and oracles.bits_equal(mended["fprop"], repairing.clean["fprop"])
+
+
+def test_the_kernels_refuse_an_offset_by_name():
+    for word in ("keep", "flip", "add"):
+        with pytest.raises(NotImplementedError, match="'offset' strikes on a CPU only"):
+            getattr(Addition(1.0), word)
 
 
 @pytest.mark.parametrize(("what", "amount"), [("offset", 0.0), ("offset", float("inf")), ("offset", float("nan")), ("nullify", 1.0)])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -127,14 +128,14 @@ def _by_torch(
     return bypassed(reason, lambda: varlen_attn(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, scale=scale, **named))
 
 
-def _torchs_names(window: tuple[int, int], enable_gqa: bool) -> dict[str, object] | None:
+def _torchs_names(window: tuple[int, int], enable_gqa: bool) -> dict[str, Any] | None:
     """The arguments by which this torch's function does the same; None if it cannot. Earlier versions knew causal or not, and no groups."""
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
         return None
     known = inspect.signature(varlen_attn).parameters
-    named: dict[str, object] = {"window_size": window, "enable_gqa": enable_gqa}
+    named: dict[str, Any] = {"window_size": window, "enable_gqa": enable_gqa}
     if "enable_gqa" not in known and not enable_gqa:
         del named["enable_gqa"]
     if "window_size" not in known and window in ((-1, -1), (-1, 0)):

@@ -214,6 +214,20 @@ def test_flops_are_those_of_the_sequences():
     assert counter.get_total_flops() == 2 * 4 * pairs * ((16 + 12) + (3 * 16 + 2 * 12))
 
 
+def test_coverage_counts_its_share():
+    class Packed(torch.nn.Module):
+        def forward(self, x):
+            cu = torch.tensor([0, 2, 6], dtype=torch.int32)
+            return abft.varlen_attention(x, x, x, cu, cu, 4, 4)
+
+    x = torch.randn(6, 2, 8, requires_grad=True)
+    model = Packed()
+    model.weight = torch.nn.Parameter(torch.ones(()))
+    assert abft.coverage(model, x).flop_share == 1.0
+    with abft.protected(abft.Policy(roles=frozenset({"qk"}))):
+        assert abft.coverage(model, x).flop_share == pytest.approx(4 / 7)  # of seven products
+
+
 # --- what is refused ------------------------------------------------------------------------------
 
 

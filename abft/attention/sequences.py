@@ -92,7 +92,7 @@ def attend(packed: Packed, tally: Tally) -> Attended:
 def gradients(packed: Packed, d_out: Tensor, statistics: Tensor, tally: Tally) -> Gradients:
     """The gradients of q, k and v, as these are packed."""
     q, k, v = packed.q, packed.k, packed.v
-    total = Gradients(*(torch.zeros_like(t, memory_format=torch.contiguous_format) for t in (q, k, v)), None)
+    total = Gradients(q.new_zeros(q.shape), k.new_zeros(k.shape), v.new_zeros(v.shape), None)
     e, d, (queries, keys) = q.shape[-1], v.shape[-1], packed.tokens
     rows, columns = q.shape[1] * queries, k.shape[1] * keys
     _expect(tally, rows, S=(rows, 0, e), dP=(rows, 0, d), dQ=(rows, e, 0))

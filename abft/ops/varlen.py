@@ -99,7 +99,7 @@ def _varlen_backward(
 def _as_one(q: Tensor, k: Tensor, v: Tensor, options: Options) -> Problem:
     """The tokens of all sequences as one, (1, H, G, T, E) and (1, H, S, ·), views."""
     of_q = q.unflatten(1, (k.shape[1], -1)).permute(1, 2, 0, 3).unsqueeze(0)
-    return Problem(of_q, *(t.transpose(0, 1).unsqueeze(0) for t in (k, v)), None, 0, options)
+    return Problem(of_q, k.transpose(0, 1).unsqueeze(0), v.transpose(0, 1).unsqueeze(0), None, 0, options)
 
 
 def _by_tokens(t: Tensor) -> Tensor:
@@ -202,8 +202,8 @@ def _differentiable(
             "pad the sequences and use abft.scaled_dot_product_attention"
         )
     bypass(ctx.ledger, "double backward")
-    max_q, max_k, *options = ctx.options
-    packed = _read(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, Options.read(*options, 0.0, 0.0))
+    max_q, max_k, scale, causal, right, window = ctx.options
+    packed = _read(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, Options.read(scale, causal, right, window, 0.0, 0.0))
     wanted = [t for t, needs in zip((q, k, v), ctx.needs_input_grad, strict=False) if needs]
     found = torch.autograd.grad(sequences.plainly(packed), wanted, d_out, create_graph=True, allow_unused=True)
     by = {id(t): g for t, g in zip(wanted, found, strict=True)}

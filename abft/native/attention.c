@@ -34,10 +34,10 @@ static __attribute__((noinline)) void block_of_queries(abft_attended *x, const r
         for (int64_t e = 0; e < width; e += 16) {
             const int64_t from = b * x->qs[0] + h * x->qs[1] + g * x->qs[2] + (l0 + r) * x->qs[3] + e;
             if (r + AHEAD < rows) soon(x->q, from + AHEAD * x->qs[3], dtype);
-            EACH_PIECE(i) {
-                vn v = {0};
-                if (r < rows) v = part_of_lane(x->q, from + i * LANE, width - e - i * LANE, dtype);
-                *(vn *)(m->q + r * wide + e + i * LANE) = v * scale;
+            EACH_PART(i) {
+                vf v = {0};
+                if (r < rows) v = lanes_at_most(x->q, from + i * LANES, width - e - i * LANES, dtype);
+                *(vf *)(m->q + r * wide + e + i * LANES) = v * scale;
             }
         }
     for (int64_t c = c0; c < c1; c++)
@@ -70,16 +70,16 @@ static __attribute__((noinline)) void block_of_queries(abft_attended *x, const r
             }
         }
         const float inverse = 1.0f / (sum == 0 ? 1.0f : sum);
-        vn noise[PIECES];
-        EACH_PIECE(i) noise[i] = (vn){0};
+        vf noise[PARTS];
+        EACH_PART(i) noise[i] = (vf){0};
         const int64_t from = w.first / 16 * 16, to = at_least(sixteens(w.last), from), end = sixteens(at_most(c1 * CHUNK, x->keys));
         if (from > c0 * CHUNK) memset(s + c0 * CHUNK, 0, (from - c0 * CHUNK) * sizeof(float));
         for (int64_t n = from; n < to; n += 16)
-            EACH_PIECE(i) {
-                const vn y = at(p + n + i * LANE) * inverse;
-                *(vn *)(s + n + i * LANE) = y;
+            EACH_PART(i) {
+                const vf y = at(p + n + i * LANES) * inverse;
+                *(vf *)(s + n + i * LANES) = y;
                 if (checked) {
-                    const vn z = y * at(m->nu_values + n + i * LANE);
+                    const vf z = y * at(m->nu_values + n + i * LANES);
                     noise[i] = fma_of(z, z, noise[i]);
                 }
             }
@@ -235,9 +235,9 @@ int abft_multiply(const abft_factors *x, int threads) {
 /* x = exp(x), each number as in the fused pass. */
 void abft_exponentials(float *x, int64_t count, int threads) {
 #pragma omp parallel for num_threads(threads) if (threads > 1)
-    for (int64_t i = 0; i < count / LANE * LANE; i += LANE) *(vn *)(x + i) = exp_of(at(x + i));
-    const int64_t whole = count / LANE * LANE;
-    const vn last = exp_of(first_numbers(x + whole, count - whole));
+    for (int64_t i = 0; i < count / LANES * LANES; i += LANES) *(vf *)(x + i) = exp_of(at(x + i));
+    const int64_t whole = count / LANES * LANES;
+    const vf last = exp_of(first_numbers(x + whole, count - whole));
     for (int64_t i = whole; i < count; i++) x[i] = last[i - whole];
 }
 
@@ -245,19 +245,19 @@ void abft_exponentials(float *x, int64_t count, int threads) {
 void abft_row_sums(const float *p, const float *q, int64_t rows, int64_t keys, float *sums, int threads) {
 #pragma omp parallel for num_threads(threads) if (threads > 1)
     for (int64_t r = 0; r < rows; r++) {
-        vn total[PIECES] = {{0}};
+        vf total[PARTS] = {{0}};
         for (int64_t c = 0; c < keys; c += CHUNK) {
-            vn sum[PIECES] = {{0}};
+            vf sum[PARTS] = {{0}};
             for (int64_t n = c; n < at_most(c + CHUNK, keys); n += 16)
-                EACH_PIECE(i) {
-                    const int64_t here = r * keys + n + i * LANE, left = keys - n - i * LANE;
-                    const vn a = left < LANE ? first_numbers(p + here, left) : at(p + here);
+                EACH_PART(i) {
+                    const int64_t here = r * keys + n + i * LANES, left = keys - n - i * LANES;
+                    const vf a = left < LANES ? first_numbers(p + here, left) : at(p + here);
                     if (q)
-                        sum[i] = fma_of(a, left < LANE ? first_numbers(q + here, left) : at(q + here), sum[i]);
+                        sum[i] = fma_of(a, left < LANES ? first_numbers(q + here, left) : at(q + here), sum[i]);
                     else
                         sum[i] += a;
                 }
-            EACH_PIECE(i) total[i] += sum[i];
+            EACH_PART(i) total[i] += sum[i];
         }
         sums[r] = (float)total_of(total);
     }

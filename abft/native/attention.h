@@ -6,24 +6,17 @@
 enum { CHUNK = 128, PANEL = 16, COLUMN_OF_ONES = KINDS, BLOCK = 64, BLOCK_SCORES = 96 * 1024, AHEAD = 16 };
 enum { NO_MASK, SEEN, ADDED }; /* a mask: bool (true: seen), or fp32, added to the scores */
 enum { IN_SCORES = 1, IN_PROBABILITIES, IN_SUM, IN_OUT, IN_DP, IN_DELTA, IN_DX, IN_DQ, IN_DK, IN_DV };
-/* What one register holds: a vector that takes two lives on the stack, as compilers have it. Sixteen lanes are PIECES of them. */
+/* Sixteen lanes are PARTS registers. TALL, BROAD: rows and sixteens of an accumulator that fit in all of them. */
 #ifdef __AVX512F__
-typedef v16 vn;
-enum { TALL = 8, BROAD = 3 }; /* rows and sixteens of an accumulator in registers */
+enum { TALL = 8, BROAD = 3 };
 #else
-typedef v8 vn;
 enum { TALL = 4, BROAD = 1 };
 #endif
-enum { LANE = sizeof(vn) / sizeof(float), PIECES = 16 / LANE };
-typedef int32_t mn __attribute__((vector_size(sizeof(vn)), aligned(4), may_alias));
-typedef uint32_t un __attribute__((vector_size(sizeof(vn)), aligned(4), may_alias));
-typedef uint8_t bn __attribute__((vector_size(LANE), aligned(1), may_alias));
-typedef uint16_t hn __attribute__((vector_size(2 * LANE), aligned(2), may_alias));
-typedef double dn __attribute__((vector_size(sizeof(vn)), aligned(8), may_alias));
-typedef float fn __attribute__((vector_size(sizeof(vn) / 2), aligned(4), may_alias));
-enum { WIDE = LANE / 2 }; /* doubles of a register */
+typedef int32_t mn __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef uint8_t bn __attribute__((vector_size(LANES), aligned(1), may_alias));
+enum { WIDE = LANES / 2 }; /* doubles of a register */
 typedef int64_t m4 __attribute__((vector_size(32)));
-#define EACH_PIECE(I) UNROLL for (int I = 0; I < PIECES; I++)
+#define EACH_PART(I) UNROLL for (int I = 0; I < PARTS; I++)
 
 /* How sums over a group of columns are weighted and judged: bound² = accumulate2 · (Σ y² + c² + noise) + absolute2. */
 typedef struct {
@@ -54,85 +47,61 @@ typedef struct {
 
 static const int32_t COUNTED[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 
-INLINE vn pick(mn where, vn a, vn b) { return (vn)(((mn)a & where) | ((mn)b & ~where)); }
+INLINE vf pick(mn where, vf a, vf b) { return (vf)(((mn)a & where) | ((mn)b & ~where)); }
 
 /* The larger number; b where one of them is none. */
-INLINE vn larger(vn a, vn b) {
+INLINE vf larger(vf a, vf b) {
 #if defined(__AVX512F__)
-    return (vn)_mm512_max_ps((__m512)a, (__m512)b);
+    return (vf)_mm512_max_ps((__m512)a, (__m512)b);
 #elif defined(__AVX__)
-    return (vn)_mm256_max_ps((__m256)a, (__m256)b);
+    return (vf)_mm256_max_ps((__m256)a, (__m256)b);
 #else
     return pick(a > b, a, b);
 #endif
 }
 
 /* a · b + c, rounded once wherever a processor can. */
-INLINE vn fma_of(vn a, vn b, vn c) {
+INLINE vf fma_of(vf a, vf b, vf c) {
 #if defined(__AVX512F__)
-    return (vn)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+    return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
 #elif defined(__FMA__)
-    return (vn)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+    return (vf)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
 #else
     return a * b + c;
 #endif
 }
 
-INLINE vn at(const float *p) { return *(const vn *)p; }
-INLINE vn first_numbers(const float *p, int64_t count) {
-    vn out = {0};
-    if (count > 0) memcpy(&out, p, (count < LANE ? count : LANE) * sizeof(float));
+INLINE vf at(const float *p) { return *(const vf *)p; }
+INLINE vf first_numbers(const float *p, int64_t count) {
+    vf out = {0};
+    if (count > 0) memcpy(&out, p, (count < LANES ? count : LANES) * sizeof(float));
     return out;
 }
-INLINE vn size_of_each(vn x) { return (vn)((un)x & 0x7fffffffu); }
-
-/* LANE numbers of any type, and fewer of them. */
-INLINE vn lane_of(const void *p, int64_t i, int dtype) {
-    if (dtype == FP32) return at((const float *)p + i);
-    const uint16_t *h = (const uint16_t *)p + i;
-    if (dtype == BF16) return (vn)(__builtin_convertvector(*(const hn *)h, un) << 16);
-#if defined(__AVX512F__)
-    return (vn)_mm512_cvtph_ps(_mm256_loadu_si256((const void *)h));
-#elif defined(__F16C__)
-    return (vn)_mm256_cvtph_ps(_mm_loadu_si128((const void *)h));
-#else
-    vn out;
-    for (int lane = 0; lane < LANE; lane++) out[lane] = one_of(h, lane, FP16);
-    return out;
-#endif
-}
-
-INLINE vn part_of_lane(const void *p, int64_t i, int64_t count, int dtype) {
-    if (count >= LANE) return lane_of(p, i, dtype);
-    if (dtype == FP32) return first_numbers((const float *)p + i, count);
-    vn out = {0};
-    for (int lane = 0; lane < count; lane++) out[lane] = one_of(p, i + lane, dtype);
-    return out;
-}
+INLINE vf size_of_each(vf x) { return (vf)((vu)x & 0x7fffffffu); }
 
 /* Sixteen lanes added to four. */
-INLINE v4 folded(const vn *pieces) {
+INLINE v4 folded(const vf *parts) {
 #if defined(__AVX512F__)
-    const v8 a = (v8)_mm512_castps512_ps256((__m512)pieces[0]) + (v8)_mm256_castpd_ps(_mm512_extractf64x4_pd((__m512d)pieces[0], 1));
+    const v8 a = (v8)_mm512_castps512_ps256((__m512)parts[0]) + (v8)_mm256_castpd_ps(_mm512_extractf64x4_pd((__m512d)parts[0], 1));
     return (v4)_mm256_castps256_ps128((__m256)a) + (v4)_mm256_extractf128_ps((__m256)a, 1);
 #elif defined(__AVX__)
-    const v8 a = pieces[0] + pieces[1];
+    const v8 a = parts[0] + parts[1];
     return (v4)_mm256_castps256_ps128((__m256)a) + (v4)_mm256_extractf128_ps((__m256)a, 1);
 #else
     v16 whole;
-    EACH_PIECE(i) memcpy((float *)&whole + i * LANE, pieces + i, sizeof(vn));
+    EACH_PART(i) memcpy((float *)&whole + i * LANES, parts + i, sizeof(vf));
     return fold(whole);
 #endif
 }
 
 /* … and to one, in the order of sum16. */
-INLINE double total_of(const vn *pieces) {
-    const v4 b = folded(pieces);
+INLINE double total_of(const vf *parts) {
+    const v4 b = folded(parts);
     return (double)((b[0] + b[2]) + (b[1] + b[3]));
 }
 
 /* The sums of four. */
-INLINE d4 totals_of(const vn *a, const vn *b, const vn *c, const vn *d) {
+INLINE d4 totals_of(const vf *a, const vf *b, const vf *c, const vf *d) {
     const v4 p = folded(a), q = folded(b), r = folded(c), s = folded(d);
 #ifdef __AVX__
     return (d4)_mm256_cvtps_pd(_mm_hadd_ps(_mm_hadd_ps((__m128)p, (__m128)q), _mm_hadd_ps((__m128)r, (__m128)s)));
@@ -141,38 +110,38 @@ INLINE d4 totals_of(const vn *a, const vn *b, const vn *c, const vn *d) {
 #endif
 }
 
-INLINE float largest_of(const vn *pieces) {
-    float m = pieces[0][0];
-    for (int i = 0; i < 16; i++) m = pieces[i / LANE][i % LANE] > m ? pieces[i / LANE][i % LANE] : m;
+INLINE float largest_of(const vf *parts) {
+    float m = parts[0][0];
+    for (int i = 0; i < 16; i++) m = parts[i / LANES][i % LANES] > m ? parts[i / LANES][i % LANES] : m;
     return m;
 }
 
 /* exp of what is at most 88, within 2 ulp; 0 below the smallest normal number. Range reduction and coefficients: Cephes' expf (S. Moshier). */
-INLINE vn exp_of(vn x) {
+INLINE vf exp_of(vf x) {
     const float magic = 12582912.0f; /* 1.5 · 2²³: adding it rounds to an integer, whose bits are the lowest */
-    const vn z = x * 1.44269504088896341f + magic, n = z - magic;
-    const vn r = x - n * 0.693359375f + n * 2.12194440e-4f;
-    vn y = r * 1.9875691500e-4f + 1.3981999507e-3f;
+    const vf z = x * 1.44269504088896341f + magic, n = z - magic;
+    const vf r = x - n * 0.693359375f + n * 2.12194440e-4f;
+    vf y = r * 1.9875691500e-4f + 1.3981999507e-3f;
     y = y * r + 8.3334519073e-3f;
     y = y * r + 4.1665795894e-2f;
     y = y * r + 1.6666665459e-1f;
     y = y * r + 5.0000001201e-1f;
     y = y * (r * r) + r + 1.0f;
-    const vn power = (vn)(((un)z << 23) + 0x3f800000u);
-    return pick(x < -87.33654f, (vn){0}, y * power);
+    const vf power = (vf)(((vu)z << 23) + 0x3f800000u);
+    return pick(x < -87.33654f, (vf){0}, y * power);
 }
 
 /* exp(y)² = exp(2y) of what is at most 0: another polynomial (fitted to 1.2 · 10⁻⁷ of exp on ±ln 2 / 2, 1 at 0), of
    another argument. Below exp(-87)² it is that: nothing beside a sum of 1. */
-INLINE vn square_of_exp(vn y) {
+INLINE vf square_of_exp(vf y) {
     const float magic = 12582912.0f;
-    const vn x = larger(-87.0f - (vn){0}, y), z = x * 1.44269504088896341f + magic, r = x - (z - magic) * 0.69314718056f;
-    vn p = r * 8.3099640906e-3f + 4.1895508766e-2f;
+    const vf x = larger(-87.0f - (vf){0}, y), z = x * 1.44269504088896341f + magic, r = x - (z - magic) * 0.69314718056f;
+    vf p = r * 8.3099640906e-3f + 4.1895508766e-2f;
     p = p * r + 1.6667307913e-1f;
     p = p * r + 4.9999168515e-1f;
     p = p * r + 9.9999982119e-1f;
     p = p * r + 1.0f;
-    p *= (vn)(((un)z << 23) + 0x3f800000u);
+    p *= (vf)(((vu)z << 23) + 0x3f800000u);
     return p * p;
 }
 
@@ -194,9 +163,9 @@ INLINE vn square_of_exp(vn y) {
             *to = sum[r][j];                                                                                               \
         }                                                                                                                  \
     }
-MULTIPLY(multiply_1, vn, TALL, PIECES)
-MULTIPLY(multiply_2, vn, TALL, 2 * PIECES)
-MULTIPLY(multiply_3, vn, TALL, 3 * PIECES)
+MULTIPLY(multiply_1, vf, TALL, PARTS)
+MULTIPLY(multiply_2, vf, TALL, 2 * PARTS)
+MULTIPLY(multiply_3, vf, TALL, 3 * PARTS)
 MULTIPLY(multiply_panel, v8, 8, 1)
 
 /* c (rows, n) = a (rows, depth) · b (depth, n), and panel (rows, PANEL) = a · the PANEL columns behind b's n. rows: a multiple of 8,
@@ -240,22 +209,22 @@ static __attribute__((noinline, cold)) double in_full(const float *a, const floa
 
 /* Σ w_j y and Σ y² of a row: as rowsums.h's, in registers. */
 INLINE double sums_of_group(const void *y, int64_t start, int64_t width, const float *signs, int dtype, double *sums) {
-    vn e[PIECES], one[PIECES], hi[PIECES], squares[PIECES], low[PIECES];
-    EACH_PIECE(i) {
-        e[i] = one[i] = hi[i] = squares[i] = (vn){0};
-        for (int j = 0; j < LANE; j++) low[i][j] = 2 * (i * LANE + j) - 15;
+    vf e[PARTS], one[PARTS], hi[PARTS], squares[PARTS], low[PARTS];
+    EACH_PART(i) {
+        e[i] = one[i] = hi[i] = squares[i] = (vf){0};
+        for (int j = 0; j < LANES; j++) low[i][j] = 2 * (i * LANES + j) - 15;
     }
     float digit = -(float)((width + FRAGMENT - 1) / FRAGMENT - 1);
     for (int64_t n = 0; n < width; n += FRAGMENT, digit += 2)
-        EACH_PIECE(i) {
-            const vn v = part_of_lane(y, start + n + i * LANE, width - n - i * LANE, dtype);
-            const vn signed_ = v * at(signs + n + i * LANE);
+        EACH_PART(i) {
+            const vf v = lanes_at_most(y, start + n + i * LANES, width - n - i * LANES, dtype);
+            const vf signed_ = v * at(signs + n + i * LANES);
             e[i] += signed_;
             one[i] += v;
-            hi[i] = fma_of(signed_, digit - (vn){0}, hi[i]);
+            hi[i] = fma_of(signed_, digit - (vf){0}, hi[i]);
             squares[i] = fma_of(v, v, squares[i]);
         }
-    EACH_PIECE(i) low[i] *= e[i];
+    EACH_PART(i) low[i] *= e[i];
     *(d4 *)sums = totals_of(e, one, hi, low);
     return total_of(squares);
 }
@@ -265,14 +234,14 @@ INLINE double sums_of_group(const void *y, int64_t start, int64_t width, const f
 /* Weighted sums over keys of 2 · WIDE columns, in fp64; `hi` is e weighted by the key's sixteen. */
 INLINE void sums_over_keys(const float *columns, int64_t ld, int64_t keys, const float *weights, int64_t table, double (*sums)[16]) {
     const int64_t last = (keys + FRAGMENT - 1) / FRAGMENT - 1;
-    dn total[KINDS + 1][2];
-    for (int j = 0; j <= KINDS; j++) total[j][0] = total[j][1] = (dn){0};
+    vd total[KINDS + 1][2];
+    for (int j = 0; j <= KINDS; j++) total[j][0] = total[j][1] = (vd){0};
     for (int64_t n0 = 0; n0 < keys; n0 += FRAGMENT) {
-        dn e[2] = {{0}, {0}}, one[2] = {{0}, {0}}, lo[2] = {{0}, {0}}, squares[2] = {{0}, {0}};
+        vd e[2] = {{0}, {0}}, one[2] = {{0}, {0}}, lo[2] = {{0}, {0}}, squares[2] = {{0}, {0}};
         for (int64_t n = n0; n < at_most(n0 + FRAGMENT, keys); n++) {
             const double sign = weights[n], low = weights[LO * table + n];
             UNROLL for (int i = 0; i < 2; i++) {
-                const dn x = __builtin_convertvector(*(const fn *)(columns + n * ld + i * WIDE), dn);
+                const vd x = __builtin_convertvector(*(const vh *)(columns + n * ld + i * WIDE), vd);
                 e[i] += sign * x;
                 one[i] += x;
                 lo[i] += low * x;
@@ -298,7 +267,7 @@ INLINE void pack_keys(const void *k, int64_t step, int64_t keys, int64_t width, 
         float columns[CHUNK][16] __attribute__((aligned(64)));
         for (int64_t n = 0; n < keys; n++) {
             if (n + AHEAD < keys) soon(k, (n + AHEAD) * step + e0, dtype);
-            EACH_PIECE(i) *(vn *)(columns[n] + i * LANE) = part_of_lane(k, n * step + e0 + i * LANE, some - i * LANE, dtype);
+            EACH_PART(i) *(vf *)(columns[n] + i * LANES) = lanes_at_most(k, n * step + e0 + i * LANES, some - i * LANES, dtype);
         }
         memset(columns[keys], 0, (padded - keys) * sizeof(columns[0]));
         for (int64_t e = 0; e < some; e++)
@@ -325,7 +294,7 @@ INLINE void pack_values(const void *v, int64_t step, int64_t keys, int64_t depth
         float *to = packed + t * ld;
         for (int64_t d = 0; d < padded; d += 16) {
             if (t + AHEAD < keys) soon(v, (t + AHEAD) * step + d, dtype);
-            EACH_PIECE(i) *(vn *)(to + d + i * LANE) = part_of_lane(v, t * step + d + i * LANE, depth - d - i * LANE, dtype);
+            EACH_PART(i) *(vf *)(to + d + i * LANES) = lanes_at_most(v, t * step + d + i * LANES, depth - d - i * LANES, dtype);
         }
         if (!checked) continue;
         /* Of the values themselves: their copy may be wrong. */
@@ -349,20 +318,20 @@ typedef struct {
     const char *mask; /* of the row */
 } seen_keys;
 
-/* LANE of a row's logits. */
-INLINE vn logits(const float *s, int64_t n, const seen_keys *w, int64_t keys, int mask_kind) {
-    const vn none = -INFINITY - (vn){0};
-    vn x = at(s + n);
+/* LANES of a row's logits. */
+INLINE vf logits(const float *s, int64_t n, const seen_keys *w, int64_t keys, int mask_kind) {
+    const vf none = -INFINITY - (vf){0};
+    vf x = at(s + n);
     if (mask_kind == SEEN) {
         bn bytes = {0};
-        if (n + LANE <= keys)
+        if (n + LANES <= keys)
             bytes = *(const bn *)(w->mask + n);
         else if (n < keys)
             memcpy(&bytes, w->mask + n, keys - n);
         x = pick(__builtin_convertvector(bytes, mn) != 0, x, none);
     } else if (mask_kind == ADDED)
-        x += n + LANE <= keys ? at((const float *)w->mask + n) : first_numbers((const float *)w->mask + n, keys - n);
-    if (__builtin_expect(n < w->first || n + LANE > w->last, 0)) {
+        x += n + LANES <= keys ? at((const float *)w->mask + n) : first_numbers((const float *)w->mask + n, keys - n);
+    if (__builtin_expect(n < w->first || n + LANES > w->last, 0)) {
         const mn key = *(const mn *)COUNTED + (int32_t)n;
         x = pick((key >= (int32_t)w->first) & (key < (int32_t)w->last), x, none);
     }
@@ -370,31 +339,31 @@ INLINE vn logits(const float *s, int64_t n, const seen_keys *w, int64_t keys, in
 }
 
 INLINE float maximum(const float *s, const seen_keys *w, int64_t keys, int mask_kind) {
-    vn m[PIECES];
-    EACH_PIECE(i) m[i] = -INFINITY - (vn){0};
-    for (int64_t n = w->first / 16 * 16; n < w->last; n += 16) EACH_PIECE(i) m[i] = larger(m[i], logits(s, n + i * LANE, w, keys, mask_kind));
+    vf m[PARTS];
+    EACH_PART(i) m[i] = -INFINITY - (vf){0};
+    for (int64_t n = w->first / 16 * 16; n < w->last; n += 16) EACH_PART(i) m[i] = larger(m[i], logits(s, n + i * LANES, w, keys, mask_kind));
     const float found = largest_of(m);
     return found == -INFINITY ? 0.0f : found;
 }
 
 /* Σ p, of each CHUNK, then of these. p = exp(x - m) is written to `p`; or, if that is NULL, is exp(½x - ½m)², and l must be its sum. */
 INLINE float exponentials(const float *s, float m, float *p, const seen_keys *w, int64_t keys, int mask_kind) {
-    vn total[PIECES] = {{0}};
+    vf total[PARTS] = {{0}};
     for (int64_t c = w->first / CHUNK * CHUNK; c < w->last; c += CHUNK) {
-        vn sum[PIECES];
-        EACH_PIECE(i) sum[i] = (vn){0};
+        vf sum[PARTS];
+        EACH_PART(i) sum[i] = (vf){0};
         for (int64_t n = at_least(c, w->first / 16 * 16); n < at_most(c + CHUNK, w->last); n += 16)
-            EACH_PIECE(i) {
-                const vn x = logits(s, n + i * LANE, w, keys, mask_kind);
+            EACH_PART(i) {
+                const vf x = logits(s, n + i * LANES, w, keys, mask_kind);
                 if (p) {
-                    const vn y = exp_of(x - m);
-                    *(vn *)(p + n + i * LANE) = y;
+                    const vf y = exp_of(x - m);
+                    *(vf *)(p + n + i * LANES) = y;
                     sum[i] += y;
                 } else {
                     sum[i] += square_of_exp(x * 0.5f - m * 0.5f);
                 }
             }
-        EACH_PIECE(i) total[i] += sum[i];
+        EACH_PART(i) total[i] += sum[i];
     }
     return (float)total_of(total);
 }
@@ -424,11 +393,11 @@ static const softmax_of_row SOFTMAX[] = {
 
 /* Σ (a b)² over `count` numbers of both, padded to sixteens. */
 INLINE double noise_of(const float *a, const float *b, int64_t count) {
-    vn sum[PIECES];
-    EACH_PIECE(i) sum[i] = (vn){0};
+    vf sum[PARTS];
+    EACH_PART(i) sum[i] = (vf){0};
     for (int64_t n = 0; n < count; n += 16)
-        EACH_PIECE(i) {
-            const vn z = at(a + n + i * LANE) * at(b + n + i * LANE);
+        EACH_PART(i) {
+            const vf z = at(a + n + i * LANES) * at(b + n + i * LANES);
             sum[i] = fma_of(z, z, sum[i]);
         }
     return total_of(sum);

@@ -41,7 +41,7 @@ typedef struct {
     float *keys, *nu_keys, *values, *nu_values, *rows_of_k, *nu_rows; /* packed: of a head */
     key_sum k, v;
     float *q, *g, *p, *dx, *panel, *dq, *dq_panel, *noise, *deltas; /* of a block */
-    vn *sums;
+    vf *sums;
     int doubtful; /* rows of this head are suspect: then its columns prove nothing */
 } gradient_room;
 
@@ -59,9 +59,9 @@ typedef struct {
         UNROLL for (int r = 0; r < R; r++) UNROLL for (int j = 0; j < N; j++)                                              \
             *(V *)(c + r * ldc + j * (int64_t)(sizeof(V) / 4)) = sum[r][j];                                                \
     }
-MULTIPLY_TURNED(turned_1, vn, TALL, PIECES)
-MULTIPLY_TURNED(turned_2, vn, TALL, 2 * PIECES)
-MULTIPLY_TURNED(turned_3, vn, TALL, 3 * PIECES)
+MULTIPLY_TURNED(turned_1, vf, TALL, PARTS)
+MULTIPLY_TURNED(turned_2, vf, TALL, 2 * PARTS)
+MULTIPLY_TURNED(turned_3, vf, TALL, 3 * PARTS)
 MULTIPLY_TURNED(turned_panel, v8, 8, 1)
 
 /* c (rows, n + panel) += aᵀ · b: rows a multiple of 8, n of 16. */
@@ -80,7 +80,7 @@ static __attribute__((noinline)) void product_turned(const float *a, int64_t lda
 #define REMEMBER(NAME, KIND)                                                                                               \
     static __attribute__((noinline)) void remember_##NAME(const float *s, float m, float inverse, float *p, const seen_keys *w, \
                                                           int64_t keys, int64_t from, int64_t to) {                        \
-        for (int64_t n = from; n < to; n += LANE) *(vn *)(p + n) = exp_of(logits(s, n, w, keys, KIND) - m) * inverse;        \
+        for (int64_t n = from; n < to; n += LANES) *(vf *)(p + n) = exp_of(logits(s, n, w, keys, KIND) - m) * inverse;        \
     }
 REMEMBER(plain, NO_MASK)
 REMEMBER(seen, SEEN)
@@ -93,7 +93,7 @@ static const remember_row REMEMBERED[] = {remember_plain, remember_seen, remembe
 INLINE void pack_row(const void *from, int64_t start, int64_t width, float scale, const abft_group *g, const float *sketches, int64_t step,
                      float *to, int64_t padded, int checked, int dtype) {
     for (int64_t e = 0; e < width; e += 16)
-        EACH_PIECE(i) *(vn *)(to + e + i * LANE) = part_of_lane(from, start + e + i * LANE, width - e - i * LANE, dtype) * scale;
+        EACH_PART(i) *(vf *)(to + e + i * LANES) = lanes_at_most(from, start + e + i * LANES, width - e - i * LANES, dtype) * scale;
     if (!checked) return;
     double sums[KINDS] __attribute__((aligned(32))), squares = sums_of_group(from, start, width, g->weights, dtype, sums) * scale * scale;
     double nu2 = __builtin_expect(squares < TINY, 0) ? in_full(to, NULL, width) : squares;
@@ -108,59 +108,59 @@ INLINE void pack_row(const void *from, int64_t start, int64_t width, float scale
     }
 }
 
-/* Σ numbers of a row of each kind, PIECES each; the first as abft_row_sums. */
-INLINE void sums_of_row(const float *p, const float *dp, const float *w, int64_t from, int64_t to, vn *sums, int checked) {
-    vn s[ROW_SUMS][PIECES];
-    UNROLL for (int j = 0; j < ROW_SUMS; j++) EACH_PIECE(i) s[j][i] = (vn){0};
+/* Σ numbers of a row of each kind, PARTS each; the first as abft_row_sums. */
+INLINE void sums_of_row(const float *p, const float *dp, const float *w, int64_t from, int64_t to, vf *sums, int checked) {
+    vf s[ROW_SUMS][PARTS];
+    UNROLL for (int j = 0; j < ROW_SUMS; j++) EACH_PART(i) s[j][i] = (vf){0};
     for (int64_t n = from; n < to; n += 16)
-        EACH_PIECE(i) {
-            const vn a = at(p + n + i * LANE), b = at(dp + n + i * LANE);
+        EACH_PART(i) {
+            const vf a = at(p + n + i * LANES), b = at(dp + n + i * LANES);
             s[DELTA][i] = fma_of(a, b, s[DELTA][i]);
             if (!checked) continue;
-            const vn weighted = a * at(w + n + i * LANE);
+            const vf weighted = a * at(w + n + i * LANES);
             s[OF_P][i] += a;
             s[WEIGHTED_PRODUCT][i] = fma_of(weighted, b, s[WEIGHTED_PRODUCT][i]);
             s[WEIGHTED_P][i] += weighted;
         }
-    UNROLL for (int j = 0; j < ROW_SUMS; j++) EACH_PIECE(i) sums[j * PIECES + i] += s[j][i];
+    UNROLL for (int j = 0; j < ROW_SUMS; j++) EACH_PART(i) sums[j * PARTS + i] += s[j][i];
 }
 
 /* dX over dP; the noise of dQ. */
 INLINE float gradient_of_row(const float *p, float *dx, float delta, const float *nu, int64_t from, int64_t to, int checked) {
-    vn noise[PIECES];
-    EACH_PIECE(i) noise[i] = (vn){0};
+    vf noise[PARTS];
+    EACH_PART(i) noise[i] = (vf){0};
     for (int64_t n = from; n < to; n += 16)
-        EACH_PIECE(i) {
-            const vn y = (at(dx + n + i * LANE) - delta) * at(p + n + i * LANE);
-            *(vn *)(dx + n + i * LANE) = y;
+        EACH_PART(i) {
+            const vf y = (at(dx + n + i * LANES) - delta) * at(p + n + i * LANES);
+            *(vf *)(dx + n + i * LANES) = y;
             if (!checked) continue;
-            const vn z = y * at(nu + n + i * LANE);
+            const vf z = y * at(nu + n + i * LANES);
             noise[i] = fma_of(z, z, noise[i]);
         }
     return (float)total_of(noise);
 }
 
 /* Whether Σ P = 1, l can be a sum, and dX has the sums that it must have; then ΣP, ΣdX, Σ|dX| are in `found`. */
-INLINE int row_agrees(abft_gradients *y, float l, const vn *sums, const float *dx, float delta, int64_t from, int64_t to, int64_t row,
+INLINE int row_agrees(abft_gradients *y, float l, const vf *sums, const float *dx, float delta, int64_t from, int64_t to, int64_t row,
                       double *found, double *worst2) {
     abft_attended *x = &y->a;
-    const double total = found[0] = total_of(sums + OF_P * PIECES), second = fabs(total - (l > 0));
+    const double total = found[0] = total_of(sums + OF_P * PARTS), second = fabs(total - (l > 0));
     if (__builtin_expect(!(second <= x->softmax_bound && ((l >= 1 - x->range && l <= (double)x->keys * (1 + x->range)) || l == 0)), 0)) {
         suspect(x, row, IN_PROBABILITIES, second, x->softmax_bound);
         return 0;
     }
-    vn plain[PIECES], weighted[PIECES], size[PIECES];
-    EACH_PIECE(i) plain[i] = weighted[i] = size[i] = (vn){0};
+    vf plain[PARTS], weighted[PARTS], size[PARTS];
+    EACH_PART(i) plain[i] = weighted[i] = size[i] = (vf){0};
     for (int64_t n = from; n < to; n += 16)
-        EACH_PIECE(i) {
-            const vn d = at(dx + n + i * LANE);
+        EACH_PART(i) {
+            const vf d = at(dx + n + i * LANES);
             plain[i] += d;
-            weighted[i] = fma_of(d, at(y->weights + n + i * LANE), weighted[i]);
+            weighted[i] = fma_of(d, at(y->weights + n + i * LANES), weighted[i]);
             size[i] += size_of_each(d);
         }
     found[1] = total_of(plain);
     found[2] = total_of(size);
-    const double expected = total_of(sums + WEIGHTED_PRODUCT * PIECES) - (double)delta * total_of(sums + WEIGHTED_P * PIECES);
+    const double expected = total_of(sums + WEIGHTED_PRODUCT * PARTS) - (double)delta * total_of(sums + WEIGHTED_P * PARTS);
     const double first = fabs(found[1]), other = fabs(total_of(weighted) - expected);
     const double bound = y->vanishing_bound * (fabs((double)delta) + found[2]) + 0x1p-126, residual = first > other ? first : other;
     if (__builtin_expect(!(first <= bound && other <= bound && bound < INFINITY), 0)) {
@@ -234,7 +234,7 @@ static __attribute__((noinline)) void block_of_gradients(abft_gradients *y, grad
         pack_row(y->d_out, g_at, x->depth, 1.0f, &y->rows_of_v, sketches, y->sketch_step, m->g + r * m->ld_g, m->deep, checked, dtype);
         number[r] = number_of(x, s, r);
         seen[r] = seen_by(x, l, (const char *)x->mask + (s->b * x->ms[0] + s->h * x->ms[1] + g * x->ms[2] + l * x->ms[3]) * size_of_mask);
-        memset(m->sums + r * ROW_SUMS * PIECES, 0, ROW_SUMS * 16 * sizeof(float));
+        memset(m->sums + r * ROW_SUMS * PARTS, 0, ROW_SUMS * 16 * sizeof(float));
         m->noise[r] = 0;
     }
     float *panel = checked ? m->panel : NULL;
@@ -259,14 +259,14 @@ static __attribute__((noinline)) void block_of_gradients(abft_gradients *y, grad
         product(m->g, m->ld_g, tall, m->values + c * x->depth * m->ld_chunk, m->ld_chunk, n, x->depth, scores, m->ld, panel, PANEL, 1);
         for (int64_t r = 0; r < rows; r++) {
             hit_in(x, IN_DP, number[r], c, m->dx + r * m->ld);
-            sums_of_row(m->p + r * m->ld, m->dx + r * m->ld, y->weights, at, at + n, m->sums + r * ROW_SUMS * PIECES, checked);
+            sums_of_row(m->p + r * m->ld, m->dx + r * m->ld, y->weights, at, at + n, m->sums + r * ROW_SUMS * PARTS, checked);
             if (checked && !wrong[r])
                 wrong[r] = !chunk_agrees(x, c == m->chunks - 1 ? &y->last_values : &y->values_group, scores + r * m->ld, m->g + r * m->ld_g,
                                          m->nu_values + c * m->deep, x->depth, m->panel + r * PANEL, number[r], IN_DP, worst2 + OF_DP);
         }
     }
     for (int64_t r = 0; r < rows; r++) {
-        m->deltas[r] = (float)total_of(m->sums + (r * ROW_SUMS + DELTA) * PIECES);
+        m->deltas[r] = (float)total_of(m->sums + (r * ROW_SUMS + DELTA) * PARTS);
         hit(x, IN_DELTA, number[r], m->deltas + r);
     }
     for (int64_t c = c0; c < c1; c++) {
@@ -290,7 +290,7 @@ static __attribute__((noinline)) void block_of_gradients(abft_gradients *y, grad
         if (!checked || wrong[r]) continue;
         double actual[KINDS] __attribute__((aligned(32))), found[3];
         const int64_t end = at_most(c1 * CHUNK, m->ld);
-        if (!row_agrees(y, x->sums[number[r]], m->sums + r * ROW_SUMS * PIECES, m->dx + r * m->ld, m->deltas[r], c0 * CHUNK, end, number[r], found, worst2)) {
+        if (!row_agrees(y, x->sums[number[r]], m->sums + r * ROW_SUMS * PARTS, m->dx + r * m->ld, m->deltas[r], c0 * CHUNK, end, number[r], found, worst2)) {
             m->doubtful = 1;
             continue;
         }
@@ -308,7 +308,7 @@ static __attribute__((noinline)) void block_of_gradients(abft_gradients *y, grad
 /* --- sums over queries ------------------------------------------------------------------------------------------------ */
 
 static void add_up(float *to, const float *from, int64_t count) {
-    for (int64_t i = 0; i < count; i += LANE) *(vn *)(to + i) += at(from + i);
+    for (int64_t i = 0; i < count; i += LANES) *(vf *)(to + i) += at(from + i);
 }
 
 /* A chain over queries ends: it goes to the tile's sum, and that to the whole where the tile ends, too. Keys [from, to). */
@@ -423,7 +423,7 @@ static int make_gradient_room(const abft_gradients *y, gradient_room *m) {
     m->dq = laid(&mine, BLOCK * m->wide);
     m->noise = laid(&mine, BLOCK);
     m->deltas = laid(&mine, BLOCK);
-    m->sums = (vn *)laid(&mine, BLOCK * 16 * ROW_SUMS);
+    m->sums = (vf *)laid(&mine, BLOCK * 16 * ROW_SUMS);
     /* Rows that only fill a block up are multiplied, too, and nobody reads what they give: numbers they should be, for speed's sake. */
     memset(m->q, 0, BLOCK * m->ld_q * sizeof(float));
     memset(m->g, 0, BLOCK * m->ld_g * sizeof(float));

@@ -33,6 +33,7 @@ from abft.guarding import checkpoint_context, checkpoint_ops, context, protected
 from abft.ledger import Verdict
 from abft.nn import Linear, MultiheadAttention
 from abft.ops import flops as _flops  # noqa: F401  (registers the formula)
+from abft.paging import PagedCache, paged_attention
 from abft.pending import flush as verify_deferred
 from abft.policy import Policy
 from abft.protection import protect, refresh, restore, unprotect
@@ -40,6 +41,7 @@ from abft.reporting import Report, report
 from abft.statistics.peers import Peers
 from abft.statistics.watches import Alarm, SiteStatistics
 from abft.training import StepGuard
+from abft.varlen import varlen_attention
 from abft.verification import CheckResult, verify_attention, verify_matmul
 from abft.watching import watch
 
@@ -58,6 +60,7 @@ __all__ = [
     "ModuleCoverage",
     "MultiheadAttention",
     "NotInjected",
+    "PagedCache",
     "Peers",
     "Policy",
     "PolicyError",
@@ -78,6 +81,7 @@ __all__ = [
     "int_mm",
     "linear",
     "matmul",
+    "paged_attention",
     "policies",
     "prediction",
     "protect",
@@ -87,6 +91,7 @@ __all__ = [
     "restore",
     "scaled_dot_product_attention",
     "unprotect",
+    "varlen_attention",
     "verify_attention",
     "verify_deferred",
     "verify_matmul",

@@ -60,6 +60,14 @@ def total(values: Tensor) -> int:
     return int(words) + int(raw[whole:].astype(np.int64) @ (256 ** np.arange(len(raw) - whole)))
 
 
+def total_of_words(values: Tensor) -> int:
+    """The sum of a tensor's bit patterns as signed numbers of 32 bits, in host memory; the tensor is dense and of such a type."""
+    functions = library.functions()
+    if functions is None:
+        return int(values.numpy().view(np.int32).sum(dtype=np.int64))
+    return functions.abft_total(values.data_ptr(), values.numel())
+
+
 @dataclass(frozen=True)
 class Fingerprint:
     """Per column k of a matrix (N, K): sums of its 16-bit halves over the rows, plain and weighted by n + 1.

@@ -14,7 +14,7 @@ from abft import events, reporting, scope
 from abft.calibration import Calibration, identity, of_baseline
 from abft.errors import CalibrationError
 from abft.nn.checked import Checked
-from abft.statistics import envelope, watches
+from abft.statistics import devices, envelope, watches
 from abft.statistics.accumulators import COUNT, MOST
 from abft.watching import watch
 
@@ -44,6 +44,7 @@ def calibrate(
             watcher._learning = False  # from all samples together
             for batch in batches:
                 step(model, batch)
+                devices.read()  # what lies between two readings is a batch of a baseline
                 count += 1
     finally:
         for module, policy in zip(checked, own, strict=True):
@@ -55,7 +56,7 @@ def calibrate(
         raise CalibrationError(f"{seen.detected} row(s) disagreed with their checksums during the calibration; repair the cause first")
     sites, incomplete = {}, []
     for key, monitor in watches.monitors().items():
-        name, total = watches.name_of(key), monitor.total[0]
+        name, total = watches.name_of(key), monitor.pooled
         if monitor.baseline.frozen:
             sites[name] = of_baseline(monitor.baseline, total[0, COUNT], float(total[:, MOST].max()))
         else:

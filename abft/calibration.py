@@ -192,7 +192,8 @@ def of_baseline(baseline: Baseline, residuals: float, most: float) -> dict[str, 
     """A frozen baseline as plain values."""
     values: dict[str, Any] = {name: [_plain(v) for v in getattr(baseline, name)] for name in _ARRAYS}
     rates, kappa = [list(r) for r in baseline.rates], max(1.0, 2.0 * most)
-    return values | {"rates": rates, "size": baseline.size, "residuals": int(residuals), "most": most, "kappa": kappa}
+    said = {"rates": rates, "size": baseline.size, "residuals": int(residuals), "most": most, "kappa": kappa}
+    return values | said | ({} if baseline.alone else {"units": baseline.units})
 
 
 def _plain(value: float) -> float | str:
@@ -200,7 +201,7 @@ def _plain(value: float) -> float | str:
 
 
 def _baseline(values: Mapping[str, Any]) -> Baseline:
-    baseline = Baseline(rates=tuple((a, b) for a, b in values["rates"]), size=values["size"], frozen=True)
+    baseline = Baseline(values.get("units", 1), rates=tuple((a, b) for a, b in values["rates"]), size=values["size"], frozen=True)
     for name in _ARRAYS:
         setattr(baseline, name, np.array([float(v) for v in values[name]]))
     return baseline

@@ -190,6 +190,10 @@ class Layout:
     parts: int
     shared_sketch: bool = False
 
+    def __hash__(self) -> int:
+        # Looked up several times for each product: of a few numbers, not of everything.
+        return hash((self.groups.columns, self.groups.width, self.parts, self.shared_sketch))
+
     @property
     def checksum_columns(self) -> int:
         return self.groups.count * len(self.form.kinds) * self.parts

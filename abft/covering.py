@@ -15,8 +15,9 @@ from abft import policy as policies
 from abft.nn.checked import Checked, InterfacedForward, ScopedForward
 from abft.ops.attention import attention, attention_backward
 from abft.ops.checked import product
-from abft.ops.flops import attention_parts, int_product_flops
+from abft.ops.flops import attention_parts, int_product_flops, varlen_parts
 from abft.ops.integer import int_product
+from abft.ops.varlen import varlen_attention, varlen_attention_backward
 
 
 @dataclass(frozen=True)
@@ -185,9 +186,10 @@ class _FlopShare(TorchDispatchMode):
 
 def _shares(func: Any, args: tuple[Any, ...], flops: int) -> list[int]:
     """The checked parts of a checked operator's FLOPs."""
-    if func not in (product, int_product, attention, attention_backward):
+    if func not in (product, int_product, attention, attention_backward, varlen_attention, varlen_attention_backward):
         return []
-    policy = plans.planned(policies.decode(args[-1]), sites.index_of(args[-2 if func is not product else -3]))
+    last = max(i for i, a in enumerate(args) if isinstance(a, str))  # of a backward an output of the forward may follow
+    policy = plans.planned(policies.decode(args[last]), sites.index_of(args[last - 1 if func is not product else last - 2]))
     flops = flops // policy.every
     if policy.redundancy != "none":
         return [flops]
@@ -195,10 +197,19 @@ def _shares(func: Any, args: tuple[Any, ...], flops: int) -> list[int]:
         return []
     if func in (product, int_product):
         return [flops] if (args[-2] if func is product else "fprop") in policy.roles else []
-    direction, first = ("fprop", 0) if func is attention else ("dgrad", 2)
-    query, key, value = args[first : first + 3]
-    parts = attention_parts(query.shape, key.shape, value.shape, backward=func is attention_backward)
+    direction = "fprop" if func in (attention, varlen_attention) else "dgrad"
+    parts = _parts(func, args, direction == "dgrad")
     return [part // policy.every for role, part in parts.items() if policy.roles & {role, direction}]
+
+
+def _parts(func: Any, args: tuple[Any, ...], backward: bool) -> dict[str, int]:
+    """FLOPs of an attention's roles."""
+    if func is varlen_attention:
+        return varlen_parts(*args[:7], backward=backward)
+    if func is varlen_attention_backward:
+        return varlen_parts(*args[1:6], *args[7:9], backward=backward)  # between them: the forward's statistics
+    query, key, value = args[2:5] if backward else args[:3]
+    return attention_parts(query.shape, key.shape, value.shape, backward=backward)
 
 
 def _flop_share(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float | None:

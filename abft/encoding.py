@@ -50,9 +50,9 @@ def _encoder_for(layout: Layout, k: int, dtype: torch.dtype) -> _Encoder:
 
 @lru_cache(maxsize=256)
 def _weights(kinds: tuple[checksum.Kind, ...], width: int) -> tuple[np.ndarray, np.ndarray]:
-    """The weights of a group (kinds, padded width), and those of e in fp64."""
-    weights = padded(np.stack([checksum.column_weights(kind, width) for kind in kinds]))
-    return weights, weights[0].astype(np.float64)
+    """The weights of a group (kinds, padded width), and those of e, in fp64."""
+    weights = padded(np.stack([checksum.column_weights(kind, width) for kind in kinds])).astype(np.float64)
+    return weights, weights[0]
 
 
 def padded(weights: np.ndarray) -> np.ndarray:

@@ -14,6 +14,7 @@ from abft.modes import ProductMode
 from abft.ops.attention import attention
 from abft.ops.checked import product
 from abft.ops.integer import int_product
+from abft.ops.varlen import varlen_attention
 from abft.policy import Policy
 from abft.reporting import Report
 
@@ -67,7 +68,7 @@ def context(**labels: str) -> Iterator[None]:
 
 
 #: For selective activation checkpointing: save the results of these operators instead of recomputing them.
-checkpoint_ops = [product, int_product, attention]
+checkpoint_ops = [product, int_product, attention, varlen_attention]
 
 
 def checkpoint_context() -> tuple[Any, Any]:

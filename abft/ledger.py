@@ -345,7 +345,7 @@ def read(known: dict[str, int], frozen: Sequence[dict[str, Frozen]] = (), *, iss
         ledgers = list(_cpu_ledgers)
     for ledger in ledgers:
         records += _records(ledger._ring, known.get(ledger.name, 0), now.heads.get(ledger.name, 0), "cpu", ledger.name)
-    waited = not issued_only or (_unread and not any(_capturing(words) for _, words in _devices()))
+    waited = will_wait(issued_only)
     _unread = _unread and not waited  # before the transfers: what is issued from here on may miss them
     thawed: list[dict[str, np.ndarray]] = [{} for _ in frozen]
     for name, words in _devices():
@@ -360,6 +360,11 @@ def read(known: dict[str, int], frozen: Sequence[dict[str, Frozen]] = (), *, iss
             now.add(name, *_last[name])
     records.sort(key=lambda r: r["sequence"])
     return Reading(now, tuple(records), thawed if waited else None)
+
+
+def will_wait(issued_only: bool) -> bool:
+    """Whether a reading waits for the devices."""
+    return not issued_only or (_unread and not any(_capturing(words) for _, words in _devices()))
 
 
 def unpack(words: np.ndarray) -> tuple[np.ndarray, int, int]:

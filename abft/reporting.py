@@ -16,12 +16,14 @@ from abft.errors import AbftError, FaultDetected, UncorrectedFault
 from abft.events import FaultEvent
 from abft.ledger import COUNTER, WORST, Frozen, Point, Verdict
 from abft.policy import OnUncorrected
-from abft.statistics import watches
+from abft.statistics import devices, watches
 from abft.statistics.watches import Alarm, SiteStatistics
 
 MAX_EVENTS = 10_000
 #: Changes of labels remembered between two readings; records before older ones get the labels of the oldest.
 MAX_BOUNDARIES = 256
+#: Sites whose statistics are compared when a step is guarded: what is left waits for the next, and a step does not.
+STATISTICS_AT_ONCE = 8
 _UNREPAIRED = (Verdict.UNCORRECTED, Verdict.OBSERVED)
 
 
@@ -111,6 +113,8 @@ def drain(wait: bool = True, *, issued_only: bool = False) -> Point:
     if not wait and _latest is not None:
         return _latest
     pending.flush()
+    if ledger.will_wait(issued_only):
+        devices.read(STATISTICS_AT_ONCE if issued_only else None)
     alarms = watches.raised()  # before the counters: an alarm of a product counted here may come later, never be lost
     with _lock:
         ended = [window for window in _windows if window.frozen]

@@ -66,6 +66,10 @@ class Arithmetic:
     softmax_operand: bool = False  # whether the left operand is a softmax probability
     wide_squares: bool = False  # whether squares of fp32 sums are taken in fp64, where they do not underflow
 
+    def __hash__(self) -> int:
+        # Looked up several times for each product: of a few numbers, not of everything.
+        return hash((self.unit, self.depth, self.base, self.output_roundoff, self.wide_squares))
+
     @property
     def floor_abs(self) -> float:
         """τ_abs: below this magnitude squares underflow, or numbers do, and rows are effectively unchecked."""
@@ -166,6 +170,34 @@ def attention(arithmetic: Arithmetic, e: int, d: int, keys: int, kinds: tuple[Ki
     output = coefficients(of_probabilities(arithmetic), keys, kinds, d).accumulate
     sums = SUM_PER_STEP * arithmetic.unit * keys / arithmetic.depth + SUM_BASE
     return AttentionCoefficients(arithmetic.unit * own, arithmetic.unit * KAPPA_SHIFT * math.sqrt(keys), output, sums)
+
+
+@dataclass(frozen=True)
+class DecodeCoefficients:
+    """Bounds of an attention whose number of keys n only the device knows:
+
+    |Σ ε x - c| <= (scores · max(1, √(n / 8192)) + slope) · S + shift · √n · |m|;  |Σ w O - c_w| <= (output_w + n · output_slope_w) · S;
+    |ℓ - ℓ'| <= (sums + n · sums_slope) · ℓ.
+    """
+
+    scores: float
+    slope: float
+    shift: float
+    output: tuple[float, ...]
+    output_slope: tuple[float, ...]
+    sums: float
+    sums_slope: float
+
+
+@lru_cache(maxsize=256)
+def decode(arithmetic: Arithmetic, e: int, d: int, kinds: tuple[Kind, ...]) -> DecodeCoefficients:
+    """``attention`` with its number of keys left open."""
+    at_none, at_one = (coefficients(of_probabilities(arithmetic), n, kinds, d).accumulate for n in (0, arithmetic.depth))
+    return DecodeCoefficients(
+        arithmetic.unit * arithmetic.base, arithmetic.unit * KAPPA_SLOPE * e / arithmetic.depth, arithmetic.unit * KAPPA_SHIFT,
+        at_none, tuple((b - a) / arithmetic.depth for a, b in zip(at_none, at_one, strict=True)),
+        SUM_BASE, SUM_PER_STEP * arithmetic.unit / arithmetic.depth,
+    )  # fmt: skip
 
 
 def _judged_as(kind: Kind, width: int) -> Kind:

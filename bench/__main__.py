@@ -8,6 +8,7 @@ import sys
 COMMANDS = {
     "clean": "fault-free rows of every data family through the public path: alarms, largest residual over bound",
     "emulated-clean": "the same on emulated tensor cores (needs the emulator: --emulator or ABFT_EMULATOR)",
+    "emulated-kernels": "the kernels themselves, interpreted on emulated tensor cores: products and attention, both ways, fault-free",
     "campaign": "faults of every class, place, pattern and role through abft.inject: detected, repaired, located, missed",
     "integer": "int8 products: clean rows, faults of every class, cost against torch's",
     "emulated-faults": "flips and nullifications in emulated tensor-core accumulators, weights and panels",
@@ -42,6 +43,7 @@ MODULES = {
     "training-faults": "training_faults",
     "emulated-clean": "emulated_clean",
     "emulated-faults": "emulated_faults",
+    "emulated-kernels": "emulated_kernels",
     "kernel-tests": "kernel_tests",
     "attention-faults": "attention_faults",
     "attention-clean": "attention_clean",

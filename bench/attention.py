@@ -5,6 +5,9 @@
 
 Names are batch × heads × queries × width, then the keys where they are others (``decode``: few queries, a cache, eight query heads
 to a key head). torch:flash, efficient, cudnn, math: one kernel of torch's; ``torch`` is the one that it chooses.
+A decoding step over pages:
+
+    python -m bench attention --shapes 'decode-*' --providers abft:paged abft:paged,off torch:flash
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Random faults in every place inside attention: detected, repaired bit for bit, missed; by effect on the product they strike.
 
     python -m bench attention-faults [--trials N]
+    python -m bench attention-faults --emulated bf16        the Triton kernels, interpreted on emulated tensor cores (emulated_units.py)
 
 Kinds: nullification, flips of one and two random bits, ±2^k, non-finite; single elements, warp strides, fragments, rows. Harmful: the
 worst row of the struck product (of P and l: of O, or in the backward dV; of dS: of dS itself) changes by 1e-3 of its L2 norm or more.
@@ -10,6 +11,8 @@ A row of zeros (dS of a query that sees one key) has no such norm: there what be
 from __future__ import annotations
 
 import argparse
+from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,7 +20,7 @@ import torch
 
 import abft
 from abft import bits
-from bench import intervals
+from bench import emulated_units, forms, intervals, tensor_core
 from bench.results import Results
 
 PLACES = {"S": "qk", "dQ": "qk", "dK": "qk", "P": "pv", "l": "pv", "O": "pv", "dP": "pv", "dS": "pv", "dV": "pv"}
@@ -25,32 +28,50 @@ KINDS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("nullify", {}), ("bitflip", {"bits": 1}), ("bitflip", {"bits": 2}), ("carry", {}), ("nonfinite", {}),
 )  # fmt: skip
 PATTERNS = ("element", "element", "warp", "fragment", "row")
-HARMFUL = 1e-3
+HARMFUL, SEVERE = 1e-3, 1e-2
 NOTHING = 1e-30
-POLICY = abft.Policy(on_uncorrected="record")
 FORMS: tuple[dict[str, Any], ...] = ({}, {"is_causal": True}, {"dropout_p": 0.1})
 
 
-def step(form: dict[str, Any], seed: int) -> list[torch.Tensor]:
-    """Output and gradients of grouped-query attention, 2 x 4 heads x 64 queries x 80 keys, width 32."""
+@dataclass(frozen=True)
+class Case:
+    """Grouped-query attention: shapes of its operands, their type, the policy."""
+
+    q: tuple[int, ...]
+    k: tuple[int, ...]
+    dtype: torch.dtype
+    policy: abft.Policy
+
+
+ON_THE_HOST = Case((2, 4, 64, 32), (2, 2, 80, 32), torch.float32, abft.Policy(on_uncorrected="record"))
+
+
+def emulated(dtype: torch.dtype) -> Case:
+    """A smaller one: what is interpreted takes seconds."""
+    backend = forms.backend_of("interpreted")
+    return Case((1, 2, 64, 64), (1, 1, 80, 64), dtype, abft.Policy(backend=backend, on_uncorrected="record"))  # type: ignore[arg-type]
+
+
+def step(case: Case, form: dict[str, Any], seed: int) -> list[torch.Tensor]:
+    """Output and gradients."""
     g = torch.Generator().manual_seed(seed)
-    leaves = [torch.randn(s, generator=g).requires_grad_() for s in ((2, 4, 64, 32), (2, 2, 80, 32), (2, 2, 80, 32))]
+    leaves = [torch.randn(s, generator=g).to(case.dtype).requires_grad_() for s in (case.q, case.k, case.k)]
     torch.manual_seed(seed)
-    out = abft.scaled_dot_product_attention(*leaves, enable_gqa=True, policy=POLICY, **form)
-    return [out.detach(), *torch.autograd.grad(out, leaves, torch.randn(out.shape, generator=g))]
+    out = abft.scaled_dot_product_attention(*leaves, enable_gqa=True, policy=case.policy, **form)
+    return [out.detach(), *torch.autograd.grad(out, leaves, torch.randn(out.shape, generator=g).to(case.dtype))]
 
 
-def trial(place: str, number: int, clean: dict[tuple[int, int], list[torch.Tensor]]) -> dict[str, Any]:
+def trial(case: Case, place: str, number: int, clean: dict[tuple[int, int], list[torch.Tensor]]) -> dict[str, Any]:
     rng = np.random.default_rng([number, *place.encode()])
     what, options = KINDS[number % len(KINDS)]
     form, data = int(rng.integers(len(FORMS))), int(rng.integers(4))
     if (form, data) not in clean:
-        clean[form, data] = step(FORMS[form], data)
+        clean[form, data] = step(case, FORMS[form], data)
     call = int(rng.integers(2)) if place in ("S", "P") else 0  # these are in the forward and in the backward
     fault = abft.inject.Fault(what, place, role=PLACES[place], pattern=str(rng.choice(PATTERNS)), call=call, **options)
     abft.report(reset=True)
     with abft.inject.faults(fault, seed=number) as log:
-        results = step(FORMS[form], data)
+        results = step(case, FORMS[form], data)
     report = abft.report()
     equal = all(bool(bits.same(a, b).all()) for a, b in zip(results, clean[form, data], strict=True))
     effect = log[0].effect
@@ -59,15 +80,17 @@ def trial(place: str, number: int, clean: dict[tuple[int, int], list[torch.Tenso
     return {"effect": effect, "detected": report.detected > 0, "equal": equal, "false_alarms": report.false_alarms}
 
 
-def of_place(place: str, trials: int) -> dict[str, Any]:
+def of_place(case: Case, place: str, trials: int) -> dict[str, Any]:
     clean: dict[tuple[int, int], list[torch.Tensor]] = {}
-    found = [trial(place, i, clean) for i in range(trials)]
+    found = [trial(case, place, i, clean) for i in range(trials)]
+    severe = [t["detected"] for t in found if t["effect"] >= SEVERE]
     harmful = [t for t in found if t["effect"] >= HARMFUL]
     detected = [t for t in found if t["detected"]]
     seen = sum(t["detected"] for t in harmful)
     return {
         "trials": trials, "harmful": len(harmful), "harmful_detected": seen, "lower_limit": intervals.lower_limit(seen, len(harmful)),
-        "detected": len(detected), "repaired_bit_equal": sum(t["equal"] for t in detected),
+        "severe": len(severe), "severe_detected": sum(severe), "detected": len(detected),
+        "repaired_bit_equal": sum(t["equal"] for t in detected),
         "largest_missed": max((t["effect"] for t in found if not t["detected"]), default=0.0),
         "false_alarms": sum(t["false_alarms"] for t in found),
     }  # fmt: skip
@@ -77,11 +100,17 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench attention-faults", description=__doc__)
     parser.add_argument("--trials", type=int, default=500, help="per place")
     parser.add_argument("--fresh", action="store_true")
+    parser.add_argument("--emulated", choices=["bf16", "fp16"], help="the kernels, on emulated tensor cores of an H100")
     options = parser.parse_args(argv)
     torch.set_num_threads(1)
-    results = Results("attention-faults", fresh=options.fresh, trials=options.trials)
-    for i, place in enumerate(PLACES):
-        if results.find(place) is None:
-            print(results.add("place", key=place, role=PLACES[place], **of_place(place, options.trials)))
-        results.progress(i + 1, len(PLACES), place)
+    case, unit, name = ON_THE_HOST, nullcontext(), "attention-faults"
+    if options.emulated:
+        case = emulated({"bf16": torch.bfloat16, "fp16": torch.float16}[options.emulated])
+        unit, name = emulated_units.tensor_cores(tensor_core.load(), 90), f"attention-faults-emulated-{options.emulated}"
+    results = Results(name, fresh=options.fresh, trials=options.trials)
+    with unit:
+        for i, place in enumerate(PLACES):
+            if results.find(place) is None:
+                print(results.add("place", key=place, role=PLACES[place], **of_place(case, place, options.trials)))
+            results.progress(i + 1, len(PLACES), place)
     return 0

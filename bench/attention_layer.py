@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -19,6 +20,8 @@ KERNELS = {
     "cudnn": attention.SDPBackend.CUDNN_ATTENTION, "math": attention.SDPBackend.MATH,
 }  # fmt: skip
 
+#: Tokens of a page.
+PAGE = 64
 #: That are held at a time in fp64: half a gigabyte.
 SCORES = 1 << 26
 
@@ -26,7 +29,8 @@ SCORES = 1 << 26
 class Attention(nn.Module):
     """query (..., heads, L, E), key and value (..., key heads, S, E) → (..., heads, L, E).
 
-    policy: None leaves it to torch. kernel: the one of torch's to insist on; torch raises where it cannot.
+    policy: None leaves it to torch. kernel: the one of torch's to insist on; torch raises where it cannot. paged: over a cache that is
+    written when keys are seen for the first time, and read from then on; torch's answer is that of such a step if queries are one.
     """
 
     def __init__(self, causal: bool = False) -> None:
@@ -34,6 +38,8 @@ class Attention(nn.Module):
         self.causal = causal
         self.policy: abft.Policy | None = None
         self.kernel: str | None = None
+        self.paged = False
+        self._caches: dict[int, tuple[weakref.ref[Tensor], abft.PagedCache, Tensor, Tensor]] = {}
         #: (L, S, E) of the last call: what its checks are made of
         self.shape: tuple[int, int, int] | None = None
 
@@ -41,11 +47,25 @@ class Attention(nn.Module):
         grouped = query.shape[-3] != key.shape[-3]
         if query.dtype == torch.float64:
             return exactly(query, key, value, self.causal)
+        if self.paged and self.policy is not None:
+            return self._over_pages(query, key, value, self.policy)
         if self.policy is not None:
             self.shape = (query.shape[-2], key.shape[-2], query.shape[-1])
             return abft.scaled_dot_product_attention(query, key, value, is_causal=self.causal, enable_gqa=grouped, policy=self.policy)
         with self._insisting():
             return F.scaled_dot_product_attention(query, key, value, is_causal=self.causal, enable_gqa=grouped)
+
+    def _over_pages(self, query: Tensor, key: Tensor, value: Tensor, policy: abft.Policy) -> Tensor:
+        if query.shape[-2] != 1 and not self.causal:
+            raise ValueError("over pages queries see none behind them: time a decoding step, or causal attention")
+        self.shape = (query.shape[-2], key.shape[-2], query.shape[-1])
+        known = self._caches.get(key.data_ptr())
+        if known is None or known[0]() is not key:  # others may lie where these lay
+            cache = abft.PagedCache.of(key, value, PAGE)
+            lengths = torch.full((len(key),), key.shape[-2], dtype=torch.int32, device=key.device)
+            known = self._caches[key.data_ptr()] = weakref.ref(key), cache, cache.table(len(key)), lengths
+        _, cache, table, lengths = known
+        return abft.paged_attention(query, cache, table, lengths, policy=policy)
 
     def _insisting(self) -> AbstractContextManager[None]:
         if self.kernel is None or torch.compiler.is_compiling():
@@ -76,9 +96,9 @@ def _block(query: Tensor, key: Tensor, value: Tensor, first: int | None) -> Tens
     return scores.softmax(-1) @ value
 
 
-def given(model: nn.Module, policy: abft.Policy | None, kernel: str | None = None) -> nn.Module:
+def given(model: nn.Module, policy: abft.Policy | None, kernel: str | None = None, paged: bool = False) -> nn.Module:
     """Every attention of a model in the hands of a policy, or of one of torch's kernels; in place."""
     for module in model.modules():
         if isinstance(module, Attention):
-            module.policy, module.kernel = policy, kernel
+            module.policy, module.kernel, module.paged = policy, kernel, paged
     return model

@@ -11,10 +11,14 @@ A kernel enters the audit when a case launches it. A row is one launch of a case
     blocks       per multiprocessor, and by which resource (occupancy.py)
     matrix       matrix instructions, as written, and how many; they tell the generation of the unit, the type, and K per instruction
     main, rest   instructions inside main loops (sass.py) and outside
-    tiles        of products: for each main loop, in order, the instructions in it and between it and the loop around it, that is,
-                 what one step in K takes, and what one tile takes besides
+    tiles        of kernels that multiply: for each main loop, in order, the instructions in it and between it and the loop around it;
+                 of a product what one step in K takes and what one tile takes besides, of attention what one block of keys takes
+                 (or of queries), where some are hidden and where none is
+    source       a hash of the kernel in Triton's IR, of its options, and of what reads these numbers (compiled.py, anatomy.py)
 
-Counts are of instructions as they stand: one that is skipped or repeated at run time counts once.
+Counts are of instructions as they stand: one that is skipped or repeated at run time counts once. A kernel whose source stands in the
+committed audit of the same Triton has its numbers from there: what the compiler is given is what it was given then. ``--afresh``
+compiles everything. What was stopped goes on where it was.
 """
 
 from __future__ import annotations
@@ -26,7 +30,6 @@ import itertools
 import json
 import multiprocessing
 import os
-import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -35,7 +38,7 @@ from typing import Any
 
 import triton
 
-from bench import audited, compiled, occupancy, sass
+from bench import anatomy, audited, compiled
 from bench.compiled import Launch
 from bench.results import Results, dump
 
@@ -43,6 +46,8 @@ ARCHITECTURES = ("80", "90", "100", "gfx942")
 OPERANDS = tuple(compiled.OPERANDS)
 FLOATS = tuple(name for name in OPERANDS if name != "int8")
 Row = dict[str, Any]
+#: What a row says of its launch, not of the kernel.
+NAMES = ("kind", "kernel", "case", "operands", "arch", "config")
 
 
 @dataclass(frozen=True)
@@ -53,11 +58,18 @@ class Case:
     shape: dict[str, Any] = field(default_factory=dict)
     operands: tuple[str, ...] = OPERANDS
     launches: Callable[..., list[Launch]] = compiled.launches_of
+    arches: tuple[str, ...] = ARCHITECTURES
 
 
+#: Attention is left to torch on Blackwell (docs/decisions/0048); AMD's GPUs were not tried.
+ATTENTION = {"launches": compiled.attention_launches, "arches": ("80", "90")}
+GRADIENT = {"launches": compiled.attention_gradient_launches, "arches": ("80", "90")}
+#: Types of attention's operands, of its commonest cases and of others.
+THREE, TWO, ONE = ("bf16", "fp16", "ieee"), ("bf16", "ieee"), ("bf16",)
 #: What is audited; a new kernel takes one line here. m = n = k = 4096 with bias unless said otherwise. A short N has a narrow panel
 #: and narrow check tiles: of 16-bit operands 64 columns for 2048, 32 for 1024, 16 for 384. Up to 64 rows have tiles of their own.
 #: "second" and "third" are the other configs that a table entry names, whatever shapes they are for.
+#: Attention: causal, over heads of so many columns; "lean" is without products of exponentials, "whole" not causal.
 CASES = (
     Case("full"),
     Case("lean", {"form": "lean"}),
@@ -78,58 +90,42 @@ CASES = (
     Case("third lean", {"candidate": 2, "form": "lean"}, ("bf16",)),
     Case("third transposed", {"candidate": 2, "transposed": True}, ("bf16", "tf32")),
     Case("short transposed", {"n": 1024, "transposed": True}, ("bf16", "tf32")),
+    Case("attention 64", {"columns": 64}, THREE, **ATTENTION),
+    Case("attention 64 lean", {"columns": 64, "form": "lean"}, ONE, **ATTENTION),
+    Case("attention", {}, THREE, **ATTENTION),
+    Case("attention lean", {"form": "lean"}, ("bf16", "fp16"), **ATTENTION),
+    Case("attention 256", {"columns": 256}, TWO, **ATTENTION),
+    Case("attention whole", {"causal": False}, ONE, **ATTENTION),
+    Case("attention everything", {"asked": "everything"}, ONE, **ATTENTION),
+    Case("attention added", {"asked": "added"}, ONE, **ATTENTION),
+    Case("gradient 64", {"columns": 64}, THREE, **GRADIENT),
+    Case("gradient 96", {"columns": 96}, ONE, **GRADIENT),
+    Case("gradient", {}, THREE, **GRADIENT),
+    Case("gradient 256", {"columns": 256}, TWO, **GRADIENT),
+    Case("gradient whole", {"causal": False}, ONE, **GRADIENT),
+    Case("gradient everything", {"asked": "everything"}, ONE, **GRADIENT),
+    Case("gradient added", {"asked": "added"}, ONE, **GRADIENT),
 )
+#: Hopper is audited in full, other GPUs in the commonest cases.
+IN_FULL = "90"
+ELSEWHERE = {
+    "full": OPERANDS, "half": ("bf16", "fp16"), "deferred": FLOATS, "second": ("bf16", "tf32"), "third": ("bf16",),
+    "attention 64": THREE, "attention": THREE, "gradient 64": THREE, "gradient": THREE,
+}  # fmt: skip
 #: For AMD only that the kernels build, with the configs of older GPUs: nothing is claimed of their arithmetic.
 AMD_CASES, AMD_OPERANDS = ("full",), ("bf16", "ieee")
 
 
-# --- one kernel -----------------------------------------------------------------------------------
-
-
-def nvidia_row(launch: Launch, architecture: int) -> Row:
-    kernel = compiled.compile_launch(launch, architecture)
-    code, usage = sass.read(compiled.sass(kernel)), compiled.usage(kernel)
-    warps, shared, main = launch.kwargs["num_warps"], kernel.metadata.shared, code.main_loops
-    inside = frozenset().union(*main)
-    rest = frozenset(range(len(code.instructions))) - inside
-    limits = occupancy.blocks(f"sm_{architecture}", usage["REG"], shared, warps, getattr(kernel.metadata, "tmem_size", 0) or 0)
-    least = min(limits.values())
-    row = {
-        "registers": usage["REG"], "local": usage["STACK"] + usage["LOCAL"], "spills": sum(code.count(sass.SPILLS).values()),
-        "shared": shared, "warps": warps, "blocks": least, "limited_by": [name for name, n in limits.items() if n == least],
-        "matrix": code.matrix(), "loads": code.count(sass.LOADS),
-        "main": code.count(sass.ARITHMETIC, inside), "rest": code.count(sass.ARITHMETIC, rest),
-    }  # fmt: skip
-    return row | ({"tiles": [_tile(code, loop) for loop in main]} if "PRECISION" in launch.kwargs else {})
-
-
-def _tile(code: sass.Code, loop: frozenset[int]) -> Row:
-    """One kind of tile of a product: its main loop and what stands around it."""
-
-    def counts(indices: Iterable[int]) -> Row:
-        return {"issued": code.issued(indices), **code.count(sass.LOADS + sass.ARITHMETIC, indices)}
-
-    return {"matrix": code.matrix(loop), "step": counts(loop), "besides": counts(code.around(loop))}
-
-
-def amd_row(launch: Launch, name: str) -> Row:
-    """Of AMD's kernels, what the code object says of itself: local memory is scratch, shared memory LDS.
-
-    Scalar registers spill to lanes of vector registers, not to memory, as long as ``local`` is zero.
-    """
-    kernel = compiled.compile_for_amd(launch, name)
-    text = kernel.asm["amdgcn"]
-    said = {key: int(value) for key, value in re.findall(r"\.(\w+_(?:count|size)):\s*(\d+)", text.split(".amdgpu_metadata")[-1])}
-    matrix = sorted(re.findall(r"\bv_mfma_\w+", text))
-    return {
-        "registers": said["vgpr_count"], "accumulation_registers": said["agpr_count"], "scalar_registers": said["sgpr_count"],
-        "local": said["private_segment_fixed_size"], "spills": said["vgpr_spill_count"], "scalar_spills": said["sgpr_spill_count"],
-        "shared": kernel.metadata.shared, "warps": launch.kwargs["num_warps"],
-        "matrix": {mnemonic: len(list(same)) for mnemonic, same in itertools.groupby(matrix)},
-    }  # fmt: skip
-
-
 # --- the table ------------------------------------------------------------------------------------
+
+
+#: source → numbers, in every process.
+_known: dict[str, Row] = {}
+
+
+def known(table: Iterable[Row]) -> dict[str, Row]:
+    """The numbers of kernels by their source."""
+    return {row["source"]: {key: value for key, value in row.items() if key not in NAMES} for row in table if "source" in row}
 
 
 def rows(arch: str, operands: str, case: Case) -> list[Row]:
@@ -137,10 +133,17 @@ def rows(arch: str, operands: str, case: Case) -> list[Row]:
     amd = not arch.isdecimal()
     found = []
     for launch in case.launches(operands, 80 if amd else int(arch), **case.shape, numbered=not amd):
-        numbers = amd_row(launch, arch) if amd else nvidia_row(launch, int(arch))
         name = {"kernel": launch.name, "case": case.name, "operands": operands, "arch": arch if amd else f"sm_{arch}"}
-        found.append({**name, "config": launch.config, **numbers})
+        found.append({**name, "config": launch.config, **_numbers(launch, arch, amd)})
     return found
+
+
+def _numbers(launch: Launch, arch: str, amd: bool) -> Row:
+    given = compiled.given_for_amd(launch, arch) if amd else compiled.given(launch, int(arch))
+    source = hashlib.sha256((given + anatomy.method()).encode()).hexdigest()[:16]
+    if source not in _known:
+        _known[source] = (anatomy.amd_row(launch, arch) if amd else anatomy.nvidia_row(launch, int(arch))) | {"source": source}
+    return _known[source]
 
 
 def work(arches: Iterable[str], names: Iterable[str], operands: Iterable[str]) -> Iterator[tuple[str, str, Case]]:
@@ -148,13 +151,15 @@ def work(arches: Iterable[str], names: Iterable[str], operands: Iterable[str]) -
     for arch, case in itertools.product(arches, CASES):
         amd = not arch.isdecimal()
         for kind in case.operands:
-            if case.name in names and kind in operands and not (amd and (case.name not in AMD_CASES or kind not in AMD_OPERANDS)):
+            built = arch in case.arches and (arch == IN_FULL or kind in ELSEWHERE.get(case.name, ()))
+            built = built and not (amd and (case.name not in AMD_CASES or kind not in AMD_OPERANDS))
+            if built and case.name in names and kind in operands:
                 yield arch, kind, case
 
 
-def compile_all(todo: list[tuple[str, str, Case]], jobs: int) -> Iterator[Row]:
-    """The rows, in order."""
-    with concurrent.futures.ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
+def compile_all(todo: list[tuple[str, str, Case]], jobs: int, have: dict[str, Row]) -> Iterator[Row]:
+    """The rows, in order; ``have``: numbers that need not be found again."""
+    with concurrent.futures.ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), _known.update, (have,)) as pool:
         for found in pool.map(rows, *zip(*todo, strict=True)):
             yield from found
 
@@ -178,6 +183,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--case", action="append", choices=[case.name for case in CASES], help="only these; default: all")
     parser.add_argument("--operands", action="append", choices=OPERANDS, help="only these; default: all")
     parser.add_argument("--compare", action="store_true", help="write nothing; say what differs from the committed audit")
+    parser.add_argument("--afresh", action="store_true", help="compile what the committed audit knows, too")
     parser.add_argument("--out", type=Path, help="folder of the result; needed for a part of the table")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes; default: one for each core")
     options = parser.parse_args(argv)
@@ -187,13 +193,17 @@ def main(argv: list[str]) -> int:
     todo = list(work(options.arch or ARCHITECTURES, options.case or [case.name for case in CASES], options.operands or OPERANDS))
     if not todo:
         parser.error(f"nothing is audited for this choice (on AMD only cases {AMD_CASES} and operands {AMD_OPERANDS})")
+    committed = audited.path(triton.__version__)
+    unfinished = (options.out or committed.parent) / f"unfinished-{committed.name}"  # of a run that was stopped
+    have = {} if options.afresh else known(audited.rows(committed)) | known(audited.rows(unfinished))
     if options.compare:
-        return _compare([json.loads(dump(row)) for row in compile_all(todo, options.jobs)])
-    results = Results(audited.path(triton.__version__).stem, fresh=True, folder=options.out, triton=triton.__version__, kernels=sources(),
-                      shape="m = n = k = 4096 with bias, unless the case says otherwise",
+        return _compare([json.loads(dump(row)) for row in compile_all(todo, options.jobs, have)])
+    results = Results(unfinished.stem, fresh=True, folder=options.out, triton=triton.__version__, kernels=sources(),
+                      shape="m = n = k = 4096 with bias; attention 2 × 8 heads of 4096 × 128; unless the case says otherwise",
                       cases={case.name: case.shape for case in CASES})  # fmt: skip
-    for row in compile_all(todo, options.jobs):
+    for row in compile_all(todo, options.jobs, have):
         print(_line(results.add("audit", **row)), flush=True)
+    results.path.replace(results.path.with_name(committed.name))
     return 0
 
 

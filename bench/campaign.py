@@ -4,6 +4,7 @@
     python -m bench campaign --backend interpreted --dtype fp16 --trials 20  the Triton kernels, in Triton's interpreter
     python -m bench campaign --backend triton --dtype bf16 --trials 20       … on a GPU
     python -m bench campaign --backend interpreted --timing deferred         … judged later, and not repaired; or --panel lean
+    python -m bench campaign --detector statistical                          … harmless ones left as they are, without a budget
 
 A trial is one fault in one product of a protected ``nn.Linear``: of its forward, input gradient or weight gradient. Its
 effect is the relative L2 change of the worst row before any repair. Counted per class, never as one average:
@@ -35,6 +36,8 @@ from torch.nn import functional as F
 import abft
 from abft import floating
 from abft.inject import Fault
+from abft.statistics import watches
+from abft.statistics.severity import Budget
 from bench import families, forms, intervals
 from bench.clean import DTYPES
 from bench.results import UNFINISHED, Results
@@ -142,6 +145,8 @@ class Tally:
 
 def trial(tally: Tally, subject: Subject, fault: Fault, seed: int, harm: float) -> None:
     """One fault, and what became of it."""
+    for monitor in watches.monitors().values():
+        monitor.budget = Budget(burst=math.inf, left=math.inf)  # what is tolerated is the gate's doing, not the last trial's
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with abft.inject.faults(fault, seed=seed) as log:

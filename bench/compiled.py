@@ -18,6 +18,7 @@ from unittest import mock
 
 import torch
 import triton
+from triton._C.libtriton import ir
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
@@ -129,25 +130,25 @@ def _integer_launches(call: Call, architecture: int) -> list[Launch]:
     return launches
 
 
+#: What a model may ask of attention besides: (dtype of a mask, window, soft-cap, dropout). What the interpreter runs need not compile.
+ASKED: dict[str, tuple[torch.dtype | None, int | None, float | None, float]] = {
+    "": (None, None, None, 0.0), "everything": (torch.bool, 1024, 30.0, 0.1), "added": (torch.float32, None, None, 0.0),
+}  # fmt: skip
+
+
 def attention_launches(operands: str, architecture: int, *, columns: int = 128, length: int = 4096, form: str = "full", causal: bool = True,
-                       masked: bool = False, strike: bool = False, numbered: bool = True) -> list[Launch]:  # fmt: skip
+                       asked: str = "", strike: bool = False, numbered: bool = True) -> list[Launch]:  # fmt: skip
     """The launches of one checked attention of 2 × 8 heads, two to each of keys, and before it its unchecked twin.
 
-    columns: of every head. masked: a boolean mask, a window, a soft-cap and dropout. numbered: as in ``launches_of``.
+    columns: of every head. asked: of ASKED. numbered: as in ``launches_of``.
     """
-    from abft.triton_kernels import configs
+    from abft.triton_kernels import attention_forward, configs
 
-    dtype = OPERANDS[operands]
-    q, k = torch.empty(2, 4, 2, length, columns, dtype=dtype), torch.empty(2, 4, length, columns, dtype=dtype)
-    mask = torch.empty(1, 1, 1, length, length, dtype=torch.bool) if masked else None
-    window, softcap, dropout = (1024, 30.0, 0.1) if masked else (None, None, 0.0)
     strikes = tuple((role, Strike("accumulator", Region(0, 1, 0, 1), BitOperation(flip=1))) for role in ("qk", "pv")) if strike else ()
-    call = triton_attention.AttentionCall(
-        q, k, torch.empty_like(k), mask, 2**40, columns**-0.5, causal, 0, window, softcap, dropout, policy.Policy(panel=form),
-        frozenset({"qk", "pv"}), strikes,
-    )  # fmt: skip
+    call = replace(_attention(operands, columns, length, form, causal, asked), strikes=strikes)
     kind = "ieee" if operands == "ieee" else "16-bit"
-    choice = configs.choose_attention(architecture, kind, columns), backend.ARITHMETIC.get((architecture, kind), threshold.FMA_32)
+    config = configs.choose_attention(architecture, kind, attention_forward.padded(columns), triton_attention.laden(call))
+    choice = config, backend.ARITHMETIC.get((architecture, kind), threshold.FMA_32)
     words, site = torch.zeros(ledger.WORDS, dtype=torch.int64), torch.zeros((), dtype=torch.int64)
     on_the_device = mock.patch.object(backend, "_numbered", lambda device: numbered)
     with recorded() as launches, on_the_device, mock.patch.object(triton_attention, "_choice", lambda *_: choice):
@@ -156,15 +157,11 @@ def attention_launches(operands: str, architecture: int, *, columns: int = 128, 
     return launches
 
 
-def attention_gradient_launches(operands: str, architecture: int, *, columns: int = 128, length: int = 4096, strike: bool = False,
-                                numbered: bool = True) -> list[Launch]:  # fmt: skip
-    """The launches of the gradient of such an attention, causal, after those of its unchecked twin: the same kernels without checks."""
-    dtype = OPERANDS[operands]
-    q, k = torch.empty(2, 4, 2, length, columns, dtype=dtype), torch.empty(2, 4, length, columns, dtype=dtype)
-    call = triton_attention.AttentionCall(
-        q, k, torch.empty_like(k), None, 0, columns**-0.5, True, 0, None, None, 0.0, policy.Policy(), frozenset({"qk", "pv"})
-    )
-    given = triton_attention_backward.Given(q, q, torch.empty(2, *q.shape[:-1]))
+def attention_gradient_launches(operands: str, architecture: int, *, columns: int = 128, length: int = 4096, causal: bool = True,
+                                asked: str = "", strike: bool = False, numbered: bool = True) -> list[Launch]:  # fmt: skip
+    """The launches of the gradient of such an attention, after those of its unchecked twin: the same kernels without checks."""
+    call = _attention(operands, columns, length, "full", causal, asked)
+    given = triton_attention_backward.Given(call.q, call.q, torch.empty(2, *call.q.shape[:-1]))
     hits = tuple(
         triton_attention_backward.Hit(Strike(place, Region(0, 1, 0, 1), BitOperation(flip=1)))  # type: ignore[arg-type]
         for place in (("S", "dV") if strike else ())
@@ -176,6 +173,16 @@ def attention_gradient_launches(operands: str, architecture: int, *, columns: in
     return launches
 
 
+def _attention(operands: str, columns: int, length: int, form: str, causal: bool, asked: str) -> triton_attention.AttentionCall:
+    dtype, (masked, window, softcap, dropout) = OPERANDS[operands], ASKED[asked]
+    q, k = torch.empty(2, 4, 2, length, columns, dtype=dtype), torch.empty(2, 4, length, columns, dtype=dtype)
+    mask = None if masked is None else torch.empty(2, 1, 1, length, length, dtype=masked)
+    return triton_attention.AttentionCall(
+        q, k, torch.empty_like(k), mask, 2**40, columns**-0.5, causal, 0, window, softcap, dropout, policy.Policy(panel=form),  # type: ignore[arg-type]
+        frozenset({"qk", "pv"}),
+    )  # fmt: skip
+
+
 def _as_if_on_a_gpu() -> contextlib.AbstractContextManager[Any]:
     """Host tensors choose what a GPU's would."""
     return mock.patch.object(triton_attention_backward, "on_host", lambda device: False)
@@ -183,21 +190,61 @@ def _as_if_on_a_gpu() -> contextlib.AbstractContextManager[Any]:
 
 def compile_launch(launch: Launch, architecture: int) -> Any:
     """The compiled kernel of a recorded launch, specialised as Triton would at that launch."""
-    return _compile(launch, GPUTarget("cuda", architecture, 32))
+    return _compile(launch, _nvidia(architecture))
 
 
 def compile_for_amd(launch: Launch, name: str) -> Any:
     """The same for one of AMD's GPUs; a launch without descriptors. What only NVIDIA's assembler knows is left out."""
+    return _compile(_as_amd_takes_it(launch), _amd(name))
+
+
+def given(launch: Launch, architecture: int) -> str:
+    """All that the machine code follows from, besides Triton's version: the kernel in Triton's IR, inlined and simplified, without
+    names or lines, for a target, and the options of its compilation. Takes a small part of the time of compiling."""
+    return _given(launch, _nvidia(architecture))
+
+
+def given_for_amd(launch: Launch, name: str) -> str:
+    """The same of one of AMD's GPUs."""
+    return _given(_as_amd_takes_it(launch), _amd(name))
+
+
+def _nvidia(architecture: int) -> GPUTarget:
+    return GPUTarget("cuda", architecture, 32)
+
+
+def _amd(name: str) -> GPUTarget:
+    return GPUTarget("hip", name, 64)
+
+
+def _as_amd_takes_it(launch: Launch) -> Launch:
     kwargs = {k: v for k, v in launch.kwargs.items() if k != "maxnreg"} | {"num_stages": 2}
-    return _compile(replace(launch, kwargs=kwargs), GPUTarget("hip", name, 64))
+    return replace(launch, kwargs=kwargs)
 
 
-def _compile(launch: Launch, target: GPUTarget) -> Any:
+def _specialised(launch: Launch, target: GPUTarget) -> tuple[Any, ASTSource, dict[str, Any]]:
+    """(compiler, source, options) of a launch, as Triton's own launcher finds them."""
     compiler = make_backend(target)
     binder = create_function_from_signature(launch.kernel.signature, launch.kernel.params, compiler)
     bound, specialization, options = binder(*launch.args, **launch.kwargs)
     options, signature, constexprs, attrs = launch.kernel._pack_args(compiler, launch.kwargs, bound, specialization, options)
-    return triton.compile(ASTSource(launch.kernel, signature, constexprs, attrs), target=target, options=options.__dict__)
+    return compiler, ASTSource(launch.kernel, signature, constexprs, attrs), options.__dict__
+
+
+def _compile(launch: Launch, target: GPUTarget) -> Any:
+    _, source, options = _specialised(launch, target)
+    return triton.compile(source, target=target, options=options)
+
+
+def _given(launch: Launch, target: GPUTarget) -> str:
+    """The first steps of ``triton.compile``."""
+    compiler, source, options = _specialised(launch, target)
+    parsed, context, stages = compiler.parse_options(options | source.parse_options()), ir.context(), {}
+    ir.load_dialects(context)
+    compiler.load_dialects(context)
+    module = source.make_ir(target, parsed, compiler.get_codegen_implementation(parsed), compiler.get_module_map(), context)
+    compiler.add_stages(stages, parsed, source.language)
+    return f"{stages['ttir'](module, {}).str_nodebug()}\n{target}\n{parsed.hash()}"
 
 
 def sass(compiled: Any) -> str:

@@ -99,7 +99,7 @@ def _in_hands_of(provider: Provider, model: nn.Module) -> nn.Module:
 
         return twin_layer.exchange(model)
     if provider.whole or not any(isinstance(m, nn.Linear) for m in model.modules()):
-        attention_layer.given(model, provider.policy, provider.kernel)
+        attention_layer.given(model, provider.policy, provider.kernel, provider.paged)
     return model if provider.policy is None else abft.protect(model, provider.policy, name=f"bench/{provider.name}")
 
 

@@ -13,13 +13,14 @@ import torch
 import abft
 
 #: The form that every figure is of unless it says otherwise; a result of another one carries its name.
-COMMON = {"panel": "full", "timing": "immediate"}
+COMMON = {"panel": "full", "timing": "immediate", "detector": "checksum"}
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """``--panel`` and ``--timing``, as in a policy."""
+    """``--panel``, ``--timing`` and ``--detector``, as in a policy."""
     parser.add_argument("--panel", default=COMMON["panel"], choices=["full", "lean"])
     parser.add_argument("--timing", default=COMMON["timing"], choices=["immediate", "deferred"], help="deferred: the kernels only")
+    parser.add_argument("--detector", default=COMMON["detector"], choices=["checksum", "both", "statistical"], help="statistical: a CPU")
     parser.add_argument("--seconds", type=float, default=math.inf, help="begin nothing new after so long")
     parser.add_argument("--out", type=Path, help="folder of the result (default: bench/results)")
 
@@ -36,8 +37,8 @@ def name(options: argparse.Namespace) -> str:
 
 
 def policy(options: argparse.Namespace, **more: str) -> abft.Policy:
-    """The policy of ``--backend``, ``--panel`` and ``--timing``. Events are counted, not warned of."""
-    chosen = {"backend": backend_of(options.backend), "panel": options.panel, "timing": options.timing}
+    """The policy of ``--backend`` and of what ``add_options`` added. Events are counted, not warned of."""
+    chosen = {"backend": backend_of(options.backend), "panel": options.panel, "timing": options.timing, "detector": options.detector}
     return abft.Policy(on_uncorrected="record", **chosen, **more)  # type: ignore[arg-type]
 
 

@@ -51,6 +51,12 @@ ON_GPU = (
          "--ways", "eager", *FEW_FAULTS, *UNTIL),
         6,
     ),
+    Part(
+        "times-paged-attention",
+        ("attention", "--shapes", "decode-*", "--providers", "abft:paged", "abft:paged,off", "--dtypes", "bf16", "--passes", "forward",
+         "--ways", "graph", "eager", *FEW_FAULTS, *UNTIL),
+        3,
+    ),
     Part("clean-bf16", ("clean", "--backend", "triton", "--dtype", "bf16", "--rows", "1e9", *UNTIL), 8),
     Part("faults-bf16", ("campaign", "--backend", "triton", "--dtype", "bf16", "--trials", "10", *UNTIL), 8),
     _timed("times-small", SMALL, FORWARD, 4, "--passes", "forward", "--ways", "graph", "eager", "--dtypes", "bf16", "fp16"),

@@ -4,7 +4,8 @@
     abft                  Policy(): the backend that ``auto`` takes, correction on, full panel
     torch:KERNEL          attention by one of torch's kernels: flash, efficient, cudnn, math
     abft:WORDS            words of a policy after a colon, with commas: a backend (triton, reference, vendor), off, detect, lean, deferred,
-                          frozen, g=WIDTH; guarded: the step under StepGuard (train); whole: a model's attention, too
+                          frozen, g=WIDTH; guarded: the step under StepGuard (train); whole: a model's attention, too; paged: attention
+                          of few queries over abft.PagedCache, written before it is timed
     dmr, tmr              two or three executions, compared bit for bit, and no checksum
     twin                  the kernel without its check (bench/twin.py): checked over twin is what the check costs
 """
@@ -36,6 +37,7 @@ MEANINGS = {
     AGAIN: "the same again: what separates it from torch is the harness (A/A)",
     "abft": "checked and repaired, backend auto, full panel; abft:triton|reference|vendor,detect,lean,deferred,frozen,g=256,guarded,whole",
     "abft:off": "attention: the same code without its checks",
+    "abft:paged": "attention of few queries over pages that remember their sums; abft:paged,off: the same kernels without checks",
     "torch:flash": "attention by torch's kernel of that name; also efficient, cudnn, math",
     "dmr": "every product executed twice and compared bit for bit, a third time where they differ; no checksum",
     "tmr": "every product executed three times and voted on; no checksum",
@@ -56,6 +58,7 @@ class Provider:
     policy: abft.Policy | None = None
     guarded: bool = False
     whole: bool = False  # attention within a model is checked, too
+    paged: bool = False  # attention alone, over pages
     kernel: str | None = None  # of torch's attention
 
     @property
@@ -80,13 +83,14 @@ def parse(name: str) -> Provider:
             choices["group"] = int(word[2:])
         elif word in WORDS:
             choices |= WORDS[word]
-        elif word not in ("guarded", "whole"):
+        elif word not in ("guarded", "whole", "paged"):
             head = ""
     if head != "abft":
         raise ValueError(
-            f"no provider is called {name!r}; there are {', '.join(MEANINGS)}, and abft: with {', '.join(WORDS)}, g=, guarded, whole"
+            f"no provider is called {name!r}; there are {', '.join(MEANINGS)}, and abft: with {', '.join(WORDS)}, g=, guarded, whole, paged"
         )
-    return Provider(name, abft.Policy(on_uncorrected="record", **choices), "guarded" in words, "whole" in words)  # type: ignore[arg-type]
+    policy = abft.Policy(on_uncorrected="record", **choices)  # type: ignore[arg-type]
+    return Provider(name, policy, guarded="guarded" in words, whole="whole" in words, paged="paged" in words)
 
 
 def unavailable(provider: Provider, device: torch.device, dtype: torch.dtype) -> str | None:

@@ -43,9 +43,13 @@ class Results:
 
     def replace(self, kind: str, **fields: Any) -> dict[str, Any]:
         """Add a record and drop earlier ones of its kind (a summary)."""
-        self.records = [r for r in self.records if r["kind"] != kind]
-        self.path.write_text("".join(dump(r) + "\n" for r in self.records), encoding="utf-8")
+        self.drop(kind)
         return self.add(kind, **fields)
+
+    def drop(self, *kinds: str) -> None:
+        """Forget earlier records of these kinds: they are about to be made anew."""
+        self.records = [r for r in self.records if r["kind"] not in kinds]
+        self.path.write_text("".join(dump(r) + "\n" for r in self.records), encoding="utf-8")
 
     def _write(self, record: dict[str, Any]) -> None:
         self.records.append(json.loads(dump(record)))

@@ -26,6 +26,7 @@ def stamp() -> dict[str, Any]:
         "commit": _commit(),
         "sources": sources(),
         "cpu": cpu_model(),
+        "vectors": vector_units(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
@@ -54,6 +55,17 @@ def cpu_model() -> str:
             return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
+
+
+def vector_units() -> str:
+    """What the CPU multiplies with: two of one name may differ in that, most of all in bf16."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            flags = next(line.split() for line in file if line.startswith("flags"))
+    except (OSError, StopIteration):
+        flags = []
+    pairs = [name for name in ("amx_bf16", "avx512_bf16") if name in flags]
+    return ", ".join([torch.backends.cpu.get_cpu_capability(), *pairs])
 
 
 def gpu_model() -> str | None:

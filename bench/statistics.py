@@ -4,14 +4,13 @@
 
 training: a model learns under ``detector="both"`` while its statistics drift; residuals are recorded. marginal: recorded residuals,
 drawn anew for 132 units of which one is off. severity: random flips under ``detector="statistical"``. cost: of ``both`` on top of
-``checksum``.
+``checksum`` (bench/detector_cost.py; a file of its own).
 """
 
 from __future__ import annotations
 
 import argparse
 import math
-import time
 from pathlib import Path
 
 import numpy as np
@@ -21,10 +20,12 @@ from torch import nn
 import abft
 from abft.statistics import watches
 from abft.statistics.severity import Budget
-from bench import intervals, marginal, recorded
+from bench import detector_cost, intervals, marginal, recorded
 from bench.results import FOLDER, Results
 
-PARTS = ("training", "marginal", "severity", "cost")
+#: What can be measured by itself, and what it writes; the rest of the file stays.
+PARTS = {"training": ("training", "residuals"), "marginal": ("marginal", "false alarms", "quarantines"), "severity": ("severity",),
+         "cost": ("cost",)}  # fmt: skip
 IMAGE = Path(__file__).resolve().parents[1] / "docs" / "images" / "residuals.png"
 QUANTILES = (0.001, 0.01, 0.1, 0.5, 0.9, 0.99, 0.999)
 
@@ -35,22 +36,29 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--trials", type=int, default=20)
     parser.add_argument("--flips", type=int, default=2000)
+    parser.add_argument("--blocks", type=int, default=60, help="of the cost: two seconds each")
     parser.add_argument("--dtype", default="fp32", choices=["fp32", "bf16"])
     parser.add_argument("--fresh", action="store_true")
     options = parser.parse_args(argv)
     torch.set_num_threads(1)
-    results = Results("statistics", fresh=options.fresh, **{k: v for k, v in vars(options).items() if k not in ("fresh", "parts")})
+    asked = {k: v for k, v in vars(options).items() if k not in ("fresh", "parts", "blocks")}
+    results = Results("statistics", fresh=options.fresh, **asked)
     parts = options.parts or list(PARTS)
-    if "training" in parts or "marginal" in parts:
+    if "marginal" in parts:
+        parts = ["training", *parts]  # whose residuals it draws
+    results.drop(*(kind for part in parts for kind in PARTS[part]))
+    if "training" in parts:
         run = training(results, options.steps, options.dtype)
         if "marginal" in parts:
             among_peers(results, run, options.trials)
     if "severity" in parts:
         for group in (None, 128):
             severity(results, options.flips, group)
+            # One element is what the gate lets be: of several, which may cancel in some of its sums, it must take none for harmless.
+            severity(results, options.flips, group, "warp")
     if "cost" in parts:
-        cost(results)
-    print(FOLDER / "statistics.jsonl")
+        detector_cost.measure(Results("statistics-cost", fresh=True, blocks=options.blocks), blocks=options.blocks)
+    print(FOLDER / "statistics*.jsonl")
     return 0
 
 
@@ -111,8 +119,11 @@ def among_peers(results: Results, run: recorded.Run, trials: int) -> None:
     results.add("quarantines", key="quarantines", per_day=total + rates, per_day_worst_site=worst + rates, per_day_of_rates=rates)
 
 
-def severity(results: Results, flips: int, group: int | None) -> None:
-    """Random flips in the accumulators of a wide layer; the budget is lifted, so that the gate alone decides."""
+def severity(results: Results, flips: int, group: int | None, pattern: str = "element") -> None:
+    """Random flips in the accumulators of a wide layer; the budget is lifted, so that the gate alone decides.
+
+    What can be saved is ``harmless`` of ``flagged``: a coarser floor flags less of what harms nobody.
+    """
     torch.manual_seed(0)
     watches.forget()
     rng = np.random.default_rng(0)
@@ -120,13 +131,13 @@ def severity(results: Results, flips: int, group: int | None) -> None:
     policy = abft.Policy(detector="statistical", group=group, on_uncorrected="record")
     model = abft.protect(nn.Linear(k, n), policy, name="severity")
     abft.report(reset=True)
-    left, repaired, missed, harmful_left, harmful, before = 0, 0, 0, 0, 0, 0
+    left, repaired, missed, harmful_left, harmful, harmless = 0, 0, 0, 0, 0, 0
     with torch.no_grad():
         for i in range(flips):
             x = torch.randn(rows, k, generator=torch.Generator().manual_seed(i))
             for monitor in watches.monitors().values():
                 monitor.budget = Budget(burst=math.inf, left=math.inf)
-            with abft.inject.faults(abft.inject.Fault("bitflip", bit=int(rng.integers(32))), seed=i) as log:
+            with abft.inject.faults(abft.inject.Fault("bitflip", bit=int(rng.integers(32)), pattern=pattern), seed=i) as log:
                 model(x)
             r = abft.report(reset=True)
             effect = log[0].effect
@@ -136,43 +147,15 @@ def severity(results: Results, flips: int, group: int | None) -> None:
             missed += not (r.tolerated or r.detected)
             harmful += harm
             harmful_left += harm and not r.corrected
-            before += 1
+            harmless += not harm and bool(r.tolerated or r.corrected)
     flagged = left + repaired
     low, high = intervals.proportion(left, flagged)
     results.add(
-        "severity", key=f"severity {group}", group=group, rows=rows, k=k, n=n, flips=flips, flagged=flagged, left=left,
-        saved=left / flagged, saved_interval=[low, high], harmful=harmful, harmful_left=harmful_left,
+        "severity", key=f"severity {group}" + (f" {pattern}" if pattern != "element" else ""), group=group, pattern=pattern, rows=rows, k=k,
+        n=n, flips=flips, flagged=flagged, harmless=harmless, left=left, saved=left / flagged, saved_interval=[low, high],
+        could_save=harmless / flagged, harmful=harmful, harmful_left=harmful_left,
         harmful_left_below=intervals.upper_limit(harmful_left, harmful), unseen=missed,
     )  # fmt: skip
-
-
-def cost(results: Results, size: int = 2048, rows: int = 256, rounds: int = 60) -> None:
-    """Calls in turn: checksum, both, checksum again; ratios within each round."""
-    torch.manual_seed(0)
-    watches.forget()
-    x = torch.randn(rows, size)
-    layer = nn.Linear(size, size)
-    policies = [abft.Policy(), abft.Policy(detector="both"), abft.Policy()]
-    models = []
-    for policy in policies:
-        twin = nn.Linear(size, size)
-        twin.load_state_dict(layer.state_dict())
-        models.append(abft.protect(twin, policy, name="cost"))
-    times = []
-    with torch.no_grad():
-        for i in range(rounds + 5):
-            now = []
-            for model in models:
-                start = time.perf_counter()
-                model(x)
-                now.append(time.perf_counter() - start)
-            if i >= 5:
-                times.append(now)
-    t = np.array(times)
-    for name, ratio in (("both / checksum", t[:, 1] / t[:, 0]), ("checksum / checksum", t[:, 2] / t[:, 0])):
-        low, high = intervals.median(ratio.tolist())
-        median = float(np.median(ratio))
-        results.add("cost", key=f"cost {name}", what=name, size=size, rows=rows, rounds=rounds, ratio=median, interval=[low, high])
 
 
 def _draw(run: recorded.Run, dtype: str) -> None:

@@ -59,7 +59,8 @@ class File:
         if s.get("gpu") and self.name.startswith(("time-", "scaling-")) and "-cpu" not in self.name:
             return f"{s['gpu'].split(',')[0]}, torch {release(s.get('torch', '?'))}"
         threads = s.get("threads", 1)
-        return f"{s.get('cpu', '?')}, {threads} thread{'s' * (threads != 1)}, torch {release(s.get('torch', '?'))}"
+        vectors = f" ({s['vectors']})" if "vectors" in s else ""
+        return f"{s.get('cpu', '?')}{vectors}, {threads} thread{'s' * (threads != 1)}, torch {release(s.get('torch', '?'))}"
 
     def link(self, page: str, text: str = "") -> str:
         return f"[{text or self.name}]({os.path.relpath(self.path, (ROOT / page).parent)})"
@@ -133,6 +134,19 @@ def clean(page: str) -> str:
     return table(header, map(row, found), "python -m bench clean")
 
 
+def emulated_kernels(page: str) -> str:
+    def row(f: File, r: Record) -> tuple[object, ...]:
+        what = {"linear": "layer", "attention": "attention"}[r["product"]]
+        return (
+            f.arithmetic, f"{what}, {r['part']}", f"{r['rows']:,}", f"{r['alarms']:,}", small(r["rate_below"]), f"{r['worst']:.2f}",
+            f.machine, f.link(page),
+        )  # fmt: skip
+
+    rows = [row(f, r) for f in finished("kernels-emulated-*") for r in f.kind("summary")[-4:]]
+    header = "operands | product | rows | alarms | rate below | worst | machine | file"
+    return table(header, rows, "python -m bench emulated-kernels")
+
+
 # --- faults -----------------------------------------------------------------------------------------
 
 PLACES = {
@@ -172,6 +186,19 @@ def _found(s: Record) -> str:
     # Again from the counts, and cut off: rounded, a lower limit would promise too much.
     limit = math.floor(1e4 * intervals.lower_limit(s["harmful_detected"], s["harmful"])) / 100
     return f"{share(s['harmful_detected'], s['harmful'])} (at least {limit:.2f} %)"
+
+
+def attention_faults(page: str) -> str:
+    def row(f: File, r: Record) -> tuple[object, ...]:
+        where = f"kernels, {f.arithmetic} on emulated tensor cores" if "emulated" in f.name else "CPU, fp32"
+        return (
+            where, r["key"], f"{r['trials']:,}", f"{r['harmful']:,}", _found(r), small(r["largest_missed"]),
+            f"{share(r['repaired_bit_equal'], r['detected'])} of {r['detected']:,}", r["false_alarms"], f.link(page),
+        )  # fmt: skip
+
+    rows = [row(f, r) for f in files("attention-faults*") for r in f.kind("place")]
+    header = "where | struck | faults | harmful (≥ 1e-3) | of these detected | largest missed | repaired, bit-equal | false alarms | file"
+    return table(header, rows, "python -m bench attention-faults")
 
 
 EMULATED = {
@@ -517,11 +544,15 @@ def statistics(page: str) -> str:
         for r in f.kind("severity"):
             (low, high), group = r["saved_interval"], r["group"] or "default"
             saved = f"{100 * r['saved']:.0f} % of {r['flagged']:,} flagged rows left ({100 * low:.0f} … {100 * high:.0f} %)"
-            kept = f"{r['harmful_left']} of {r['harmful']:,} harmful ones"
-            rows.append((f"random flips, fp32, N = {r['n']:,}, group {group}", f"{saved}; {kept}", f.link(page)))
+            kept = f"{r['harmful_left']} of {r['harmful']:,} harmful ones (below {100 * r['harmful_left_below']:.2g} %)"
+            could = f" of {100 * r['could_save']:.0f} % that harm nobody" if r["pattern"] == "element" else ""
+            struck = "random flips" if r["pattern"] == "element" else "flips of several elements of a row"
+            rows.append((f"{struck}, fp32, N = {r['n']:,}, group {group}", f"{saved}{could}; {kept}", f.link(page)))
+    for f in files("statistics-cost*") or files("statistics*"):
         for r in f.kind("cost"):
-            low, high = r["interval"]
-            rows.append((f"time, {r['what']}, {r['size']} × {r['size']}", f"× {r['ratio']:.4f} ({low:.4f} … {high:.4f})", f.link(page)))
+            (low, high), clock = r["interval"], f" ({r['clock']} clock)" if "clock" in r else ""
+            what = f"time{clock}, {r['what']}, {r['size']} × {r['size']}"
+            rows.append((what, f"× {r['ratio']:.4f} ({low:.4f} … {high:.4f})", f.link(page)))
     return table("what | result | file", rows, "python -m bench statistics")
 
 
@@ -586,6 +617,32 @@ def _products() -> Iterator[tuple[File, Record, Record]]:
         for (arch, operands, kernel), r in found.items():
             if kernel == "checked_product":
                 yield f, r, found[arch, operands, "unchecked_product"]
+
+
+#: A kernel of attention, and the one that computes its suspect blocks again.
+AGAIN = {"checked_attention": "settle_attention", "attention_dq": "attention_dq_again", "attention_dkv": "attention_dkv_again"}
+
+
+def attention_audit(page: str) -> str:
+    """Attention's kernels beside the same compiled without checks; "lean" is without products of exponentials."""
+    rows = []
+    for f in files("audit*"):
+        found: dict[tuple[str, ...], list[Record]] = {}
+        for r in f.kind("audit"):
+            found.setdefault((r["arch"], r["case"], r["operands"], r["kernel"]), []).append(r)
+        for (arch, case, operands, kernel), launches in found.items():
+            if kernel in AGAIN:
+                twin, r = launches
+                (again,) = found[arch, case, operands, AGAIN[kernel]]
+                steps = " → ".join(str(one["tiles"][0]["step"]["issued"]) if one["tiles"] else "–" for one in (twin, r))
+                tile = f"{r['config']['BM']} × {r['config']['BN']}"
+                rows.append((arch, case, operands, kernel, tile, _beside(twin, r, "registers"), r["local"], again["local"],
+                             _beside(twin, r, "blocks"), steps, _triton(f), f.link(page)))  # fmt: skip
+    header = (
+        "target | case | operands | kernel | queries × keys | registers, unchecked → checked | spilled bytes | in a repetition | "
+        "blocks per multiprocessor | instructions of a block's step | Triton | file"
+    )
+    return table(header, rows, "python -m bench audit")
 
 
 def _beside(twin: Record, r: Record, what: str) -> str:
@@ -755,7 +812,9 @@ TABLES: dict[str, Callable[[str], str]] = {
     "headline": headline,
     "demo": demo,
     "clean": clean,
+    "emulated-kernels": emulated_kernels,
     "campaign": campaign,
+    "attention-faults": attention_faults,
     "emulated-faults": emulated_faults,
     "expected-floors": expected_floors,
     "floors": floors,
@@ -772,6 +831,7 @@ TABLES: dict[str, Callable[[str], str]] = {
     "memory": memory,
     "predictions": predictions,
     "audit": audit,
+    "attention-audit": attention_audit,
     "bytes": bytes_moved,
     "work": work,
     "statistics": statistics,

@@ -143,9 +143,8 @@ def test_a_site_that_is_worse_is_told_apart() -> None:
 # --- what the campaigns say -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", CAMPAIGNS)
-def test_detection_rates_are_the_committed_ones(dtype: str) -> None:
-    known = CAMPAIGNS[dtype]
+@pytest.mark.parametrize("known", [*CAMPAIGNS.values(), *options.STATISTICAL_CAMPAIGNS.values()], ids=lambda c: c.file)
+def test_detection_rates_are_the_committed_ones(known: options.Campaign) -> None:
     records = [json.loads(line) for line in (RESULTS / f"{known.file}.jsonl").read_text(encoding="utf-8").splitlines()]
     summary = next(r for r in reversed(records) if r["kind"] == "summary")
     total = {key: sum(summary["places"][place][key] for place in ("accumulator", "output", "operand")) for key in ("trials", "harmful", "harmful_detected", "detected")}
@@ -165,6 +164,29 @@ def test_what_an_option_lets_through() -> None:
     assert escape("dmr") == pytest.approx(options.REPEATING) and escape("correct+dmr") == pytest.approx(escape("correct") * options.REPEATING)
     # In half precision a CPU's checks see little below 1e-2: what is harmful at 1e-3 is then counted as missed.
     assert escape("correct", "bfloat16", 1e-2) < 1e-3 < 0.05 < escape("correct", "bfloat16", 1e-3)
+
+
+def test_the_statistical_rung_is_for_those_who_ask_and_where_it_was_measured() -> None:
+    rung = options.STATISTICAL
+    policy, model = adaptive(1e6, levels=["statistical"])
+    assert {c.option for c in policy.plan.sites} == {"statistical"} and rung.policy(abft.Policy()).detector == "statistical"
+    assert BY_NAME["correct"].escape("float32", 1e-3, replayed=False) < rung.escape("float32", 1e-3, replayed=False) < 0.01
+    assert rung.escape("bfloat16", 1e-2, replayed=False) == 1.0 and rung.seen("bfloat16") == 0.0
+    torch.manual_seed(0)
+    x, right = torch.randn(8, 32), None
+    with torch.no_grad():
+        right = model(x)
+        with inject.faults(inject.Fault("bitflip", bit=30)):
+            assert torch.equal(model(x), right)
+    report = abft.report()
+    assert report.corrected == 1
+    assert [plan.detector for plan in plans_in_force(model) if plan is not None] == ["statistical"] * 3
+    for module, base in ((nn.Linear(8, 8).bfloat16(), abft.Policy()), (nn.Linear(8, 8), abft.Policy(backend="triton"))):
+        with pytest.raises(abft.errors.PolicyError, match="statistical.*cannot have"):
+            abft.protect(module, Adaptive(target_escape=1e9, budget=100.0, policy=base, levels=["statistical"]), name="refused")
+        by_default = Adaptive(target_escape=1e9, budget=100.0, policy=base)
+        abft.protect(module, by_default, name="allowed")
+        assert "statistical" not in by_default.plan.options.values()
 
 
 def test_counted_costs_are_near_the_measured_ones() -> None:

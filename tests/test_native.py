@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import shutil
 import stat
 import subprocess
 import sys
@@ -34,6 +35,15 @@ def _judged(y, a, w, *, form="full", bias=None, group=None, encode=reference.bui
     panel = encode(w, p.layout)
     sums = None if bias is None else checksum.bias_sums(bias, p.layout)
     return quick.worst(y, a, quick.compiled(panel, sums, w.shape[1], p, a.dtype))
+
+
+def test_what_there_is_a_compiler_for_compiles():
+    """Everything else here is skipped without the compiled passes; sources that do not compile must not hide that way."""
+    if not any(shutil.which(name) for name in (os.environ.get("CC"), "cc", "gcc", "clang") if name):
+        pytest.skip("NO C COMPILER: the compiled passes are untested")
+    if os.environ.get("ABFT_NATIVE") == "0":
+        pytest.skip("ABFT_NATIVE=0")
+    assert library.functions() is not None, library.why_not()
 
 
 # --- panels -------------------------------------------------------------------------------------
@@ -148,10 +158,12 @@ def test_operands_of_any_strides(rows, dtype):
     y = F.linear(plain, w)
     wide = torch.zeros(rows, 200, dtype=dtype)
     wide[:, 60:140] = y
-    ratios = {_judged(result, a, w) for a in (plain, whole[::2, ::2], plain.T.contiguous().T) for result in (y, wide[:, 60:140])}
-    assert max(ratios) <= 1.0
-    # The order of summation is the same whatever the strides, but pairs of bf16 are multiplied together where they are adjacent.
-    assert len(ratios) == 1 or (dtype == torch.bfloat16 and max(ratios) - min(ratios) < 0.01)
+    along, gaps, across = ({_judged(result, a, w) for result in (y, wide[:, 60:140])} for a in (plain, whole[::2, ::2], plain.T.contiguous().T))
+    assert max(along | gaps | across) <= 1.0
+    # Numbers are added in one order along rows, in another down columns, and pairs of bf16 are multiplied together where they are adjacent.
+    assert len(along) == len(gaps) == len(across) == 1
+    assert along == gaps or dtype == torch.bfloat16
+    assert max(along | gaps | across) - min(along | gaps | across) < (0.1 if dtype == torch.float32 else 0.01)
 
 
 @needs_compiler

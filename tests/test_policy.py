@@ -56,10 +56,10 @@ def test_every_value_of_the_contract_is_accepted(field, value):
     assert getattr(policy, field) == (frozenset(value) if field == "roles" else value)
 
 
-@pytest.mark.parametrize("detector", ["statistical", "both"])
-def test_a_detector_that_the_kernels_do_not_have_is_refused_by_name(detector):
-    with pytest.raises(NotImplementedError, match=f"Policy.detector='{detector}'.*kernels"):
-        abft.linear(torch.ones(2, 16), torch.ones(16, 16), policy=abft.Policy(detector=detector, backend="triton"))
+@pytest.mark.parametrize("choices", [{"detector": "statistical"}, {"detector": "both", "timing": "deferred"}], ids=str)
+def test_a_detector_that_the_kernels_do_not_have_is_refused_by_name(choices):
+    with pytest.raises(NotImplementedError, match=f"Policy.detector='{choices['detector']}'.*kernels"):
+        abft.linear(torch.ones(2, 16), torch.ones(16, 16), policy=abft.Policy(backend="triton", **choices))
 
 
 @pytest.mark.parametrize("field, value", WRONG, ids=named)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import logging
 import math
+import threading
 from contextlib import nullcontext
 
 import numpy as np
@@ -252,7 +254,14 @@ def test_a_baseline_that_learns_is_silent():
     ids=["small", "within the residual's own noise of harm", "harmful", "several errors", "not finite"],
 )
 def test_severities(size, single, severity):
-    assert of_suspect(np.full((1, 4), size), np.full((1, 4), 1e-4), 1.0, single=single) is severity
+    assert of_suspect(np.full((1, 2), size), np.full((1, 2), 1e-4), size if single else np.nan, 1.0) is severity
+
+
+def test_sums_that_disagree_about_the_size_are_several_errors():
+    bound = np.array([[1e-4, 3e-4]] * 2)
+    assert of_suspect(np.array([[1e-5, 0.0], [5e-4, -5.5e-4]]), bound, -5e-4, 1.0) is Severity.S2  # noise
+    assert of_suspect(np.array([[1e-5, 0.0], [5e-4, 0.0]]), bound, 5e-4, 1.0) is Severity.S4
+    assert of_suspect(np.array([[1e-5, 0.0], [5e-4, 5e-4]]), bound, 1e-5, 1.0) is Severity.S4
 
 
 def test_a_budget_is_used_up_and_fills_again():
@@ -306,6 +315,29 @@ def test_a_marginal_unit_that_no_check_sees_is_found(monkeypatch, native):
     alarm = next(a for a in found.alarms if a.quarantine)
     assert alarm.site == "marginal" and alarm.context == {"release": "2"} and "quarantine the unit" in alarm.message
     assert str(alarm.message) in str(found) and found.sites["marginal"].alarms == found.alarms
+
+
+def test_an_alarm_is_told_without_a_lock(monkeypatch):
+    """A log's handler may wait for a thread that makes a report, which holds a lock of its own and asks for the alarms."""
+    waited = []
+
+    class Handler(logging.Handler):
+        def emit(self, record):
+            reporter = threading.Thread(target=abft.report, daemon=True)
+            reporter.start()
+            reporter.join(20)
+            waited.append(reporter.is_alive())
+
+    handler, log = Handler(), logging.getLogger("abft")
+    log.addHandler(handler)
+    try:
+        model = layer()
+        feed(model, 3 * WARM_UP)
+        marginal(monkeypatch, 1.5e-8)
+        feed(model, 40, seed=1)
+    finally:
+        log.removeHandler(handler)
+    assert waited and not any(waited)
 
 
 def test_replicas_are_held_against_each_other():
@@ -430,6 +462,29 @@ def test_a_harmful_deviation_is_repaired(bit):
 def test_several_errors_are_repaired_whatever_their_size(pattern):
     report, delivered, right, _ = strike(TOLERANT, 13, pattern=pattern)
     assert report.tolerated == 0 and report.recomputed >= 1 and torch.equal(delivered, right)
+
+
+def test_errors_that_look_like_one_small_one_are_repaired(monkeypatch):
+    """A, -2 A, A + s, equally far apart and of one sign: e, one, hi and lo are those of s alone, in an element that is off by A + s."""
+    torch.manual_seed(1)
+    model, x = layer(TOLERANT, 128), torch.randn(32, 128)
+    signs = checksum.signs(128)
+    first = next(n for n in range(128 - 32) if signs[n] == signs[n + 16] == signs[n + 32])
+    with torch.no_grad():
+        right = nn.functional.linear(x, model.weight, model.bias)
+        norm, multiply, calls = float(right[5].norm()), reference.multiply, []
+
+        def wrong_at_first(*args):
+            y = multiply(*args)
+            if not calls:
+                calls.append(1)
+                y[5, first : first + 33 : 16] += norm * torch.tensor([5e-3, -1e-2, 5e-3 + 5e-4])
+            return y
+
+        monkeypatch.setattr(reference, "multiply", wrong_at_first)
+        delivered = model(x)
+    report = abft.report()
+    assert report.tolerated == 0 and report.recomputed == 1 and torch.equal(delivered, right)
 
 
 def test_a_changed_weight_is_not_tolerated():

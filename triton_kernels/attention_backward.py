@@ -28,6 +28,7 @@ import triton.language as tl
 from .attention_panels import SIDE, SKETCHES, SUMS, hat_of, side_of
 from .attention_scores import (
     LOG2E,
+    Scores,
     binary,
     dropout_base,
     exponents,
@@ -36,9 +37,22 @@ from .attention_scores import (
     kept,
     mask_of,
     rectangle,
-    start_of,
     tanh,
     visited,
+)
+from .attention_sequences import (
+    first_key_of,
+    first_row_of,
+    key_panel,
+    own_keys,
+    own_rows,
+    plane_of,
+    query_panel,
+    result_keys,
+    result_rows,
+    sequence_of,
+    start_of_keys,
+    start_of_queries,
 )
 from .judgement import is_finite, ratio_of
 from .record import raise_worst
@@ -76,6 +90,9 @@ class Bounds(NamedTuple):
     delta: Any
     score: Any
     absolute: Any
+    dq_slope: Any = None  # of packed sequences dq is of no key, dk and dv of no query; these are added for each that a sequence has
+    dk_slope: Any = None
+    dv_slope: Any = None
 
 
 class Status(NamedTuple):
@@ -180,6 +197,15 @@ def _strike(values, faults, PLACE: tl.constexpr, KERNEL: tl.constexpr, plane, ro
 
 
 @triton.jit
+def bounds_of(bounds, one):
+    """The bounds of one of packed sequences."""
+    keys, depth = one.keys.to(tl.float32), (one.group * one.length).to(tl.float32)
+    return Bounds(bounds.s, bounds.dp, bounds.dq + bounds.dq_slope * keys, bounds.dk + bounds.dk_slope * depth,
+                  bounds.dv + bounds.dv_slope * depth, bounds.vanishing, bounds.total, bounds.delta, bounds.score, bounds.absolute,
+                  bounds.dq_slope, bounds.dk_slope, bounds.dv_slope)  # fmt: skip
+
+
+@triton.jit
 def _slope(s, scores):
     """1 - tanh² of a soft-cap."""
     t = tanh(s * (scores.scale / scores.cap))
@@ -198,12 +224,20 @@ def of_queries(at_q, at_k, at_v, at_do, at_o, x, scores, k_panel, v_panel, w_key
     blocks = tl.cdiv(scores.length, BM)
     plane, first_row = index // blocks, index % blocks * BM
     batch, head, member = heads_of(scores, plane)
+    if scores.cu_q is not None:
+        one = sequence_of(scores, batch)
+        if CHECK:
+            bounds = bounds_of(bounds, one)
+        scores = Scores(one.length, one.keys, scores.heads, scores.group, scores.scale, scores.scale2, one.offset, scores.window,
+                        scores.cap, scores.mask, scores.dropped, scores.seed_low, scores.seed_high, scores.undropped, scores.cu_q,
+                        scores.cu_k, scores.sequences, scores.tokens, scores.key_tokens, one.begin_q, one.begin_k,
+                        one.sequence)  # fmt: skip
     rows, e, d = first_row + tl.arange(0, BM), tl.arange(0, BE), tl.arange(0, BD)
     inside = rows < scores.length
-    at = tl.cast(plane, tl.int64) * scores.length + rows
-    q = rectangle(start_of(at_q, batch, head, member), at_q, rows, e, scores.length, E)
-    d_out = rectangle(start_of(at_do, batch, head, member), at_do, rows, d, scores.length, D)
-    delta, reach = _delta(at_o, d_out, batch, head, member, rows, d, scores.length, D)
+    at = first_row_of(scores, plane) + rows
+    q = rectangle(start_of_queries(scores, at_q, batch, head, member), at_q, rows, e, scores.length, E)
+    d_out = rectangle(start_of_queries(scores, at_do, batch, head, member), at_do, rows, d, scores.length, D)
+    delta, reach = _delta(at_o, d_out, scores, batch, head, member, rows, d, D)
     tl.store(x.delta + at, delta, mask=inside)
     m2, l2 = binary(tl.load(x.maxima + at, mask=inside, other=0.0), tl.load(x.sums + at, mask=inside, other=0.0))
     inverse = tl.where(l2 > 0, 1.0 / l2, 0.0)
@@ -236,7 +270,7 @@ def of_queries(at_q, at_k, at_v, at_do, at_o, x, scores, k_panel, v_panel, w_key
                 True, CAUSAL, CHECK,
             BN, E, D, BE, BD, PARTS, SCALED, PRECISION)  # fmt: skip
     if FAULT is not None:
-        acc = _strike(acc, FAULT, DQ_PLACE, BY_QUERIES, plane // scores.group, (member * scores.length + rows)[:, None], e[None, :])
+        acc = _strike(acc, FAULT, DQ_PLACE, BY_QUERIES, plane_of(scores, batch, head), own_rows(scores, member, rows)[:, None], e[None, :])
     if CHECK:
         total, vanishing, size, longest = sums
         may = ~is_finite(m2) | ~is_finite(inverse) | ~is_finite(delta)
@@ -251,15 +285,19 @@ def of_queries(at_q, at_k, at_v, at_do, at_o, x, scores, k_panel, v_panel, w_key
         pv, poisoned = _compare(pv, poisoned, vanishing, tl.where(may, vanishing, 0.0), limit, may)
         qk, poisoned = _judge_sums(qk, poisoned, acc, side, w_e, E, bounds.dq, bounds.absolute, BE, PARTS)
         _write_down(status, words, site, index, at, status.rows, qk, pv, poisoned, inside)
-    start = dq + tl.cast(plane, tl.int64) * scores.length * E
-    out = tl.cast(rows, tl.int64)[:, None] * E + e[None, :]
+    if scores.cu_q is None:
+        start = dq + tl.cast(plane, tl.int64) * scores.length * E
+        out = tl.cast(rows, tl.int64)[:, None] * E + e[None, :]
+    else:
+        start = dq
+        out = result_rows(scores, plane, rows)[:, None] * E + e[None, :]
     tl.store(start + out, (acc * scores.scale).to(dq.dtype.element_ty), mask=inside[:, None] & (e[None, :] < E))
 
 
 @triton.jit
-def _delta(at_o, d_out, batch, head, member, rows, d, LENGTH, D):
+def _delta(at_o, d_out, scores, batch, head, member, rows, d, D):
     """(Σ dO O, Σ |dO O|)"""
-    out = rectangle(start_of(at_o, batch, head, member), at_o, rows, d, LENGTH, D)
+    out = rectangle(start_of_queries(scores, at_o, batch, head, member), at_o, rows, d, scores.length, D)
     product = d_out.to(tl.float32) * out.to(tl.float32)
     return tl.sum(product, 1), tl.sum(tl.abs(product), 1)
 
@@ -272,12 +310,12 @@ def _query_tile(acc, side, qk, pv, poisoned, sums, q, d_out, row, block, at_k, a
                PARTS: tl.constexpr, SCALED: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """Add a block of keys to dQ; (acc, side, what is seen of the rows: qk, pv, poisoned, (Σ P, Σ dX, Σ |dX|, ‖q‖ max ‖k‖))."""
     plane, batch, head, member, rows, m2, inverse, delta, q_norm, o_norm, base = row
-    of_keys = batch * scores.heads + head
+    of_keys = plane_of(scores, batch, head)
     cols, e, d = block * BN + tl.arange(0, BN), tl.arange(0, BE), tl.arange(0, BD)
-    index = of_keys * tl.cdiv(scores.keys, BN) + block
-    k = rectangle(start_of(at_k, batch, head, 0), at_k, cols, e, scores.keys, E)
-    v = rectangle(start_of(at_v, batch, head, 0), at_v, cols, d, scores.keys, D)
-    place = member * scores.length + rows
+    index = key_panel(scores, of_keys, block, BN)
+    k = rectangle(start_of_keys(scores, at_k, batch, head, 0), at_k, cols, e, scores.keys, E)
+    v = rectangle(start_of_keys(scores, at_v, batch, head, 0), at_v, cols, d, scores.keys, D)
+    place = own_rows(scores, member, rows)
     s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
     if FAULT is not None:
         s = _strike(s, FAULT, S_PLACE, BY_QUERIES, of_keys, place[:, None], cols[None, :])
@@ -317,7 +355,7 @@ def _query_tile(acc, side, qk, pv, poisoned, sums, q, d_out, row, block, at_k, a
     ds = dx.to(q.dtype)
     acc = tl.dot(ds, k, acc, input_precision=PRECISION)
     if CHECK:
-        beside = side_of(k_panel, of_keys, cols, scores.keys, PARTS)
+        beside = side_of(k_panel, first_key_of(scores, of_keys), cols, scores.keys, PARTS)
         side = _add_beside(side, ds, beside, k_panel, index, SCALED, PRECISION)
     return acc, side, qk, pv, poisoned, sums
 
@@ -343,10 +381,18 @@ def of_keys(at_q, at_k, at_v, at_do, x, scores, q_panel, d_panel, w_queries, w_e
     blocks = tl.cdiv(scores.keys, BN)
     plane, first_key = index // blocks, index % blocks * BN
     batch, head = plane // scores.heads, plane % scores.heads
+    if scores.cu_q is not None:
+        one = sequence_of(scores, batch)
+        if CHECK:
+            bounds = bounds_of(bounds, one)
+        scores = Scores(one.length, one.keys, scores.heads, scores.group, scores.scale, scores.scale2, one.offset, scores.window,
+                        scores.cap, scores.mask, scores.dropped, scores.seed_low, scores.seed_high, scores.undropped, scores.cu_q,
+                        scores.cu_k, scores.sequences, scores.tokens, scores.key_tokens, one.begin_q, one.begin_k,
+                        one.sequence)  # fmt: skip
     cols, e, d = first_key + tl.arange(0, BN), tl.arange(0, BE), tl.arange(0, BD)
     inside = cols < scores.keys
-    k = rectangle(start_of(at_k, batch, head, 0), at_k, cols, e, scores.keys, E)
-    v = rectangle(start_of(at_v, batch, head, 0), at_v, cols, d, scores.keys, D)
+    k = rectangle(start_of_keys(scores, at_k, batch, head, 0), at_k, cols, e, scores.keys, E)
+    v = rectangle(start_of_keys(scores, at_v, batch, head, 0), at_v, cols, d, scores.keys, D)
     zero = tl.zeros((BN,), tl.float32)
     k_norm, v_norm = zero, zero
     if CHECK:
@@ -364,13 +410,14 @@ def of_keys(at_q, at_k, at_v, at_do, x, scores, q_panel, d_panel, w_queries, w_e
             bounds, FAULT, CAUSAL, CHECK,
             BM, E, D, BE, BD, PARTS, SCALED, PRECISION)  # fmt: skip
     if FAULT is not None:
-        acc_k = _strike(acc_k, FAULT, DK_PLACE, BY_KEYS, plane, cols[:, None], e[None, :])
-        acc_v = _strike(acc_v, FAULT, DV_PLACE, BY_KEYS, plane, cols[:, None], d[None, :])
-    at = tl.cast(plane, tl.int64) * scores.keys + cols
+        acc_k = _strike(acc_k, FAULT, DK_PLACE, BY_KEYS, plane_of(scores, batch, head), own_keys(scores, cols)[:, None], e[None, :])
+        acc_v = _strike(acc_v, FAULT, DV_PLACE, BY_KEYS, plane_of(scores, batch, head), own_keys(scores, cols)[:, None], d[None, :])
+    at = first_key_of(scores, plane) + cols
     if CHECK:
         qk, poisoned = _judge_sums(qk, poisoned, acc_k, beside[0], w_e, E, bounds.dk, bounds.absolute, BE, PARTS)
         pv, poisoned = _judge_sums(pv, poisoned, acc_v, beside[1], w_d, D, bounds.dv, bounds.absolute, BD, PARTS)
         _write_down(status, words, site, index, at, status.rows, qk, pv, poisoned, inside)
+    at = result_keys(scores, plane, cols)
     tl.store(dk + at[:, None] * E + e[None, :], (acc_k * scores.scale).to(dk.dtype.element_ty), mask=inside[:, None] & (e[None, :] < E))
     tl.store(dv + at[:, None] * D + d[None, :], acc_v.to(dv.dtype.element_ty), mask=inside[:, None] & (d[None, :] < D))
 
@@ -399,17 +446,17 @@ def _key_tile(acc_k, acc_v, beside, qk, pv, poisoned, k, v, row, member, block, 
     of_rows = plane * scores.group + member
     rows, e, d = block * BM + tl.arange(0, BM), tl.arange(0, BE), tl.arange(0, BD)
     inside = rows < scores.length
-    index = of_rows * tl.cdiv(scores.length, BM) + block
-    at = tl.cast(of_rows, tl.int64) * scores.length + rows
-    q = rectangle(start_of(at_q, batch, head, member), at_q, rows, e, scores.length, E)
-    d_out = rectangle(start_of(at_do, batch, head, member), at_do, rows, d, scores.length, D)
+    index = query_panel(scores, of_rows, block, BM)
+    at = first_row_of(scores, of_rows) + rows
+    q = rectangle(start_of_queries(scores, at_q, batch, head, member), at_q, rows, e, scores.length, E)
+    d_out = rectangle(start_of_queries(scores, at_do, batch, head, member), at_do, rows, d, scores.length, D)
     m2, l2 = binary(tl.load(x.maxima + at, mask=inside, other=0.0), tl.load(x.sums + at, mask=inside, other=0.0))
     inverse = tl.where(l2 > 0, 1.0 / l2, 0.0)
     delta = tl.load(x.delta + at, mask=inside, other=0.0)
-    place = member * scores.length + rows
+    place = own_rows(scores, member, rows)
     s = tl.dot(k, tl.trans(q), input_precision=PRECISION)
     if FAULT is not None:
-        s = _strike(s, FAULT, S_PLACE, BY_KEYS, plane, place[None, :], cols[:, None])
+        s = _strike(s, FAULT, S_PLACE, BY_KEYS, plane_of(scores, batch, head), place[None, :], cols[:, None])
     if CHECK:
         w = tl.load(w_queries + tl.arange(0, BM))
         qk, poisoned = _judge_product(qk, poisoned, s, w, k, q_panel, index, E, k_norm, bounds.s, BE, PARTS, SCALED, PRECISION)
@@ -418,10 +465,10 @@ def _key_tile(acc_k, acc_v, beside, qk, pv, poisoned, k, v, row, member, block, 
     y = tl.where(unseen, float("-inf"), y)
     p = tl.exp2(y) * inverse[None, :]
     if FAULT is not None:
-        p = _strike(p, FAULT, P_PLACE, BY_KEYS, plane, place[None, :], cols[:, None])
+        p = _strike(p, FAULT, P_PLACE, BY_KEYS, plane_of(scores, batch, head), place[None, :], cols[:, None])
     dp = tl.dot(v, tl.trans(d_out), input_precision=PRECISION)
     if FAULT is not None:
-        dp = _strike(dp, FAULT, DP_PLACE, BY_KEYS, plane, place[None, :], cols[:, None])
+        dp = _strike(dp, FAULT, DP_PLACE, BY_KEYS, plane_of(scores, batch, head), place[None, :], cols[:, None])
     if CHECK:
         pv, poisoned = _judge_product(pv, poisoned, dp, w, v, d_panel, index, D, v_norm, bounds.dp, BD, PARTS, SCALED, PRECISION)
     used = p
@@ -430,7 +477,7 @@ def _key_tile(acc_k, acc_v, beside, qk, pv, poisoned, k, v, row, member, block, 
         dp, used = tl.where(keep, dp * scores.undropped, 0.0), tl.where(keep, p * scores.undropped, 0.0)
     dx = p * (dp - delta[None, :])
     if FAULT is not None:
-        dx = _strike(dx, FAULT, DS_PLACE, BY_KEYS, plane, place[None, :], cols[:, None])
+        dx = _strike(dx, FAULT, DS_PLACE, BY_KEYS, plane_of(scores, batch, head), place[None, :], cols[:, None])
     if CHECK:
         half = tl.exp2(0.5 * y)
         again = half * half * (w * inverse)[None, :]
@@ -446,8 +493,9 @@ def _key_tile(acc_k, acc_v, beside, qk, pv, poisoned, k, v, row, member, block, 
     acc_v = tl.dot(p_used, d_out, acc_v, input_precision=PRECISION)
     acc_k = tl.dot(ds, q, acc_k, input_precision=PRECISION)
     if CHECK:
-        side_k = _add_beside(beside[0], ds, side_of(q_panel, of_rows, rows, scores.length, PARTS), q_panel, index, SCALED, PRECISION)
-        side_v = _add_beside(beside[1], p_used, side_of(d_panel, of_rows, rows, scores.length, PARTS), d_panel, index,
+        side_k = _add_beside(beside[0], ds, side_of(q_panel, first_row_of(scores, of_rows), rows, scores.length, PARTS), q_panel, index,
+                             SCALED, PRECISION)  # fmt: skip
+        side_v = _add_beside(beside[1], p_used, side_of(d_panel, first_row_of(scores, of_rows), rows, scores.length, PARTS), d_panel, index,
                              SCALED, PRECISION)  # fmt: skip
         beside = (side_k, side_v)
     return acc_k, acc_v, beside, qk, pv, poisoned
@@ -476,6 +524,12 @@ def attention_dq(at_q, at_k, at_v, at_do, at_o, x, scores, k_panel, v_panel, w_k
                  BM: tl.constexpr, BN: tl.constexpr, E: tl.constexpr, D: tl.constexpr,
                BE: tl.constexpr, BD: tl.constexpr, PARTS: tl.constexpr, SCALED: tl.constexpr,
                  PRECISION: tl.constexpr):  # fmt: skip
+    if scores.cu_q is not None:
+        each = tl.cdiv(scores.length, BM)
+        if tl.program_id(0) % each * BM >= sequence_of(scores, tl.program_id(0) // each // (scores.heads * scores.group)).length:
+            if CHECK:
+                tl.store(status.blocks + tl.program_id(0), tl.cast(CALM, tl.int8))
+            return
     of_queries(at_q, at_k, at_v, at_do, at_o, x, scores, k_panel, v_panel, w_keys, w_e, bounds, dq, status, words, site,
                tl.program_id(0), FAULT, CAUSAL, CHECK,
                BM, BN, E, D, BE, BD, PARTS, SCALED, PRECISION)  # fmt: skip
@@ -487,6 +541,12 @@ def attention_dkv(at_q, at_k, at_v, at_do, x, scores, q_panel, d_panel, w_querie
                   BM: tl.constexpr, BN: tl.constexpr, E: tl.constexpr, D: tl.constexpr,
                BE: tl.constexpr, BD: tl.constexpr, PARTS: tl.constexpr, SCALED: tl.constexpr,
                   PRECISION: tl.constexpr):  # fmt: skip
+    if scores.cu_q is not None:
+        each = tl.cdiv(scores.keys, BN)
+        if tl.program_id(0) % each * BN >= sequence_of(scores, tl.program_id(0) // each // scores.heads).keys:
+            if CHECK:
+                tl.store(status.blocks + tl.program_id(0), tl.cast(CALM, tl.int8))
+            return
     of_keys(at_q, at_k, at_v, at_do, x, scores, q_panel, d_panel, w_queries, w_e, w_d, bounds, dk, dv, status, words, site,
                tl.program_id(0), FAULT, CAUSAL, CHECK,
             BM, BN, E, D, BE, BD, PARTS, SCALED, PRECISION)  # fmt: skip

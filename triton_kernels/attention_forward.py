@@ -13,7 +13,9 @@ What must hold, per row, before O is rounded:
         (4) 1 - 2⁻⁹ <= ℓ <= keys (1 + 2⁻⁹)  or no key is seen: a maximum that is none
         (5) Π α = exp2(m first - m last)    m and α
         (6) Π p = exp2(Σ x₂) over four keys EXPONENTIALS; both with x₂ clamped at -30, so that a hidden or tiny one does not hide the
-                                            others: exp2 and p. Nothing else sees an exponential that is wrong at once for ℓ and for O.
+                                            others: exp2 and p. Nothing else sees an exponential that is wrong at once for ℓ and for O,
+        (7) 0 <= p <= (1 + 2⁻²⁰) 2^(U|m|/2) in one comparison: as whole numbers, the bits of what is negative or no number are larger.
+                                            x₂ = s · scale2 - m may be fused: the largest is then off by the rounding of m.
 
 Under dropout P is what it keeps and ℓ sums all: (3) compares what was kept, and ℓ with kept + left out.
 
@@ -21,7 +23,7 @@ Rows are whole in one program, so it judges them itself: no partial sums, no lau
 attention_settle.py, which computes those blocks again by the same device function.
 
 Bounds: U κ S as everywhere (docs/explanation/thresholds.md), S from the sketches, and computed of numbers divided by the largest of them,
-so that squares neither over- nor underflow. The constants of (3) to (6): docs/explanation/attention.md.
+so that squares neither over- nor underflow. The constants of (3) to (7): docs/explanation/attention.md.
 """
 
 from __future__ import annotations
@@ -46,8 +48,19 @@ from .attention_scores import (
     natural,
     rectangle,
     sign_of_block,
-    start_of,
     visited,
+)
+from .attention_sequences import (
+    first_prefix,
+    first_row_of,
+    key_block,
+    key_blocks,
+    own_rows,
+    plane_of,
+    result_rows,
+    sequence_of,
+    start_of_keys,
+    start_of_queries,
 )
 from .configs import MAX_REGISTERS, AttentionConfig
 from .gemm import fault_argument, note_unit
@@ -62,8 +75,8 @@ from .tiles import strike
 S, P, L, O, ALPHA, M, CHECKSUM_S, CHECKSUM_O, QUERIES, STATISTICS, PROBABILITIES = (tl.constexpr(i) for i in range(11))
 #: Status of a row, a bit for each role.
 QK, PV = tl.constexpr(1), tl.constexpr(2)
-#: (4), (5): design of the checks, docs/explanation/attention.md.
-RANGE_L, RATIO_ALPHA, RATIO_EXP, FLOOR_EXP = (tl.constexpr(x) for x in (2.0**-9, 3e-5, 3e-5, -30.0))
+#: (4) to (7): design of the checks, docs/explanation/attention.md.
+RANGE_L, RATIO_ALPHA, RATIO_EXP, FLOOR_EXP, RANGE_P = (tl.constexpr(x) for x in (2.0**-9, 3e-5, 3e-5, -30.0, 2.0**-20))
 UNIT = tl.constexpr(2.0**-23)
 #: exp2 of less is no number that matters.
 VANISHED = tl.constexpr(2.0**-100)
@@ -76,6 +89,8 @@ class Limits(NamedTuple):
     shift: Any  # of (1): U κ √keys, times |m|
     output: Any  # (3,): U κ w̄ of (2)
     sums: Any  # of (3), relative to ℓ
+    output_slope: Any = None  # of packed sequences these are of no key, and this is added for each key of a sequence; shift is of one key
+    sums_slope: Any = None
 
 
 class Finding(NamedTuple):
@@ -105,10 +120,25 @@ def checked_attention(q, k, v, out, statistics, sums, weights, scores, limits, w
     """A block of queries of one head per program. roles: bits of those that are judged. details: (2, DETAILS, rows) int32."""
     blocks = tl.cdiv(scores.length, BM)
     number, block = tl.program_id(0) // blocks, blocks - 1 - tl.program_id(0) % blocks  # under a causal mask the last takes longest
+    if scores.cu_q is not None:
+        one = sequence_of(scores, number // (scores.heads * scores.group))
+        if CHECKED:
+            limits = limits_of(limits, one.keys)
+        scores = Scores(one.length, one.keys, scores.heads, scores.group, scores.scale, scores.scale2, one.offset, scores.window,
+                        scores.cap, scores.mask, scores.dropped, scores.seed_low, scores.seed_high, scores.undropped, scores.cu_q,
+                        scores.cu_k, scores.sequences, scores.tokens, scores.key_tokens, one.begin_q, one.begin_k,
+                        one.sequence)  # fmt: skip
+        if CHECKED:
+            if tl.program_id(0) == 0:
+                _count(words, site, tl.load(scores.cu_q + scores.sequences) * (scores.heads * scores.group), roles, REPEAT)
+        if block * BM >= scores.length:
+            if CHECKED:
+                tl.store(flags + number * blocks + block, tl.cast(0, tl.int8))
+            return
     y, m, l, qk, pv = attend_block(q, k, v, sums, weights, scores, limits, number, block, E, D, FAULT, CAUSAL, SCALED, CHECKED,
                                    EXPONENTIALS, PARTS, BM, BN, BE, BD, PRECISION)  # fmt: skip
     rows = block * BM + tl.arange(0, BM)
-    inside, row = rows < scores.length, tl.cast(number, tl.int64) * scores.length + rows
+    inside, row = rows < scores.length, first_row_of(scores, number) + rows
     store_rows(out, statistics, y, m, l, scores, number, rows, D, rows_total, inside, FAULT, BD)
     if CHECKED:
         note_unit(units, number * blocks + block)
@@ -116,17 +146,31 @@ def checked_attention(q, k, v, out, statistics, sums, weights, scores, limits, w
         tl.store(status + row, code.to(tl.int8), mask=inside)
         gravest = tl.max(code, 0)
         tl.store(flags + number * blocks + block, gravest.to(tl.int8))
-        if tl.program_id(0) == 0:
-            if (roles & QK) > 0:
-                count_call(words, site, rows_total, REPEAT)
-            if (roles & PV) > 0:
-                count_call(words, site, rows_total, REPEAT)
+        if scores.cu_q is None:
+            if tl.program_id(0) == 0:
+                _count(words, site, rows_total, roles, REPEAT)
         worst = tl.maximum(_worst(qk, (roles & QK) > 0), _worst(pv, (roles & PV) > 0))
         raise_worst(words, site, tl.max(tl.where(inside, worst, 0.0), 0))
         if gravest > 0:
             tl.atomic_add(summary + UNQUIET, tl.cast(1, tl.int64))
             _remember(details, qk, row, rows_total, number * blocks + block, (code & QK) > 0)
             _remember(details + DETAILS * tl.cast(rows_total, tl.int64), pv, row, rows_total, number * blocks + block, (code & PV) > 0)
+
+
+@triton.jit
+def _count(words, site, rows, roles, REPEAT: tl.constexpr):
+    if (roles & QK) > 0:
+        count_call(words, site, rows, REPEAT)
+    if (roles & PV) > 0:
+        count_call(words, site, rows, REPEAT)
+
+
+@triton.jit
+def limits_of(limits, keys):
+    """The coefficients for the keys of one sequence: affine in them, shift in their root; that of the scores is of the longest."""
+    n, slope = keys.to(tl.float32), limits.output_slope
+    output = (limits.output[0] + slope[0] * n, limits.output[1] + slope[1] * n, limits.output[2] + slope[2] * n)
+    return Limits(limits.scores, limits.shift * tl.sqrt(n), output, limits.sums + limits.sums_slope * n, slope, limits.sums_slope)
 
 
 @triton.jit
@@ -150,8 +194,9 @@ def _remember(details, finding, row, rows_total, tile, mask):
 @triton.jit
 def store_rows(out, statistics, y, m, l, scores, number, rows, D, rows_total, mask, FAULT, BD: tl.constexpr):
     """O (contiguous), rounded, and the statistics (2, rows) of some rows of a head."""
-    cols, row = tl.arange(0, BD), tl.cast(number, tl.int64) * scores.length + rows
-    tl.store(out + row[:, None] * D + cols[None, :], y.to(out.dtype.element_ty), mask=mask[:, None] & (cols[None, :] < D))
+    cols, row = tl.arange(0, BD), first_row_of(scores, number) + rows
+    at = out + result_rows(scores, number, rows)[:, None] * D + cols[None, :]
+    tl.store(at, y.to(out.dtype.element_ty), mask=mask[:, None] & (cols[None, :] < D))
     m, l = natural(m, l)
     if FAULT is not None:
         m = _strike_rows(m, FAULT, STATISTICS, scores, number, rows, 0)
@@ -171,11 +216,12 @@ def attend_block(q, k, v, sums, weights, scores, limits, number, block, E, D, FA
     batch, head, member = heads_of(scores, number)
     rows = block * BM + tl.arange(0, BM)
     base = dropout_base(scores, batch, head, member) if scores.dropped is not None else None
-    way = Way(batch, head, member, batch * scores.heads + head, rows, base)
-    queries = rectangle(start_of(q, batch, head, member), q, rows, tl.arange(0, BE), scores.length, E)
+    way = Way(batch, head, member, plane_of(scores, batch, head), rows, base)
+    start = start_of_queries(scores, q, batch, head, member)
+    queries = rectangle(start, q, rows, tl.arange(0, BE), scores.length, E)
     read = queries
     if FAULT is not None:
-        read = strike(queries, FAULT, QUERIES, way.plane, member * scores.length + rows, tl.arange(0, BE), 0, 1)
+        read = strike(queries, FAULT, QUERIES, way.plane, own_rows(scores, member, rows), tl.arange(0, BE), 0, 1)
     m, first = tl.full((BM,), float("-inf"), tl.float32), tl.full((BM,), float("-inf"), tl.float32)
     l, signed, wrong = tl.zeros((BM,), tl.float32), tl.zeros((BM,), tl.float32), tl.zeros((BM,), tl.float32)
     fall, held, left = tl.full((BM,), 1.0, tl.float32), tl.zeros((BM,), tl.float32), tl.zeros((BM,), tl.float32)
@@ -199,7 +245,7 @@ def attend_block(q, k, v, sums, weights, scores, limits, number, block, E, D, FA
                 m, l, acc, check, signed, first, fall, wrong, held, left, read, k, v, sums, weights, scores, way, n, E, D, FAULT, CAUSAL,
                 SCALED, CHECKED, EXPONENTIALS, BN, BE, BD, PRECISION, True)  # fmt: skip
     if FAULT is not None:
-        acc = strike(acc, FAULT, O, way.plane, member * scores.length + rows, tl.arange(0, BD), 0, 1)
+        acc = strike(acc, FAULT, O, way.plane, own_rows(scores, member, rows), tl.arange(0, BD), 0, 1)
         l = _strike_rows(l, FAULT, L, scores, number, rows, 0)
     y = acc * (1.0 / tl.where(l == 0, 1.0, l))[:, None]
     if CHECKED:
@@ -219,13 +265,14 @@ def _step(m, l, acc, check, signed, first, fall, wrong, held, left, queries, k, 
           BE: tl.constexpr, BD: tl.constexpr, PRECISION: tl.constexpr, HIDES: tl.constexpr):  # fmt: skip
     """One block of keys. HIDES: it may hold keys that some rows do not see."""
     cols = block * BN + tl.arange(0, BN)
-    own = way.member * scores.length + way.rows
-    s = tl.dot(queries, tl.trans(_tile(k, way, block, tl.arange(0, BE), scores.keys, E, BN, HIDES)), input_precision=PRECISION)
+    own = own_rows(scores, way.member, way.rows)
+    s = tl.dot(queries, tl.trans(_tile(k, scores, way, block, tl.arange(0, BE), scores.keys, E, BN, HIDES)), input_precision=PRECISION)
     if FAULT is not None:
         s = strike(s, FAULT, S, way.plane, own, cols, 0, 1)
         m = _strike_rows(m, FAULT, M, scores, way.plane * scores.group + way.member, way.rows, block * BN)
     if CHECKED:
-        signs = tl.load(weights.signs + tl.arange(0, BN))[None, :]
+        # From where no compiler knows that it is the same for all blocks (they are fewer than 2³⁰): else they stay in registers.
+        signs = tl.load(weights.signs + (block >> 30) + tl.arange(0, BN))[None, :]
         sign = sign_of_block(block)
     if SCALED and not HIDES:
         new = tl.maximum(m, tl.max(s, 1) * scores.scale2)
@@ -261,26 +308,29 @@ def _step(m, l, acc, check, signed, first, fall, wrong, held, left, queries, k, 
     if CHECKED:
         if EXPONENTIALS:
             wrong += _disagreeing(x, p)
+        largest = tl.exp2(tl.abs(shift) * (0.5 * UNIT)) * (1.0 + RANGE_P)
+        wrong += tl.where(tl.max(p.to(tl.uint32, bitcast=True), 1) <= largest.to(tl.uint32, bitcast=True), 0.0, 1.0)
         half = tl.exp2((m - shift) * 0.5)
         check = check * tl.where(nothing, 1.0, half * half)[:, None]
-        at = sums.panel + (tl.cast(way.plane, tl.int64) * PANEL * tl.cdiv(scores.keys, BN) + block) * BN + tl.arange(0, BN)[:, None]
-        columns = tl.load(at + tl.arange(0, PANEL)[None, :] * (tl.cdiv(scores.keys, BN) * BN))
+        at = sums.panel + key_block(scores, way.plane, block, PANEL, BN) * BN + tl.arange(0, BN)[:, None]
+        columns = tl.load(at + tl.arange(0, PANEL)[None, :] * (key_blocks(scores, BN) * BN))
         if sums.scales is None:
             check = tl.dot(used, columns, check, input_precision=PRECISION)
         else:
-            scale = (tl.cast(way.plane, tl.int64) * tl.cdiv(scores.keys, BN) + block) * PANEL + tl.arange(0, PANEL)
+            scale = key_block(scores, way.plane, block, 1, BN) * PANEL + tl.arange(0, PANEL)
             check += tl.dot(used, columns, input_precision=PRECISION) * tl.load(sums.scales + scale)[None, :]
         first = tl.where(first == float("-inf"), new, first)
         fall = fall * alpha
-    acc = tl.dot(used, _tile(v, way, block, tl.arange(0, BD), scores.keys, D, BN, HIDES), acc * alpha[:, None], input_precision=PRECISION)
+    values = _tile(v, scores, way, block, tl.arange(0, BD), scores.keys, D, BN, HIDES)
+    acc = tl.dot(used, values, acc * alpha[:, None], input_precision=PRECISION)
     return new, l, acc, check, signed, first, fall, wrong, held, left
 
 
 @triton.jit
-def _tile(t, way, block, cols, ROWS, COLS, BN: tl.constexpr, HIDES: tl.constexpr):
+def _tile(t, scores, way, block, cols, ROWS, COLS, BN: tl.constexpr, HIDES: tl.constexpr):
     """A block of keys or values, zero beyond the last; 32-bit offsets from a 64-bit start."""
     local = tl.arange(0, BN)
-    start = start_of(t, way.batch, way.head, way.member) + tl.cast(block, tl.int64) * BN * t.row
+    start = start_of_keys(scores, t, way.batch, way.head, way.member) + tl.cast(block, tl.int64) * BN * t.row
     inside = cols[None, :] < COLS
     if HIDES:
         inside &= local[:, None] < ROWS - block * BN
@@ -309,8 +359,11 @@ def _halves(x):
 @triton.jit
 def _strike_rows(values, faults, PLACE: tl.constexpr, scores, number, rows, col):
     """Faults in a number per row; its column is the key at which it is computed."""
-    own = number % scores.group * scores.length + rows
-    return tl.sum(strike(values[:, None], faults, PLACE, number // scores.group, own, col + tl.arange(0, 1), 0, 1), 1)
+    own = own_rows(scores, number % scores.group, rows)
+    plane = number // scores.group
+    if scores.cu_q is not None:
+        plane = plane % scores.heads
+    return tl.sum(strike(values[:, None], faults, PLACE, plane, own, col + tl.arange(0, 1), 0, 1), 1)
 
 
 # --- judging --------------------------------------------------------------------------------------
@@ -324,7 +377,7 @@ def _judge_scores(queries, signed, m, first, sums, weights, scores, limits, way,
     raw = tl.dot(queries, columns, input_precision=PRECISION) * undo[None, :]
     which = tl.arange(0, PANEL)
     if FAULT is not None:
-        raw = strike(raw, FAULT, CHECKSUM_S, way.plane, way.member * scores.length + way.rows, which, 0, 1)
+        raw = strike(raw, FAULT, CHECKSUM_S, way.plane, own_rows(scores, way.member, way.rows), which, 0, 1)
     predicted = tl.sum(tl.where((which < PARTS)[None, :], raw, 0.0), 1)
     # h² + Σ s² are means of four and of eight squares; c² is another of Σ s².
     share = tl.where(which < PARTS, 0.0, tl.where(which < PARTS + SKETCHES, 1.0 / SKETCHES, 1.0 / SPREAD))
@@ -347,7 +400,7 @@ def _sketches(sums, weights, scores, way, begin, end, E, PARTS: tl.constexpr, BN
     is_sum, is_sketch = which < PARTS, (which >= PARTS) & (which < PARTS + SKETCHES)
     source = tl.where(is_sum, SIGNED, tl.where(is_sketch, SQUARES, SPREADS + which - PARTS - SKETCHES))
     inside = (k[:, None] < E) & (which < PARTS + SKETCHES + SPREAD)[None, :]
-    plane = sums.prefix + tl.cast(way.plane, tl.int64) * (tl.cdiv(scores.keys, BN) + 1) * PREFIX_ROWS * E
+    plane = sums.prefix + first_prefix(scores, way.plane, BN) * PREFIX_ROWS * E
     value = _between(plane, begin, end, source[None, :] * E + k[:, None], E, inside, scores)
     signed = _between(plane, begin, end, SIGNED * E + k, E, k < E, scores)
     u = tl.load(weights.keys_sketch + (which - PARTS)[None, :] * weights.keys_sketch_row + k[:, None],
@@ -379,10 +432,10 @@ def _between(plane, begin, end, at, E, inside, scores):
 @triton.jit
 def _judge_values(y, l, m, check, first, fall, wrong, held, left, weights, scores, limits, way, blocks, D, FAULT, PARTS: tl.constexpr,
                   BD: tl.constexpr):  # fmt: skip
-    """(2) to (6) of every row."""
+    """(2) to (7) of every row."""
     which, cols = tl.arange(0, PANEL), tl.arange(0, BD)
     if FAULT is not None:
-        check = strike(check, FAULT, CHECKSUM_O, way.plane, way.member * scores.length + way.rows, which, 0, 1)
+        check = strike(check, FAULT, CHECKSUM_O, way.plane, own_rows(scores, way.member, way.rows), which, 0, 1)
     divided = check / tl.where(l == 0, 1.0, l)[:, None]
     is_sketch = (which >= KINDS * PARTS) & (which < KINDS * PARTS + SKETCHES)
     ones = tl.sum(tl.where((which == KINDS * PARTS + SKETCHES)[None, :], check, 0.0), 1)
@@ -431,7 +484,8 @@ def _and(fine, residual, tau, own, own_tau):
 
 @dataclass(frozen=True)
 class Attention:
-    """Everything about one attention that its launches share. q (B, H, G, L, E), k (B, H, S, E), v (B, H, S, D), none of them empty."""
+    """Everything about one attention that its launches share. q (B, H, G, L, E), k (B, H, S, E), v (B, H, S, D), none of them empty; of
+    packed sequences, of which the scores tell, B is one, and L and S are tokens."""
 
     q: Tensor
     k: Tensor
@@ -450,7 +504,22 @@ class Attention:
     def sizes(self) -> tuple[int, int, int]:
         """(heads of queries over the batch, blocks of queries of each, rows)"""
         heads_, length = self.q.shape[:3].numel(), self.q.shape[3]
+        if self.is_packed:
+            return heads_ * self.scores.sequences, -(-self.scores.length // self.config.bm), heads_ * length
         return heads_, -(-length // self.config.bm), heads_ * length
+
+    @property
+    def is_packed(self) -> bool:
+        return self.scores.cu_q is not None
+
+    def results(self) -> tuple[Tensor, Tensor]:
+        """Room for out and statistics. Rows that belong to no sequence are nobody's, and zero."""
+        q, (_, heads_, members, length, _) = self.q, self.q.shape
+        if self.is_packed:
+            out = torch.zeros(length, heads_ * members, self.v.shape[-1], dtype=q.dtype, device=q.device)
+            return out, torch.zeros(2, *q.shape[:-1], dtype=torch.float32, device=q.device)
+        out = torch.empty(*q.shape[:-1], self.v.shape[-1], dtype=q.dtype, device=q.device)
+        return out, torch.empty(2, *q.shape[:-1], dtype=torch.float32, device=q.device)
 
     def operands(self) -> tuple[Any, ...]:
         return heads(self.q), heads(self.k), heads(self.v)
@@ -479,7 +548,7 @@ def padded(columns: int) -> int:
 class Evidence:
     """An attention, and what is suspect of it."""
 
-    out: Tensor  # (B, H, G, L, D), contiguous
+    out: Tensor  # (B, H, G, L, D), contiguous; of packed sequences (tokens, heads, D)
     statistics: Tensor  # (2, B, H, G, L): m and l
     sums: Sums
     status: Tensor  # (rows,) int8: a bit for each role
@@ -494,9 +563,9 @@ def attend(attention: Attention, words: Tensor, site: Tensor, roles: int, repeat
     q, v = attention.q, attention.v
     heads_, blocks, rows = attention.sizes
     summary = torch.empty(2 * summary_words(1, 1), dtype=torch.int64, device=q.device)
-    sums = build(attention.k, v, attention.weights, attention.parts, attention.config.bn, summary)
-    out = torch.empty(*q.shape[:-1], v.shape[-1], dtype=q.dtype, device=q.device)
-    statistics = torch.empty(2, *q.shape[:-1], dtype=torch.float32, device=q.device)
+    packed = attention.scores if attention.is_packed else None
+    sums = build(attention.k, v, attention.weights, attention.parts, attention.config.bn, summary, packed)
+    out, statistics = attention.results()
     status = torch.empty(rows, dtype=torch.int8, device=q.device)
     flags = torch.empty(heads_ * blocks, dtype=torch.int8, device=q.device)
     details = torch.empty(2, DETAILS.value, rows, dtype=torch.int32, device=q.device)
@@ -513,8 +582,7 @@ def unchecked(attention: Attention) -> Tensor:
     """O by the same kernel compiled without checks: what they cost is the difference."""
     q, v = attention.q, attention.v
     heads_, blocks, rows = attention.sizes
-    out = torch.empty(*q.shape[:-1], v.shape[-1], dtype=q.dtype, device=q.device)
-    statistics = torch.empty(2, *q.shape[:-1], dtype=torch.float32, device=q.device)
+    out, statistics = attention.results()
     nothing, order = (None,) * 7, attention.order() | {"EXPONENTIALS": False}
     checked_attention[(heads_ * blocks,)](
         *attention.operands(), out, statistics, Sums(None, None, None), attention.weights, attention.scores, attention.limits, *nothing,

@@ -23,7 +23,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .attention_scores import heads, rectangle, sign_of_block, sign_of_key, start_of
+from .attention_scores import Scores, heads, rectangle, sign_of_block, sign_of_key, start_of
+from .attention_sequences import first_prefix, key_block, key_blocks, sequence_of, start_of_keys
 from .judgement import SKETCHES, is_finite
 from .panel import power_of_two
 from .summary import clear
@@ -55,27 +56,57 @@ class Weights(NamedTuple):
 
 @triton.jit(do_not_specialize=["summary_words"])
 def sum_keys_and_values(k, v, weights, prefix, panel, scales, summary, summary_words, heads_each, S, E, D, planes,
-                        PARTS: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr):  # fmt: skip
+                        PARTS: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, PACKED: tl.constexpr = False, SCORES=None):  # fmt: skip
     """planes × ⌈E/32⌉ programs sum K, planes × ⌈S/BN⌉ build V's panel. prefix (planes, ⌈S/BN⌉ + 1, 10, E), panel (planes, 16, ⌈S/BN⌉ BN),
-    scales (planes, ⌈S/BN⌉, 16) or None; a plane is a head of one batch."""
+    scales (planes, ⌈S/BN⌉, 16) or None; a plane is a head of one batch. PACKED: SCORES are of packed sequences, S keys the longest;
+    a plane is a head of one sequence, and where its sums lie is attention_sequences.py's."""
     clear(summary, summary_words)
     slices, program = tl.cdiv(E, SLICE), tl.program_id(0)
     if program < planes * slices:
-        _sum_keys(k, weights, prefix, program // slices, heads_each, program % slices * SLICE, S, E, BN)
+        _keys_of_head(k, weights, prefix, program // slices, heads_each, program % slices * SLICE, S, E, PACKED, SCORES, BN)
     else:
         blocks = tl.cdiv(S, BN)
         plane, block = (program - planes * slices) // blocks, (program - planes * slices) % blocks
-        _sum_values(v, weights, panel, scales, plane, heads_each, block, blocks, S, D, PARTS, BN, BD)
+        _values_of_head(v, weights, panel, scales, plane, heads_each, block, blocks, S, D, PACKED, SCORES, PARTS, BN, BD)
 
 
 @triton.jit
-def _sum_keys(k, weights, prefix, plane, heads_each, first, S, E, BN: tl.constexpr):
+def _keys_of_head(k, weights, prefix, plane, heads_each, first, S, E, PACKED: tl.constexpr, SCORES, BN: tl.constexpr):
+    if not PACKED:
+        at = prefix + tl.cast(plane, tl.int64) * (tl.cdiv(S, BN) + 1) * PREFIX_ROWS * E
+        _sum_keys(start_of(k, plane // heads_each, plane % heads_each, 0), k, weights, at, first, S, E, BN)
+    else:
+        one, head = sequence_of(SCORES, plane // heads_each), plane % heads_each
+        at = prefix + first_prefix(one, head, BN) * PREFIX_ROWS * E
+        _sum_keys(start_of_keys(one, k, 0, head, 0), k, weights, at, first, one.keys, E, BN)
+
+
+@triton.jit
+def _values_of_head(v, weights, panel, scales, plane, heads_each, block, blocks, S, D, PACKED: tl.constexpr, SCORES, PARTS: tl.constexpr,
+                    BN: tl.constexpr, BD: tl.constexpr):  # fmt: skip
+    if not PACKED:
+        start = start_of(v, plane // heads_each, plane % heads_each, 0)
+        at = panel + tl.cast(plane, tl.int64) * PANEL * blocks * BN
+        if scales is not None:
+            scales += (tl.cast(plane, tl.int64) * blocks + block) * PANEL
+        _sum_values(start, v, weights, at, scales, block, blocks * BN, S, D, PARTS, BN, BD)
+    else:
+        one, head = sequence_of(SCORES, plane // heads_each), plane % heads_each
+        at = panel + key_block(one, head, 0, PANEL, BN) * BN
+        if scales is not None:
+            scales += key_block(one, head, block, 1, BN) * PANEL
+        if block * BN < one.keys:
+            start = start_of_keys(one, v, 0, head, 0)
+            _sum_values(start, v, weights, at, scales, block, key_blocks(one, BN) * BN, one.keys, D, PARTS, BN, BD)
+
+
+@triton.jit
+def _sum_keys(start, k, weights, prefix, first, S, E, BN: tl.constexpr):
     cols, blocks = first + tl.arange(0, SLICE), tl.cdiv(S, BN)
     inside = cols < E
-    start = start_of(k, plane // heads_each, plane % heads_each, 0)
     signs = tl.load(weights.signs + tl.arange(0, BN))
     which, sums = tl.arange(0, 16), tl.zeros((16, SLICE), tl.float32)
-    at = prefix + tl.cast(plane, tl.int64) * (blocks + 1) * PREFIX_ROWS * E + which[:, None] * E + cols[None, :]
+    at = prefix + which[:, None] * E + cols[None, :]
     for block in range(0, blocks):
         tl.store(at, sums, mask=(which[:, None] < PREFIX_ROWS) & inside[None, :])
         at += PREFIX_ROWS * E
@@ -90,29 +121,26 @@ def _sum_keys(k, weights, prefix, plane, heads_each, first, S, E, BN: tl.constex
 
 
 @triton.jit
-def _sum_values(v, weights, panel, scales, plane, heads_each, block, blocks, S, D, PARTS: tl.constexpr, BN: tl.constexpr,
+def _sum_values(start, v, weights, panel, scales, block, column_stride, S, D, PARTS: tl.constexpr, BN: tl.constexpr,
                 BD: tl.constexpr):  # fmt: skip
     keys, cols = block * BN + tl.arange(0, BN), tl.arange(0, BD)
-    start = start_of(v, plane // heads_each, plane % heads_each, 0)
     x = rectangle(start, v, keys, cols, S, D).to(tl.float32)
-    at = panel + tl.cast(plane, tl.int64) * PANEL * blocks * BN + keys
-    if scales is not None:
-        scales += (tl.cast(plane, tl.int64) * blocks + block) * PANEL
+    at = panel + keys
     e, hi, lo = _weighted(x, weights, 0, cols, D), _weighted(x, weights, 1, cols, D), _weighted(x, weights, 2, cols, D)
     largest = tl.max(tl.abs(x), 1)  # numbers are divided by it: squares neither over- nor underflow
     unit = tl.where(largest > 0, largest, 1.0)
     relative, w_e, w_hi, w_lo = x / unit[:, None], e / (unit * weights.rms_e), hi / (unit * weights.rms_hi), lo / (unit * weights.rms_lo)
     nu = unit * tl.sqrt(tl.sum(relative * relative, 1) + w_e * w_e + w_hi * w_hi + w_lo * w_lo)
-    _write(at, scales, blocks * BN, 0, PARTS, e)
-    _write(at, scales, blocks * BN, PARTS, PARTS, hi)
-    _write(at, scales, blocks * BN, 2 * PARTS, PARTS, lo)
+    _write(at, scales, column_stride, 0, PARTS, e)
+    _write(at, scales, column_stride, PARTS, PARTS, hi)
+    _write(at, scales, column_stride, 2 * PARTS, PARTS, lo)
     for i in tl.static_range(SKETCHES):
         u = tl.load(weights.sketch + i * weights.sketch_row + keys, mask=keys < S, other=0.0)
-        _write(at, scales, blocks * BN, KINDS * PARTS + i, 1, nu * u)
+        _write(at, scales, column_stride, KINDS * PARTS + i, 1, nu * u)
     ones: tl.constexpr = KINDS * PARTS + SKETCHES
-    _write(at, scales, blocks * BN, ones, 1, tl.full((BN,), 1.0, tl.float32))
+    _write(at, scales, column_stride, ones, 1, tl.full((BN,), 1.0, tl.float32))
     for i in tl.static_range(ones + 1, PANEL):
-        _write(at, scales, blocks * BN, i, 1, tl.zeros((BN,), tl.float32))
+        _write(at, scales, column_stride, i, 1, tl.zeros((BN,), tl.float32))
 
 
 @triton.jit
@@ -146,16 +174,24 @@ class Sums(NamedTuple):
     scales: Tensor | None
 
 
-def build(k: Tensor, v: Tensor, weights: Weights, parts: int, bn: int, summary: Tensor) -> Sums:
-    """Launch, of k (B, H, S, E), v (B, H, S, D); zeroes the summary."""
+def build(k: Tensor, v: Tensor, weights: Weights, parts: int, bn: int, summary: Tensor, packed: Scores | None = None) -> Sums:
+    """Launch, of k (B, H, S, E), v (B, H, S, D), or (1, H, tokens, ·) of packed sequences; zeroes the summary."""
     batch, heads_each, keys, e = k.shape
     planes, blocks, d = batch * heads_each, -(-keys // bn), v.shape[-1]
-    prefix = torch.empty(planes, blocks + 1, PREFIX_ROWS.value, e, dtype=torch.float32, device=k.device)
-    panel = torch.empty(planes, PANEL.value, blocks * bn, dtype=v.dtype, device=v.device)
-    scales = torch.empty(planes, blocks, PANEL.value, dtype=torch.float32, device=v.device) if v.dtype == torch.float16 else None
+    rooms, prefixes = blocks, blocks + 1
+    if packed is not None:
+        planes, blocks = heads_each * packed.sequences, -(-packed.keys // bn)
+        rooms, prefixes = keys // bn + packed.sequences, keys // bn + 2 * packed.sequences
+    prefix = torch.empty(batch * heads_each, prefixes, PREFIX_ROWS.value, e, dtype=torch.float32, device=k.device)
+    panel = torch.empty(batch * heads_each, PANEL.value, rooms * bn, dtype=v.dtype, device=v.device)
+    scales = None
+    if v.dtype == torch.float16:
+        scales = torch.empty(batch * heads_each, rooms, PANEL.value, dtype=torch.float32, device=v.device)
     programs = planes * (-(-e // SLICE.value) + blocks)
     sum_keys_and_values[(programs,)](
-        heads(k), heads(v), weights, prefix, panel, scales, summary, summary.numel(), heads_each, keys, e, d, planes,
-        PARTS=parts, BN=bn, BD=max(16, triton.next_power_of_2(d)), num_warps=4, enable_fp_fusion=True,
+        heads(k), heads(v), weights, prefix, panel, scales, summary, summary.numel(), heads_each,
+        keys if packed is None else packed.keys, e, d, planes,
+        PARTS=parts, BN=bn, BD=max(16, triton.next_power_of_2(d)), PACKED=packed is not None, SCORES=packed, num_warps=4,
+        enable_fp_fusion=True,
     )  # fmt: skip
     return Sums(prefix, panel, scales)

@@ -18,7 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .attention_scores import Heads, heads, heads_of, rectangle, start_of
+from .attention_scores import Heads, heads, heads_of, rectangle
+from .attention_sequences import first_key_of, first_row_of, key_panel, query_panel, sequence_of, start_of_keys, start_of_queries
 from .panel import power_of_two
 
 #: Columns beside a matrix: as many as the narrowest matrix instruction has.
@@ -60,21 +61,46 @@ def encode(q, k, v, d_out, of_q, of_k, of_v, of_d_out, queries, keys, values, gr
     of_queries, of_keys = tl.cdiv(scores.length, BM) * planes, tl.cdiv(scores.keys, BN) * (planes // scores.group)
     if program < of_queries:
         blocks = tl.cdiv(scores.length, BM)
-        batch, head, member = heads_of(scores, program // blocks)
-        _encode(start_of(q, batch, head, member), q, of_q, queries, program, blocks, scores.length, E, BM, BE, PARTS, SCALED)
-        _encode(start_of(d_out, batch, head, member), d_out, of_d_out, gradients, program, blocks, scores.length, D, BM, BD, PARTS, SCALED)
+        plane, block = program // blocks, program % blocks
+        _encode_queries(q, d_out, of_q, of_d_out, queries, gradients, scores, plane, block, E, D, BM, BE, BD, PARTS, SCALED)
     elif program < of_queries + of_keys:
         index, blocks = program - of_queries, tl.cdiv(scores.keys, BN)
-        batch, head = index // blocks // scores.heads, index // blocks % scores.heads
-        _encode(start_of(k, batch, head, 0), k, of_k, keys, index, blocks, scores.keys, E, BN, BE, PARTS, SCALED)
-        _encode(start_of(v, batch, head, 0), v, of_v, values, index, blocks, scores.keys, D, BN, BD, PARTS, SCALED)
+        _encode_keys(k, v, of_k, of_v, keys, values, scores, index // blocks, index % blocks, E, D, BN, BE, BD, PARTS, SCALED)
 
 
 @triton.jit
-def _encode(start, t, panel, weights, index, blocks, n, width, ROWS: tl.constexpr, WIDTH: tl.constexpr, PARTS: tl.constexpr,
+def _encode_queries(q, d_out, of_q, of_d_out, queries, gradients, scores, plane, block, E, D, BM: tl.constexpr, BE: tl.constexpr,
+                    BD: tl.constexpr, PARTS: tl.constexpr, SCALED: tl.constexpr):  # fmt: skip
+    batch, head, member = heads_of(scores, plane)
+    if scores.cu_q is None:
+        one = scores
+    else:
+        one = sequence_of(scores, batch)
+    index, first, n = query_panel(one, plane, block, BM), first_row_of(one, plane), one.length
+    of_head, above = start_of_queries(one, q, batch, head, member), start_of_queries(one, d_out, batch, head, member)
+    if (scores.cu_q is None) or (block * BM < n):
+        _encode(of_head, q, of_q, queries, index, block, first, n, E, BM, BE, PARTS, SCALED)
+        _encode(above, d_out, of_d_out, gradients, index, block, first, n, D, BM, BD, PARTS, SCALED)
+
+
+@triton.jit
+def _encode_keys(k, v, of_k, of_v, keys, values, scores, plane, block, E, D, BN: tl.constexpr, BE: tl.constexpr, BD: tl.constexpr,
+                 PARTS: tl.constexpr, SCALED: tl.constexpr):  # fmt: skip
+    batch, head = plane // scores.heads, plane % scores.heads
+    if scores.cu_q is None:
+        one = scores
+    else:
+        one = sequence_of(scores, batch)
+    index, first, n = key_panel(one, plane, block, BN), first_key_of(one, plane), one.keys
+    if (scores.cu_q is None) or (block * BN < n):
+        _encode(start_of_keys(one, k, batch, head, 0), k, of_k, keys, index, block, first, n, E, BN, BE, PARTS, SCALED)
+        _encode(start_of_keys(one, v, batch, head, 0), v, of_v, values, index, block, first, n, D, BN, BD, PARTS, SCALED)
+
+
+@triton.jit
+def _encode(start, t, panel, weights, index, block, first, n, width, ROWS: tl.constexpr, WIDTH: tl.constexpr, PARTS: tl.constexpr,
             SCALED: tl.constexpr):  # fmt: skip
-    """The panel of one block; ``index`` of it among those of all heads."""
-    plane, block = index // blocks, index % blocks
+    """The panel of one block; ``index`` of it among those of all heads, ``first`` the place of its head's first row among all rows."""
     rows, cols = block * ROWS + tl.arange(0, ROWS), tl.arange(0, WIDTH)
     x = rectangle(start, t, rows, cols, n, width).to(tl.float32)
     tl.store(panel.norms + index, tl.sqrt(tl.sum(tl.sum(x * x, 1), 0)))
@@ -89,7 +115,7 @@ def _encode(start, t, panel, weights, index, blocks, n, width, ROWS: tl.constexp
         tl.store(panel.hats + (tl.cast(index, tl.int64) * PARTS + part) * width + cols, piece, mask=cols < width)
         hat -= piece.to(tl.float32)
     if panel.side is not None:
-        at = panel.side + (tl.cast(plane, tl.int64) * n + rows) * SIDE
+        at = panel.side + (first + rows) * SIDE
         inside = cols < width
         s1 = tl.sum(x * tl.load(weights.of_columns + cols, mask=inside, other=0.0)[None, :], 1)
         s2 = tl.sum(x * tl.load(weights.of_columns + weights.columns + cols, mask=inside, other=0.0)[None, :], 1)
@@ -124,20 +150,20 @@ def hat_of(panel, index, width, WIDTH: tl.constexpr, PARTS: tl.constexpr):
 
 
 @triton.jit
-def side_of(panel, plane, rows, n, PARTS: tl.constexpr):
-    """(rows, SIDE): what stands beside some rows; columns that do not exist are zero."""
+def side_of(panel, first, rows, n, PARTS: tl.constexpr):
+    """(rows, SIDE): what stands beside some rows of n, the first of which is ``first``; columns that do not exist are zero."""
     cols = tl.arange(0, SIDE)
-    at = panel.side + tl.cast(plane, tl.int64) * n * SIDE + rows[:, None] * SIDE + cols[None, :]
+    at = panel.side + first * SIDE + rows[:, None] * SIDE + cols[None, :]
     return tl.load(at, mask=(rows[:, None] < n) & (cols[None, :] < SUMS * PARTS + SKETCHES), other=0.0)
 
 
 # --- launching ------------------------------------------------------------------------------------
 
 
-def empty(t: Tensor, rows: int, side: bool) -> Panel:
-    """Memory for the panel of an operand (B, H, …, n, width) in blocks of so many rows."""
+def empty(t: Tensor, rows: int, side: bool, sequences: int | None = None) -> Panel:
+    """Memory for the panel of an operand (B, H, …, n, width) in blocks of so many rows; sequences: as many are packed in n."""
     planes, n, width = t.shape[:-2].numel(), t.shape[-2], t.shape[-1]
-    blocks = -(-n // rows)
+    blocks = -(-n // rows) if sequences is None else n // rows + sequences
     numbers = torch.empty(3, planes * blocks, dtype=torch.float32, device=t.device)
     hats = torch.empty(planes * blocks * PARTS[t.dtype] * width, dtype=t.dtype, device=t.device)
     beside = torch.empty(planes * n * SIDE.value, dtype=t.dtype, device=t.device) if side else None

@@ -55,6 +55,16 @@ class Scores(NamedTuple):
     seed_low: Any
     seed_high: Any
     undropped: Any  # 1 / (1 - dropout)
+    # Packed sequences (attention_sequences.py); else None. At launch length and keys are the longest's, and the offset is beyond the
+    # alignment of a sequence's last query with its last key.
+    cu_q: Any = None  # cumulative lengths, (sequences + 1,) int32
+    cu_k: Any = None
+    sequences: Any = None
+    tokens: Any = None  # of all sequences
+    key_tokens: Any = None
+    begin_q: Any = None  # in a program: of its sequence
+    begin_k: Any = None
+    sequence: Any = None
 
 
 # --- where ----------------------------------------------------------------------------------------

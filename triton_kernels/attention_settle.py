@@ -18,9 +18,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .attention_forward import PV, QK, Attention, Evidence, attend_block, store_rows, suspects
+from .attention_forward import PV, QK, Attention, Evidence, attend_block, limits_of, store_rows, suspects
 from .attention_panel import PANEL, PREFIX_ROWS, SIGNED
-from .attention_scores import heads_of, start_of, visited
+from .attention_scores import Scores, heads_of, visited
+from .attention_sequences import first_prefix, first_row_of, key_block, plane_of, sequence_of, start_of_queries
 from .configs import REPAIR_PROGRAMS
 from .gemm import fault_argument, note_unit
 from .judgement import is_finite, ratio_of
@@ -28,7 +29,7 @@ from .record import CLEAN, DETAILS, INPUT, OBSERVED, RECOMPUTED, TRANSIENT, UNCO
 from .summary import CASE, SUMMARY, UNQUIET
 
 #: Steps of the loop over keys in flight, at most: the registers of more are not there.
-STAGES = 2
+STAGES = 1
 
 
 @triton.jit(do_not_specialize_on_alignment=["site"])
@@ -44,19 +45,28 @@ def settle_attention(q, k, v, out, statistics, sums, weights, scores, limits, wo
             if tl.load(flags + index) > 0:
                 number, block = index // blocks, index % blocks
                 note_unit(units.again, index)
-                y, m, l, qk, pv = attend_block(q, k, v, sums, weights, scores, limits, number, block, E, D, FAULT, CAUSAL, SCALED, True,
+                if scores.cu_q is None:
+                    own, coefficients = scores, limits
+                else:
+                    one = sequence_of(scores, number // (scores.heads * scores.group))
+                    own = Scores(one.length, one.keys, scores.heads, scores.group, scores.scale, scores.scale2, one.offset, scores.window,
+                                 scores.cap, scores.mask, scores.dropped, scores.seed_low, scores.seed_high, scores.undropped,
+                                 scores.cu_q, scores.cu_k, scores.sequences, scores.tokens, scores.key_tokens, one.begin_q, one.begin_k,
+                                 one.sequence)  # fmt: skip
+                    coefficients = limits_of(limits, one.keys)
+                y, m, l, qk, pv = attend_block(q, k, v, sums, weights, own, coefficients, number, block, E, D, FAULT, CAUSAL, SCALED, True,
                                                EXPONENTIALS, PARTS, BM, BN, BE, BD, PRECISION)  # fmt: skip
-                rows, first = block * BM + tl.arange(0, BM), tl.cast(number, tl.int64) * scores.length + block * BM
-                inside, row = rows < scores.length, first + tl.arange(0, BM)
+                rows, first = block * BM + tl.arange(0, BM), first_row_of(own, number) + block * BM
+                inside, row = rows < own.length, first + tl.arange(0, BM)
                 was = tl.load(status + row, mask=inside, other=0).to(tl.int32)
                 if CORRECT:
-                    store_rows(out, statistics, y, m, l, scores, number, rows, D, rows_total, inside & (was > 0), FAULT, BD)
+                    store_rows(out, statistics, y, m, l, own, number, rows, D, rows_total, inside & (was > 0), FAULT, BD)
                 still = suspects(qk, pv, roles) & tl.where(was > 0, QK | PV, 0)
                 # With right scores a row of O is right; alone it was wrong only if its scores were not.
-                own = tl.where((was & QK) > 0, still & PV, (was | still) & PV)
-                bad_scores, bad_values = _not_finite(q, sums, scores, number, block, E, CAUSAL, BM, BN, BE)
+                of_values = tl.where((was & QK) > 0, still & PV, (was | still) & PV)
+                bad_scores, bad_values = _not_finite(q, sums, own, number, block, E, CAUSAL, BM, BN, BE)
                 _settle(details, qk, row, rows_total, index, summary, first, (was | still) & QK, still & QK, bad_scores, CORRECT)
-                _settle(details_pv, pv, row, rows_total, index, of_pv, first, own, still & PV, bad_scores | bad_values, CORRECT)
+                _settle(details_pv, pv, row, rows_total, index, of_pv, first, of_values, still & PV, bad_scores | bad_values, CORRECT)
         arrive(words, site, summary, details, units, rows_total, labels_qk)
         arrive(words, site, of_pv, details_pv, units, rows_total, labels_pv)
 
@@ -65,18 +75,23 @@ def settle_attention(q, k, v, out, statistics, sums, weights, scores, limits, wo
 def _not_finite(q, sums, scores, number, block, E, CAUSAL: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BE: tl.constexpr):
     """(whether q of a row or any of its keys, whether any of its values is not finite), (BM,) each: no unit that multiplied is asked."""
     batch, head, member = heads_of(scores, number)
-    rows, e, blocks = block * BM + tl.arange(0, BM), tl.arange(0, BE), tl.cdiv(scores.keys, BN)
+    rows, e = block * BM + tl.arange(0, BM), tl.arange(0, BE)
     begin, _, _, end = visited(scores, block * BM, CAUSAL, BM, BN)
-    plane = tl.cast(batch * scores.heads + head, tl.int64)
-    at = start_of(q, batch, head, member) + tl.cast(rows, tl.int64)[:, None] * q.row + tl.cast(e, tl.int64)[None, :] * q.col
+    plane = plane_of(scores, batch, head)
+    at = start_of_queries(scores, q, batch, head, member) + tl.cast(rows, tl.int64)[:, None] * q.row + tl.cast(e, tl.int64)[None, :] * q.col
     # Volatile, or the queries would wait in registers since the attention read them.
     queries = tl.load(at, mask=(rows[:, None] < scores.length) & (e[None, :] < E), other=0.0, volatile=True).to(tl.float32)
-    keys = tl.load(sums.prefix + (plane * (blocks + 1) + end) * PREFIX_ROWS * E + SIGNED * E + e, mask=e < E, other=0.0)
+    keys = tl.load(sums.prefix + (first_prefix(scores, plane, BN) + end) * PREFIX_ROWS * E + SIGNED * E + e, mask=e < E, other=0.0)
     bad = tl.max((~is_finite(queries)).to(tl.int32), 1) + tl.max((~is_finite(keys)).to(tl.int32), 0)
     bad_values = tl.zeros((BN,), tl.int32)
     for n in range(begin, end):
-        bad_values += (~is_finite(tl.load(sums.panel + (plane * PANEL * blocks + n) * BN + tl.arange(0, BN)).to(tl.float32))).to(tl.int32)
+        bad_values += _not_finite_values(sums, key_block(scores, plane, n, PANEL, BN) * BN + tl.arange(0, BN))
     return bad > 0, (bad >= 0) & (tl.max(bad_values, 0) > 0)
+
+
+@triton.jit
+def _not_finite_values(sums, at):
+    return (~is_finite(tl.load(sums.panel + at).to(tl.float32))).to(tl.int32)
 
 
 @triton.jit

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from .attention_sequences import first_key_of, first_row_of, sequence_of
 from .judgement import ratio_of
 from .record import (
     CHECKS,
@@ -59,12 +60,19 @@ class Labels(NamedTuple):
 
 @triton.jit(do_not_specialize=["query_blocks", "key_blocks", "labels"], do_not_specialize_on_alignment=["site"])
 def conclude(words, site, of_queries, of_queries_again, of_keys, of_keys_again, query_blocks, key_blocks, length, keys, labels,
-             BM: tl.constexpr, BN: tl.constexpr, REPAIRED: tl.constexpr, TOLD: tl.constexpr):  # fmt: skip
-    """One program. REPAIRED: suspect blocks were computed again; else their rows have the verdict TOLD."""
+             BM: tl.constexpr, BN: tl.constexpr, REPAIRED: tl.constexpr, TOLD: tl.constexpr,
+             PACKED: tl.constexpr = False, SCORES=None):  # fmt: skip
+    """One program. REPAIRED: suspect blocks were computed again; else their rows have the verdict TOLD. PACKED: SCORES are of packed
+    sequences, length and keys of the longest."""
     here = tl.load(site)
     counters = words + HEADER + here * COUNTERS
+    qk_checks, pv_checks = labels.qk_checks, labels.pv_checks
+    if PACKED:
+        rows = tl.load(SCORES.cu_q + SCORES.sequences) * (SCORES.heads * SCORES.group)
+        columns = tl.load(SCORES.cu_k + SCORES.sequences) * SCORES.heads
+        qk_checks, pv_checks = tl.where(qk_checks > 0, 2 * rows + columns, 0), tl.where(pv_checks > 0, rows + columns, 0)
     products = tl.where(labels.qk_checks > 0, 3, 0) + tl.where(labels.pv_checks > 0, 2, 0)
-    tl.atomic_add(counters + CHECKS, tl.cast(labels.qk_checks + labels.pv_checks, tl.int64))
+    tl.atomic_add(counters + CHECKS, tl.cast(qk_checks + pv_checks, tl.int64))
     tl.atomic_add(counters + PRODUCTS, tl.cast(products, tl.int64))
     tl.atomic_add(counters + EXECUTIONS, tl.cast(products, tl.int64))
     if tl.load(of_queries.unquiet) + tl.load(of_keys.unquiet) > 0:
@@ -72,14 +80,16 @@ def conclude(words, site, of_queries, of_queries_again, of_keys, of_keys_again, 
             checks = labels.qk_checks if role == 0 else labels.pv_checks
             if checks > 0:
                 counts, worst = tl.zeros((VERDICTS,), tl.int64), tl.zeros((VERDICTS,), tl.int64)
-                counts, worst = _count(counts, worst, of_queries, of_queries_again, query_blocks, length, role, 0, BM, REPAIRED, TOLD)
-                counts, worst = _count(counts, worst, of_keys, of_keys_again, key_blocks, keys, role, OF_KEY, BN, REPAIRED, TOLD)
+                counts, worst = _count(counts, worst, of_queries, of_queries_again, query_blocks, length, role, 0, BM, REPAIRED, TOLD,
+                                       PACKED, SCORES)  # fmt: skip
+                counts, worst = _count(counts, worst, of_keys, of_keys_again, key_blocks, keys, role, OF_KEY, BN, REPAIRED, TOLD,
+                                       PACKED, SCORES)  # fmt: skip
                 _enter(words, counters, here, of_queries, of_keys, counts, worst, role, labels)
 
 
 @triton.jit
 def _count(counts, worst, first, again, blocks, length, ROLE: tl.constexpr, KIND: tl.constexpr, ROWS: tl.constexpr,
-           REPAIRED: tl.constexpr, TOLD: tl.constexpr):  # fmt: skip
+           REPAIRED: tl.constexpr, TOLD: tl.constexpr, PACKED: tl.constexpr, SCORES):  # fmt: skip
     """Add the rows of suspect blocks to the (VERDICTS,) counts, and to the largest keys: ratio first, then the smallest row."""
     verdicts = tl.arange(0, VERDICTS)
     each = tl.cdiv(length, ROWS)
@@ -87,9 +97,8 @@ def _count(counts, worst, first, again, blocks, length, ROLE: tl.constexpr, KIND
         state = tl.load(first.blocks + index)
         if state != CALM:
             local = index % each * ROWS + tl.arange(0, ROWS)
-            row = index // each * length + local
+            row, inside = _rows(SCORES, PACKED, index // each, local, length, KIND)
             at = ROLE * tl.cast(first.rows, tl.int64) + row
-            inside = local < length
             code = tl.load(first.codes + at, mask=inside, other=0).to(tl.int32)
             verdict = tl.where(code == POISONED, INPUT, tl.where(code == SUSPECT, TOLD, -1))
             if REPAIRED:
@@ -106,6 +115,19 @@ def _count(counts, worst, first, again, blocks, length, ROLE: tl.constexpr, KIND
                 counts += tl.where(verdicts == v, tl.sum(mine.to(tl.int64), 0), 0)
                 worst = tl.where(verdicts == v, tl.maximum(worst, tl.max(tl.where(mine, key, 0), 0)), worst)
     return counts, worst
+
+
+@triton.jit
+def _rows(scores, PACKED: tl.constexpr, plane, local, length, KIND: tl.constexpr):
+    """(numbers of the rows of a head of queries, or of keys, among those of all heads; which exist)"""
+    if not PACKED:
+        return plane * length + local, local < length
+    elif KIND == 0:
+        one = sequence_of(scores, plane // (scores.heads * scores.group))
+        return first_row_of(one, plane) + local, local < one.length
+    else:
+        one = sequence_of(scores, plane // scores.heads)
+        return first_key_of(one, plane) + local, local < one.keys
 
 
 @triton.jit

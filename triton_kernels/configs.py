@@ -89,7 +89,7 @@ class AttentionConfig:
 
 
 #: (architecture, kind of operand) → blocks by the columns of a head, padded to a power of two: those of the first that is wide enough.
-#: In bf16 and full, those up to 128 columns compile without spills; 256 spill on sm_90; "ieee" was not looked at.
+#: Of up to 128 columns, what every call launches compiles without spills in bf16 on sm_90; what else is audited: bench/audit.py.
 #: Not for Blackwell: Triton 3.6 fails there to compile what sums quads of exponentials.
 ATTENTION = {
     (80, "16-bit"): {64: AttentionConfig(128, 64, 8, 3), 128: AttentionConfig(64, 64, 8, 2), 256: AttentionConfig(64, 32, 8, 2)},
@@ -101,11 +101,30 @@ ATTENTION = {
 ATTENTION_INTERPRETED = AttentionConfig(32, 32, 4, 1)
 
 
-def choose_attention(architecture: int | None, kind: str, columns: int) -> AttentionConfig | None:
-    """The blocks of an attention whose heads have so many columns, padded; None if there are none. architecture None: interpreted."""
+#: Programs that attention over pages splits its keys for, and pages that a program reads at least: two to a multiprocessor of the largest.
+DECODE_PROGRAMS, DECODE_PAGES = 264, 2
+#: Parts of one head, at most: what puts them together is one program.
+DECODE_SPLITS = 64
+
+
+def decode_splits(units: int, pages: int) -> int:
+    """Into how many parts the pages of a head are split, of so many heads over all sequences. By the table's width, not by lengths."""
+    return max(1, min(DECODE_SPLITS, -(-DECODE_PROGRAMS // units), pages // DECODE_PAGES))
+
+
+#: Keys of a block, at most, where a mask, a soft-cap or dropout takes registers, too.
+LADEN_KEYS = 32
+
+
+def choose_attention(architecture: int | None, kind: str, columns: int, laden: bool = False) -> AttentionConfig | None:
+    """The blocks of an attention whose heads have so many columns, padded; None if there are none. architecture None: interpreted.
+
+    laden: with a mask, a soft-cap or dropout.
+    """
     if architecture is None:
         return ATTENTION_INTERPRETED
-    return next((config for widest, config in ATTENTION.get((architecture, kind), {}).items() if columns <= widest), None)
+    config = next((config for widest, config in ATTENTION.get((architecture, kind), {}).items() if columns <= widest), None)
+    return replace(config, bn=min(config.bn, LADEN_KEYS)) if laden and config is not None else config
 
 
 #: (architecture, kind of operand) → candidates. Architectures: 80 stands for all before Hopper, 90, 100 for Blackwell's data centre.

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from .arbitration import Remembered
-from .configs import COMPARED_ROWS, MAX_REGISTERS, REPAIR_BUDGET, REPAIR_PROGRAMS, PanelConfig
+from .configs import COMPARED_ROWS, MAX_REGISTERS, REPAIR_BUDGET, REPAIR_PROGRAMS, PanelConfig, multiprocessors
 from .gemm import Evidence, Product, fault_argument
 from .judgement import Bound, Shape, Sums
 from .panel import Rms, batch_stride
 from .record import DETAILS, Labels, Units
 from .repair import RANGE, recompute
+from .residuals import Kept
 from .settle import settle
 from .tiles import PATCHED, matrix
 from .verify import verify
@@ -46,6 +47,7 @@ class Judge:
     tiles_per_group: int
     correct: bool
     repeat: bool = False  # recomputation under activation checkpointing
+    kept: Kept | None = None  # where statistics of residuals are added, if the policy asks for them
 
 
 def check(product: Product, evidence: Evidence, judge: Judge, words: Tensor, site: Tensor, labels: Labels,
@@ -81,8 +83,10 @@ def check(product: Product, evidence: Evidence, judge: Judge, words: Tensor, sit
     # Of a tracked weight, elements that changed in several groups are an edit.
     most_restored = groups if memory.frozen else 1
     verify[(max(1, batch * blocks * groups),)](
-        first, judge.bound, shape, status, flags, evidence.summary, words, site, batch, REPEAT=judge.repeat, **order
-    )
+        first, judge.bound, shape, status, flags, evidence.summary, words, site, batch, judge.kept,
+        None if judge.kept is None else evidence.units, None if judge.kept is None else multiprocessors(device),
+        REPEAT=judge.repeat, **order,
+    )  # fmt: skip
     recompute[(max(1, min(sum(product.tiles), REPAIR_PROGRAMS)),)](
         a, w, *panel, was, product.bias, y, again, moved, units.again, patches, flags, evidence.summary, shape, batch,
         int(REPAIR_BUDGET * product.tiles[0]), most_restored, fault_argument(faults), FROZEN=memory.frozen, TRANSPOSED=memory.transposed,

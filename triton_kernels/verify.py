@@ -11,6 +11,7 @@ import triton.language as tl
 
 from .judgement import judge, ratio_of
 from .record import count_call, raise_worst
+from .residuals import add_residuals
 from .summary import SUSPECTS, UNQUIET, case_of
 from .tiles import split_program
 
@@ -22,10 +23,11 @@ BEYOND = tl.constexpr(4)
 
 
 # One build for all shapes, roles and sites: Triton would else make one for every divisibility of every number.
-@triton.jit(do_not_specialize=["shape", "batches"], do_not_specialize_on_alignment=["site"])
-def verify(sums, bound, shape, status, flags, summary, words, site, batches,
+@triton.jit(do_not_specialize=["shape", "batches", "multiprocessors"], do_not_specialize_on_alignment=["site"])
+def verify(sums, bound, shape, status, flags, summary, words, site, batches, kept, units, multiprocessors,
            REPEAT: tl.constexpr, KINDS: tl.constexpr, PARTS: tl.constexpr,
            BM: tl.constexpr, BN: tl.constexpr, OUT_LARGEST: tl.constexpr):  # fmt: skip
+    """kept: where statistics of residuals are added (residuals.py), or None; units: who computed each data tile."""
     blocks, tiles_n = tl.cdiv(shape.m, BM), tl.cdiv(shape.n, BN)
     if tl.program_id(0) == 0:
         count_call(words, site, batches * shape.m, REPEAT)
@@ -46,3 +48,6 @@ def verify(sums, bound, shape, status, flags, summary, words, site, batches,
         raise_worst(words, site, tl.max(tl.where((rows < shape.m) & ~suspect, ratio_of(residual, tau), 0.0), 0))
         if gravest == SUSPECT:
             tl.atomic_add(case_of(summary, batch, group, shape.groups) + SUSPECTS, tl.sum((code == SUSPECT).to(tl.int64), 0))
+        if kept is not None:
+            calm = (rows < shape.m) & ~suspect
+            add_residuals(kept, units, multiprocessors, sums, bound, calm, KINDS, PARTS, shape, tiles_n, batch, block, group, rows)

@@ -16,8 +16,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from abft.attention import judgement, keysums, products, scoregrad, softmax
+from abft.attention import fused_gradients, judgement, keysums, products, scoregrad, softmax
 from abft.attention.forward import dropped
+from abft.attention.gradients import Given, Gradients
 from abft.attention.keysums import KeySum
 from abft.attention.problem import Plane, Problem, Tile
 from abft.attention.products import Panels, Strikes
@@ -25,37 +26,25 @@ from abft.attention.softmax import Softmax
 from abft.attention.tally import Tally
 
 
-@dataclass
-class Gradients:
-    """Of q, k, v and, where it is wanted, of what the mask adds; each in its operand's dtype."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    mask: Tensor | None
-
-
-@dataclass(frozen=True)
-class Given:
-    """From above: d_out (B, H, G, L, D), d_weights (B, H, G, L, S) or None; from the forward: its statistics."""
-
-    d_out: Tensor
-    d_weights: Tensor | None
-    statistics: Tensor
-
-
 def gradients(problem: Problem, given: Given, tally: Tally, of_mask: bool = False) -> Gradients:
     """The gradients of an attention."""
     q, k, v = problem.q, problem.k, problem.v
-    out = Gradients(torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), None)
-    mask = problem.mask if of_mask else None
-    d_mask = None if mask is None else torch.zeros_like(mask, dtype=problem.wide)
     heads, depth = k.shape[:3].numel(), q.shape[2] * q.shape[3]
     tally.expect("S", problem.rows, problem.keys, q.shape[-1])
     tally.expect("dP", problem.rows, problem.keys, v.shape[-1])
     tally.expect("dQ", problem.rows, q.shape[-1], problem.keys)
     tally.expect("dV", heads, v.shape[-1], depth)
     tally.expect("dK", heads, q.shape[-1], depth)
+    if fused_gradients.covers(problem, given, tally, of_mask):
+        return fused_gradients.gradients(problem, given, tally, lambda books: _by_steps(problem, given, books, False))
+    return _by_steps(problem, given, tally, of_mask)
+
+
+def _by_steps(problem: Problem, given: Given, tally: Tally, of_mask: bool) -> Gradients:
+    q, k, v = problem.q, problem.k, problem.v
+    out = Gradients(torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), None)
+    mask = problem.mask if of_mask else None
+    d_mask = None if mask is None else torch.zeros_like(mask, dtype=problem.wide)
     for plane in problem.planes():
         sums = _plane(plane, given, tally, out, of_mask)
         if any(s.is_wrong for s in sums.of_products):

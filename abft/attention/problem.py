@@ -96,14 +96,23 @@ class Problem:
         """Rows of the scores, over all heads."""
         return self.q.shape[:-1].numel()
 
-    def planes(self) -> Iterator[Plane]:
-        """Parts that share no head; each as many heads as make a tile, or one."""
-        batch, heads, group, length, _ = self.q.shape
+    def _fitting(self) -> tuple[int, int]:
+        """(heads that make a tile with all their queries, or with CAUSAL_ROWS of them, the queries of a tile)."""
+        _, _, group, length, _ = self.q.shape
         rows = min(length, CAUSAL_ROWS) if self.options.causal else length
         fitting = ELEMENTS // max(1, group * rows * self.keys)
+        return fitting, rows if fitting else max(1, ELEMENTS // (group * self.keys))
+
+    @property
+    def rows_each(self) -> int:
+        """Queries of a tile. Sums over queries are those of the tiles, added up."""
+        return self._fitting()[1]
+
+    def planes(self) -> Iterator[Plane]:
+        """Parts that share no head; each as many heads as make a tile, or one."""
+        batch, heads = self.q.shape[:2]
+        fitting, rows = self._fitting()
         heads_each, batch_each = max(1, min(heads, fitting)), max(1, fitting // heads)
-        if fitting == 0:
-            rows = max(1, ELEMENTS // (group * self.keys))
         for b in range(0, batch, batch_each):
             for h in range(0, heads, heads_each):
                 yield Plane(self, slice(b, min(b + batch_each, batch)), slice(h, min(h + heads_each, heads)), rows)

@@ -27,8 +27,6 @@ from abft.policy import Policy
 
 #: Products of which P is the left operand.
 OF_PROBABILITIES = ("O", "dV")
-#: Products of the fused pass, which have its bits wherever they are computed.
-FUSED = ("S", "O")
 #: Products that are added up over tiles.
 SUMMED = ("dK", "dV")
 
@@ -88,8 +86,8 @@ def anew(tally: Tally, product: Multiplied, a: Tensor) -> Multiplied:
     return Multiplied(product.name, call, _execute(product.name, call))
 
 
-def _product(name: str, a: Tensor, w: Tensor) -> Tensor:
-    return steps.multiply(a, w) if name in FUSED else reference.multiply(a, w, None)
+def _product(_name: str, a: Tensor, w: Tensor) -> Tensor:
+    return steps.multiply(a, w)
 
 
 def _execute(name: str, call: Call, hits: Strikes = ()) -> Tensor:

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from abft.attention import steps
 from abft.attention.problem import Tile
 from abft.attention.softmax import UNIT, strike
 from abft.attention.tally import Tally
@@ -41,7 +42,7 @@ class SoftmaxGradient:
 def of_softmax(p: Tensor, dp: Tensor, strikes: tuple[Strike, ...] = ()) -> SoftmaxGradient:
     """The gradient of the logits; strikes in "dS" hit it."""
     product = p * dp
-    delta = product.sum(-1)
+    delta = steps.row_sums(p, dp)
     w = _weights(p)
     weighted = torch.matmul(product, w) - delta * torch.matmul(p, w)
     dx = (dp - delta.unsqueeze(-1)).mul_(p)

@@ -1,6 +1,6 @@
-"""The steps of the fused pass one at a time (abft/native/attention.c): fp32 on a CPU, the same bits as there; else torch's.
+"""The steps of the fused passes one at a time (abft/native/attention*.c): fp32 on a CPU, the same bits as there; else torch's.
 
-What the fused pass gives can so be computed again, struck between two steps, judged by the specification, and met by the backward.
+What the fused passes give can so be computed again, struck between two steps, and judged by the specification.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def threads_for(work: int) -> int:
 
 
 def multiply(a: Tensor, w: Tensor) -> Tensor:
-    """a (heads, M, K) · wᵀ, w (heads, N, K): S and O."""
+    """a (heads, M, K) · wᵀ, w (heads, N, K)."""
     functions = library.functions()
     if functions is None or a.dtype != torch.float32 or not (bits.readable(a) and bits.readable(w)) or not a.numel() or not w.numel():
         return torch.bmm(a, w.mT)
@@ -57,11 +57,13 @@ def exp_(x: Tensor) -> Tensor:
     return x
 
 
-def row_sums(p: Tensor) -> Tensor:
-    """Σ over the last dimension."""
+def row_sums(p: Tensor, q: Tensor | None = None) -> Tensor:
+    """Σ p over the last dimension, or Σ p q."""
     functions = library.functions()
-    if functions is None or p.dtype != torch.float32 or not p.is_contiguous() or not bits.readable(p):
-        return p.sum(-1)
+    tensors = [t for t in (p, q) if t is not None]
+    if functions is None or p.dtype != torch.float32 or not all(t.is_contiguous() and bits.readable(t) for t in tensors):
+        return p.sum(-1) if q is None else (p * q).sum(-1)
     sums = torch.empty(p.shape[:-1], dtype=torch.float32, device="cpu")
-    functions.abft_row_sums(p.data_ptr(), sums.numel(), p.shape[-1], sums.data_ptr(), threads_for(p.numel()))
+    addresses = p.data_ptr(), None if q is None else q.data_ptr()
+    functions.abft_row_sums(*addresses, sums.numel(), p.shape[-1], sums.data_ptr(), threads_for(p.numel()))
     return sums

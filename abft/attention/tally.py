@@ -50,7 +50,7 @@ class Tally:
     _target: Target | None = None
 
     def checks(self, role: str) -> bool:
-        return self.policy.level != "off" and bool({role, self.direction} & self.policy.roles)
+        return self.policy.level != "off" and (role in self.policy.roles or self.direction in self.policy.roles)
 
     @property
     def repairs(self) -> bool:

@@ -17,16 +17,17 @@ from abft.native import library
 if TYPE_CHECKING:
     from abft.backends.reference import Plan
 
-#: Of the comparison in judge.c, which goes through groups × kinds so many at a time.
-LANES = 8
-#: Of a panel that is copied, transposed, for every call: wider ones (very narrow groups of very wide layers) are judged in torch.
+#: Of a panel whose products with some rows are kept before those rows are judged: wider ones (very narrow groups of very wide layers) are
+#: judged in torch.
 MOST_COLUMNS = 1024
+KINDS = len(checksum.FULL.kinds)
 
 
 class _Plan(ctypes.Structure):
     _fields_ = [
-        *((name, ctypes.c_int64) for name in ("n", "k", "width", "groups", "kinds", "shared_sketch", "dtype", "padded")),
-        *((name, ctypes.c_void_p) for name in ("signs", "last_signs", "accumulate2", "round2", "absolute2")),
+        *((name, ctypes.c_int64) for name in ("n", "k", "width", "groups", "kinds", "shared_sketch", "dtype")),
+        *((name, ctypes.c_void_p) for name in ("signs", "last_signs")),
+        *((name, ctypes.c_double * KINDS) for name in ("accumulate2", "round2", "absolute2")),
         ("largest2", ctypes.c_double),
     ]
 
@@ -63,16 +64,16 @@ def _judge(p: Plan, k: int, dtype: torch.dtype, c: threshold.Coefficients) -> Ju
     if layout.columns > MOST_COLUMNS:
         return None
     groups, kinds = layout.groups, len(p.tested)
-    each = groups.count * kinds
-    repeat = next(times for times in (1, 2, 4, 8) if times * each % LANES == 0)
-    squares = [np.tile(np.square(values, dtype=np.float64), groups.count * repeat) for values in (c.accumulate, c.round, c.absolute)]
+    # Of kinds that are not in the panel: nothing beside a bound of one.
+    missing = KINDS - kinds
+    squares = [(*np.square(values), *[rest] * missing) for values, rest in ((c.accumulate, 0.0), (c.round, 0.0), (c.absolute, 1.0))]
     signs, last = encoding.padded(checksum.signs(groups.width)), encoding.padded(checksum.signs(groups.ragged or groups.width))
     plan = _Plan(
-        groups.columns, k, groups.width, groups.count, kinds, int(layout.shared_sketch), encoding.DTYPES[dtype], repeat * each,
-        signs.ctypes.data, last.ctypes.data, *(array.ctypes.data for array in squares), float(c.largest) ** 2,
+        groups.columns, k, groups.width, groups.count, kinds, int(layout.shared_sketch), encoding.DTYPES[dtype],
+        signs.ctypes.data, last.ctypes.data, *((ctypes.c_double * KINDS)(*values) for values in squares), float(c.largest) ** 2,
     )  # fmt: skip
     work = layout.columns * k + 5 * groups.columns
-    return Judge(ctypes.addressof(plan), functions.abft_worst, work, (plan, signs, last, squares))
+    return Judge(ctypes.addressof(plan), functions.abft_worst, work, (plan, signs, last))
 
 
 def worst(

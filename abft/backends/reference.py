@@ -37,6 +37,9 @@ class Plan:
     tested: tuple[Kind, ...]  # judged on every row
     sum_dtype: torch.dtype
 
+    def __hash__(self) -> int:
+        return hash((self.layout, len(self.tested)))
+
     @property
     def rounded(self) -> bool:
         return self.arithmetic.output_roundoff > 0.0

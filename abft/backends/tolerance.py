@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from abft import checksum
@@ -17,6 +18,10 @@ from abft.statistics.severity import Severity, of_suspect
 
 if TYPE_CHECKING:
     from abft.backends.arbitration import Case
+
+
+#: Fragments on either side of where an error was located in which it may lie.
+NEAR = 4
 
 
 def watch_of(call: Call) -> watches.Watch | None:
@@ -50,17 +55,37 @@ def set_aside(case: Case, rows: NDArray[np.int64]) -> NDArray[np.int64]:
     monitor.note(severity)
     if severity is not Severity.S2 or case.call.policy.detector != "statistical":
         return rows
-    if not monitor.budget.take(float(monitor.total[0, 0, COUNT])):
+    if not monitor.budget.take(float(monitor.pooled[0, COUNT])):
         return rows
     case.find(Verdict.TOLERATED, rows)
     return rows[:0]
 
 
 def _severity(case: Case, row: int) -> Severity:
-    j, groups = case.judgement, case.plan.layout.groups
-    rms = np.array([checksum.weight_rms(kind, groups.width) for kind in j.sums.kinds])
-    residual = (j.sums.actual[row].astype(np.float64) - j.sums.predicted[row]) / rms
-    bound = j.tau[row].astype(np.float64) / rms
+    j = case.judgement
+    residual = j.sums.actual[row].astype(np.float64) - j.sums.predicted[row]
+    bound = j.tau[row].astype(np.float64)
     beyond = np.flatnonzero((np.abs(residual) > bound).any(-1))
-    single = len(beyond) == 1 and case.locate(case.y, row, int(beyond[0])) is not None
-    return of_suspect(residual, bound, float(j.sums.squares[row].astype(np.float64).sum()), single=single)
+    column = case.locate(case.y, row, int(beyond[0])) if len(beyond) == 1 else None
+    # What is weighted by a column's place tells where, and e and one how much: a single error weighs 1 in both.
+    kinds = [i for i, kind in enumerate(j.sums.kinds) if kind in ("e", "one")]
+    error = float("nan")
+    if column is not None:
+        # Of an error near its bound hi tells the place only nearly; lo does.
+        start, stop = case.plan.layout.groups.span(int(beyond[0]))
+        near = range(column - NEAR * checksum.FRAGMENT, column + NEAR * checksum.FRAGMENT + 1, checksum.FRAGMENT)
+        errors = [_error_at(case, row, n) for n in near if start <= n < stop]
+        error = min(errors, key=lambda e: abs(abs(e) - abs(residual[beyond[0], kinds[0]])))
+    return of_suspect(residual[:, kinds], bound[:, kinds], error, float(j.sums.squares[row].astype(np.float64).sum()))
+
+
+def _error_at(case: Case, row: int, column: int) -> float:
+    """What one element is off by, from its fp64 product: the only way to know that the sums are not those of several others."""
+    call, y = case.call, case.y
+    bias = 0.0 if call.bias is None else call.bias[column].double()
+    if call.a.dim() == 2:
+        error = y[row, column].double() - (torch.dot(call.a[row].double(), call.w[column].double()) + bias)
+    else:
+        batch, r = divmod(row, call.a.shape[1])
+        error = y[batch, r, column].double() - (torch.dot(call.a[batch, r].double(), call.w[batch, column].double()) + bias)
+    return float(error.numpy())

@@ -22,6 +22,7 @@ from abft.backends import reference
 from abft.backends.call import Call
 from abft.checksum import FORMS, Groups, Layout, Memory, Panel
 from abft.faults import Strike
+from abft.statistics import devices
 from abft.threshold import Arithmetic
 
 if TYPE_CHECKING:
@@ -267,7 +268,7 @@ def product(call: Call, words: Tensor, site: Tensor) -> Tensor:
     operands = gemm.Product(call.a, call.w, bias, panel.columns, weights, groups.count, p.config, numbered=_numbered(call.a.device))
     judge = launch.Judge(
         _bound(p, call.a.shape[-1]), _memory(call, panel), p.layout.parts, groups.width, p.tiles_per_group,
-        correct=call.policy.level == "correct", repeat=is_repeated(call),
+        correct=call.policy.level == "correct", repeat=is_repeated(call), kept=_kept(call, p),
     )  # fmt: skip
     labels, faults = labels_of(call), descriptors(call.strikes, call.a.device)
     if call.policy.timing == "deferred":
@@ -375,6 +376,22 @@ def _bound(p: Plan, k: int) -> Any:
     c = p.coefficients
     reach = 4.0 * max(k, 1) * p.layout.groups.width
     return Bound(c.accumulate, c.absolute, reach, 16.0 * math.sqrt(max(k, 1)))
+
+
+def _kept(call: Call, p: Plan) -> Any:
+    """Where the kernels add this product's residuals, if its policy asks for statistics."""
+    if call.policy.detector == "checksum":
+        return None
+    from abft.triton_kernels.residuals import Kept
+
+    device, groups = call.a.device, p.layout.groups
+    units = _programs(device) if _numbered(device) else 0
+    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    watch = devices.of(
+        call.site, call.role, groups.columns, call.a.shape[-1], call.a.dtype, device, groups=groups.count, tiles=p.tiles_per_group,
+        units=units, rows=call.rows, capturing=capturing,
+    )  # fmt: skip
+    return None if watch is None else Kept(*watch.room)
 
 
 def is_repeated(call: Call) -> bool:

@@ -35,8 +35,20 @@ ROLES = {"qk": 1, "pv": 2}
 
 
 @dataclass(frozen=True)
+class Sequences:
+    """Packed sequences: cumulative lengths on the device, (sequences + 1,) int32, and the longest."""
+
+    cu_q: Tensor
+    cu_k: Tensor
+    max_q: int
+    max_k: int
+
+
+@dataclass(frozen=True)
 class AttentionCall:
     """One attention: q (B, H, G, L, E), k (B, H, S, E), v (B, H, S, D), none empty; the mask and the numbers of ``abft::attention``.
+
+    sequences: then B is one, L and S are the tokens of all of them, and the offset is beyond each one's own alignment.
 
     roles: those that are judged; strikes: with the role of the product they hit.
     """
@@ -55,6 +67,27 @@ class AttentionCall:
     policy: Policy
     roles: frozenset[str]
     strikes: tuple[tuple[str, Strike], ...] = ()
+    sequences: Sequences | None = None
+
+    @property
+    def keys(self) -> int:
+        """Keys that a query has, at most."""
+        return self.k.shape[2] if self.sequences is None else self.sequences.max_k
+
+    @property
+    def queries(self) -> int:
+        """Queries of a head, at most."""
+        return self.q.shape[3] if self.sequences is None else self.sequences.max_q
+
+    def scores(self) -> tuple[Any, bool]:
+        """What the kernels know of the scores."""
+        from abft.triton_kernels import attention_scores, attention_sequences
+
+        scores, scaled = attention_scores.scores_of(
+            self.q, self.k, self.mask, self.scale, self.offset, self.window, self.softcap, self.dropout, self.seed
+        )
+        s = self.sequences
+        return scores if s is None else attention_sequences.packed(scores, s.cu_q, s.cu_k, s.max_q, s.max_k), scaled
 
 
 def available(device: torch.device, dtype: torch.dtype, e: int, d: int) -> str | None:
@@ -79,35 +112,55 @@ def attend(call: AttentionCall, words: Tensor, site: Tensor) -> tuple[Tensor, Te
     with products.quiet(), products.host_ledger(words):
         evidence = attention_forward.attend(attention, words, site, roles, repeat, faults)
         attention_settle.settle(attention, evidence, words, site, labels(call), roles, call.policy.level == "correct")
-    return evidence.out, evidence.statistics
+    return by_heads(evidence.out, call), evidence.statistics
+
+
+def by_heads(rows: Tensor, call: AttentionCall) -> Tensor:
+    """A result of queries as (B, H, G, L, ·); of packed sequences it lies as (tokens, heads, ·)."""
+    return rows if call.sequences is None else rows.unflatten(1, call.q.shape[1:3]).permute(1, 2, 0, 3).unsqueeze(0)
 
 
 def plan(call: AttentionCall) -> Any:
     """The argument of the launches."""
-    from abft.triton_kernels import attention_forward, attention_scores
+    from abft.triton_kernels import attention_forward
 
     q, k, v, device = call.q, call.k, call.v, call.q.device
-    (e, d), keys = (q.shape[-1], v.shape[-1]), k.shape[2]
-    config, arithmetic = _choice(e, d, q.dtype, device)
-    scores, scaled = attention_scores.scores_of(
-        q, k, call.mask, call.scale, call.offset, call.window, call.softcap, call.dropout, call.seed
-    )
-    c = threshold.attention(arithmetic, e, d, keys, KINDS)
+    e, d, keys = q.shape[-1], v.shape[-1], call.keys
+    config, arithmetic = _choice(e, d, q.dtype, device, laden(call))
+    scores, scaled = call.scores()
     return attention_forward.Attention(
         q, k, v, scores, scaled, call.causal, weights(config.bn, e, d, keys, device),
-        attention_forward.Limits(c.scores, c.shift, c.output, c.sums), config, floating.PARTS[q.dtype],
+        _limits(arithmetic, e, d, keys, call.sequences is not None), config, floating.PARTS[q.dtype],
         exponentials=call.policy.panel == "full", numbered=products._numbered(device),
     )  # fmt: skip
 
 
+def laden(call: AttentionCall) -> bool:
+    """Whether more happens to a score than its scale, and its being hidden by place: that takes registers from the blocks."""
+    return call.mask is not None or call.softcap is not None or call.dropout > 0
+
+
 @lru_cache(maxsize=1024)
-def _choice(e: int, d: int, dtype: torch.dtype, device: torch.device) -> tuple[Any, threshold.Arithmetic]:
+def _limits(arithmetic: threshold.Arithmetic, e: int, d: int, keys: int, packed: bool) -> Any:
+    """The bounds' coefficients; of packed sequences those from which the device finds each one's."""
+    from abft.triton_kernels.attention_forward import Limits
+
+    c = threshold.attention(arithmetic, e, d, keys, KINDS)
+    if not packed:
+        return Limits(c.scores, c.shift, c.output, c.sums)
+    none, one = (threshold.attention(arithmetic, e, d, n, KINDS) for n in (0, 1))
+    slopes = tuple(b - a for a, b in zip(none.output, one.output, strict=True))
+    return Limits(c.scores, one.shift, none.output, none.sums, slopes, one.sums - none.sums)
+
+
+@lru_cache(maxsize=1024)
+def _choice(e: int, d: int, dtype: torch.dtype, device: torch.device, laden: bool = False) -> tuple[Any, threshold.Arithmetic]:
     """(blocks, arithmetic) of heads on a device."""
     from abft.triton_kernels import configs
     from abft.triton_kernels.attention_forward import padded
 
     architecture, kind = None if device.type == "cpu" else products.family_of(device), products.KIND[dtype]
-    config = configs.choose_attention(architecture, kind, max(padded(e), padded(d)))
+    config = configs.choose_attention(architecture, kind, max(padded(e), padded(d)), laden)
     return config, products.ARITHMETIC.get((architecture, kind), threshold.FMA_32)  # type: ignore[arg-type]
 
 
@@ -127,7 +180,7 @@ def labels(call: AttentionCall) -> tuple[Any, Any]:
     """What the records of qk and of pv will say."""
     from abft.triton_kernels.record import Labels
 
-    rows, keys, dtype = call.q.shape[:-1].numel(), call.k.shape[2], ledger.DTYPES.index(call.q.dtype)
+    rows, keys, dtype = call.q.shape[:-1].numel(), call.keys, ledger.DTYPES.index(call.q.dtype)
     backend, (qk, pv) = ledger.BACKEND_NAMES.index("triton"), (ledger.ROLE_NAMES.index(role) for role in ("qk", "pv"))
     e, d = call.q.shape[-1], call.v.shape[-1]
     return Labels(qk, dtype, backend, rows, keys, e, sites.CAPACITY), Labels(pv, dtype, backend, rows, d, keys, sites.CAPACITY)

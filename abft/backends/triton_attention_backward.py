@@ -13,7 +13,7 @@ from torch import Tensor
 
 from abft import checksum, floating, ledger, sites, threshold
 from abft.backends import triton as backend
-from abft.backends.triton_attention import AttentionCall
+from abft.backends.triton_attention import AttentionCall, by_heads, laden
 from abft.faults import Strike
 from abft.ledger import Verdict
 
@@ -52,8 +52,9 @@ def _weights(width: int, count: int, device: torch.device) -> Tensor:
 
 
 @lru_cache(maxsize=1024)
-def _bounds(arithmetic: threshold.Arithmetic, dtype: torch.dtype, keys: int, depth: int, e: int, d: int) -> Any:
-    """The bounds of products of ``depth`` queries and ``keys`` keys, U κ; and of the sums of the softmax."""
+def _bounds(arithmetic: threshold.Arithmetic, dtype: torch.dtype, keys: int, depth: int, e: int, d: int, packed: bool = False) -> Any:
+    """The bounds of products of ``depth`` queries and ``keys`` keys, U κ; and of the sums of the softmax. packed: what they are made of,
+    for any number of queries and keys."""
     from abft.triton_kernels.attention_backward import Bounds
 
     def of(k: int, arithmetic: threshold.Arithmetic = arithmetic, width: int = 1) -> float:
@@ -66,35 +67,38 @@ def _bounds(arithmetic: threshold.Arithmetic, dtype: torch.dtype, keys: int, dep
     # Of ‖q‖ ‖k‖. Products that add up coherently: additions round by U/2/√3 of sums that grow to it, so by U √e/6 rms, and two
     # evaluations differ by √2 of it: 1.5 √e U is six of those. A unit that cuts off is wrong by at most U a step.
     of_score = max(1.5 * math.sqrt(e), e / arithmetic.depth)
-    return Bounds(
-        of(e), of(d), of(keys, width=e), of(depth, width=e), of(depth, of_probabilities, width=d),
-        vanishing, rounding + vanishing, rounding + vanishing, arithmetic.unit * of_score, arithmetic.floor_abs,
-    )  # fmt: skip
+    sums = vanishing, rounding + vanishing, rounding + vanishing, arithmetic.unit * of_score, arithmetic.floor_abs
+    none, one = (
+        (of(keys, width=e), of(depth, width=e), of(depth, of_probabilities, width=d)) for keys, depth in ((0, 0), (1, 1))
+    )
+    if packed:
+        return Bounds(of(e), of(d), *none, *sums, *(b - a for a, b in zip(none, one, strict=True)))
+    return Bounds(of(e), of(d), of(keys, width=e), of(depth, width=e), of(depth, of_probabilities, width=d), *sums)
 
 
 def _labels(call: AttentionCall) -> Any:
     from abft.triton_kernels.attention_verdicts import Labels
 
     q, k, v = call.q, call.k, call.v
-    queries, keys, depth = q.shape[:-1].numel(), k.shape[:3].numel(), q.shape[2] * q.shape[3]
+    queries, keys, depth = q.shape[:-1].numel(), k.shape[:3].numel(), q.shape[2] * call.queries
     qk, pv = (role in call.roles for role in ("qk", "pv"))
     names = ledger.ROLE_NAMES
     return Labels(
         names.index("qk"), names.index("pv"), (2 * queries + keys) * qk, (queries + keys) * pv, ledger.DTYPES.index(q.dtype),
-        ledger.BACKEND_NAMES.index("triton"), queries, keys, k.shape[2], depth, q.shape[-1], v.shape[-1], sites.CAPACITY,
+        ledger.BACKEND_NAMES.index("triton"), queries, keys, call.keys, depth, q.shape[-1], v.shape[-1], sites.CAPACITY,
     )  # fmt: skip
 
 
 def _judge(call: AttentionCall, config: Any, architecture: int | None) -> Any:
     from abft.triton_kernels.attention_gradients import Judge
 
-    q, policy, device, keys = call.q, call.policy, call.q.device, call.k.shape[2]
-    e, d, depth = q.shape[-1], call.v.shape[-1], q.shape[2] * q.shape[3]
+    q, policy, device, keys = call.q, call.policy, call.q.device, call.keys
+    e, d, depth = q.shape[-1], call.v.shape[-1], q.shape[2] * call.queries
     arithmetic = backend.ARITHMETIC.get((architecture, backend.KIND[q.dtype]), threshold.FMA_32)  # type: ignore[arg-type]
-    sketch = checksum.sketch_coefficients(max(q.shape[3], keys), device)
+    sketch = checksum.sketch_coefficients(max(call.queries, keys), device)
     told = Verdict.OBSERVED if policy.level == "detect" else Verdict.UNCORRECTED
     return Judge(
-        _bounds(arithmetic, q.dtype, keys, depth, e, d),
+        _bounds(arithmetic, q.dtype, keys, depth, e, d, call.sequences is not None),
         _weights(config.dkv.step, 1, device), _weights(config.dq.step, 1, device), _weights(e, 2, device), _weights(d, 2, device), sketch,
         _labels(call), policy.level == "correct" and policy.timing == "immediate", list(Verdict).index(told),
     )  # fmt: skip
@@ -117,19 +121,21 @@ def gradients(
     ``again``: what hits the repetition.
     """
     from abft.triton_kernels import attention_gradients as kernels
-    from abft.triton_kernels.attention_scores import scores_of
 
     q, device = call.q, call.q.device
     architecture = None if on_host(device) else backend.family_of(device)
-    config = kernels.config_for(architecture, q.dtype, max(q.shape[-1], call.v.shape[-1]))
-    scores, _ = scores_of(q, call.k, call.mask, call.scale, call.offset, call.window, call.softcap, call.dropout, call.seed)
+    config = kernels.config_for(architecture, q.dtype, max(q.shape[-1], call.v.shape[-1]), laden(call))
+    scores, _ = call.scores()
     maxima, sums = given.statistics
     inputs = kernels.Given(q, call.k, call.v, given.d_out, given.out, maxima.contiguous(), sums.contiguous())
     judge = _judge(call, config, architecture) if call.roles else None
     with backend.quiet(), backend.host_ledger(words):
-        return kernels.gradients(
+        dq, dk, dv = kernels.gradients(
             inputs, scores, call.causal, config, judge, words, site, descriptors(hits, device), descriptors(again, device)
         )
+    if call.sequences is not None:  # (tokens, heads, ·)
+        dk, dv = (t.transpose(0, 1).unsqueeze(0) for t in (dk, dv))
+    return by_heads(dq, call), dk, dv
 
 
 # --- injection ------------------------------------------------------------------------------------

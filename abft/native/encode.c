@@ -8,13 +8,14 @@
  */
 #include "vectors.h"
 
-enum { WIDE = 32 };
+/* Columns whose sums fill the registers; rows whose memory is asked for ahead. HALF: fp64 numbers of a register. */
+enum { WIDE = LANES == 16 ? 32 : LANES, SOON = 16, HALF = LANES / 2, DOUBLES = FRAGMENT / HALF };
 
 /* Where W's columns of checksums go, and by what they are weighted. */
 typedef struct {
     int64_t n, k, width, groups, kinds, shared_sketch, ingress, dtype, step;
-    const float *weights;      /* (kinds, padded width) w_j[n] of a group, padded by zeros to FRAGMENT */
-    const float *last_weights; /* of the last group, if it is narrower */
+    const double *weights;     /* (kinds, padded width) w_j[n] of a group, padded by zeros to FRAGMENT */
+    const double *last_weights; /* of the last group, if it is narrower */
     const float *coefficients; /* (SKETCHES, k), rows `step` apart */
     const double *signs;       /* (padded width) w_e, for sums along a row */
     const double *last_signs;
@@ -45,40 +46,50 @@ INLINE void put(const abft_layout *l, float *out, int64_t k, const double *sums,
     }
 }
 
-INLINE d8 low(v16 v) { return __builtin_convertvector(((v8 *)&v)[0], d8); }
-INLINE d8 high(v16 v) { return __builtin_convertvector(((v8 *)&v)[1], d8); }
+INLINE vd half_of(vf v, int which) { return __builtin_convertvector(((const vh *)&v)[which], vd); }
 
-INLINE double total(d8 v) {
-    const d4 half = ((d4 *)&v)[0] + ((d4 *)&v)[1];
-    return (half[0] + half[2]) + (half[1] + half[3]);
+INLINE double total(const vd *v) {
+    double sum = 0;
+    for (int i = 0; i < HALF; i++) sum += (*v)[i];
+    return sum;
 }
 
 /* Sums (groups, kinds) and squares (groups) of n adjacent numbers. e is kept by lane, so lo is its lanes, weighted. */
 INLINE void sum_row(const abft_layout *l, const void *x, int64_t first, double *sums, double *squares, int dtype) {
-    const d8 lane0 = {-15, -13, -11, -9, -7, -5, -3, -1}, lane1 = {1, 3, 5, 7, 9, 11, 13, 15};
+    static const double lanes[FRAGMENT] = {-15, -13, -11, -9, -7, -5, -3, -1, 1, 3, 5, 7, 9, 11, 13, 15};
     for (int64_t g = 0; g < l->groups; g++) {
         const int64_t start = g * l->width, width = l->n - start < l->width ? l->n - start : l->width;
         const double *signs = width < l->width ? l->last_signs : l->signs;
         double digit = -(double)((width + FRAGMENT - 1) / FRAGMENT - 1);
-        d8 e0 = {0}, e1 = {0}, one = {0}, hi = {0}, square = {0};
+        vd e[DOUBLES] = {{0}}, one = {0}, hi = {0}, square[2] = {{0}};
         for (int64_t n = 0; n < width; n += FRAGMENT, digit += 2) {
-            const int64_t at = first + start + n;
-            const v16 v = width - n < FRAGMENT ? some_of(x, at, width - n, dtype) : sixteen_of(x, at, dtype);
-            const d8 a = low(v), b = high(v), signed_a = a * *(const d8 *)(signs + n), signed_b = b * *(const d8 *)(signs + n + 8);
-            e0 += signed_a, e1 += signed_b;
-            square += a * a + b * b;
+            vd plain = {0}, weighted = {0};
+            UNROLL for (int part = 0; part < PARTS; part++) {
+                const int64_t at = n + part * LANES;
+                const vf v = width - n >= FRAGMENT ? lanes_of(x, first + start + at, dtype)
+                                                   : some_lanes(x, first + start + at, width - at, dtype);
+                UNROLL for (int half = 0; half < 2; half++) {
+                    const vd a = half_of(v, half), signed_ = a * *(const vd *)(signs + at + half * HALF);
+                    e[2 * part + half] += signed_;
+                    square[half] += a * a;
+                    if (l->kinds == KINDS) plain += a, weighted += signed_;
+                }
+            }
             if (l->kinds == KINDS) {
-                one += a + b;
-                hi += (signed_a + signed_b) * digit;
+                one += plain;
+                hi += weighted * digit;
             }
         }
-        sums[g * l->kinds + E] = total(e0 + e1);
+        vd lo = {0}, all = {0};
+        UNROLL for (int i = 0; i < DOUBLES; i++) all += e[i], lo += e[i] * *(const vd *)(lanes + i * HALF);
+        sums[g * l->kinds + E] = total(&all);
         if (l->kinds == KINDS) {
-            sums[g * l->kinds + ONE] = total(one);
-            sums[g * l->kinds + HI] = total(hi);
-            sums[g * l->kinds + LO] = total(e0 * lane0 + e1 * lane1);
+            sums[g * l->kinds + ONE] = total(&one);
+            sums[g * l->kinds + HI] = total(&hi);
+            sums[g * l->kinds + LO] = total(&lo);
         }
-        squares[g] = total(square);
+        square[0] += square[1];
+        squares[g] = total(&square[0]);
     }
 }
 
@@ -97,24 +108,30 @@ INLINE void encode_columns(const abft_layout *l, const void *x, int64_t ld, floa
         for (int64_t g = 0; g < l->groups; g++) {
             const int64_t start = g * l->width, width = l->n - start < l->width ? l->n - start : l->width;
             const int64_t padded = (width + FRAGMENT - 1) / FRAGMENT * FRAGMENT;
-            const float *w = width < l->width ? l->last_weights : l->weights;
-            d8 sum[KINDS][WIDE / 8] = {{{0}}}, square[WIDE / 8] = {{0}};
+            const double *w = width < l->width ? l->last_weights : l->weights;
+            vd sum[KINDS + 1][WIDE / HALF] = {{{0}}};
+#define ROW(LOAD, ...)                                                                                                     \
+    UNROLL for (int part = 0; part < WIDE / LANES; part++) {                                                               \
+        const vf v = LOAD(x, at + part * LANES, ##__VA_ARGS__, dtype);                                                     \
+        UNROLL for (int half = 0; half < 2; half++) {                                                                      \
+            const vd a = half_of(v, half);                                                                                 \
+            sum[l->kinds][2 * part + half] += a * a;                                                                       \
+            UNROLL for (int64_t j = 0; j < l->kinds; j++) sum[j][2 * part + half] += a * w[j * padded + n];                \
+        }                                                                                                                  \
+    }
             for (int64_t n = 0; n < width; n++) {
                 const int64_t at = (start + n) * ld + k0;
-                UNROLL for (int half = 0; half < WIDE / 16; half++) {
-                    const int64_t left = count - 16 * half;
-                    const v16 v = left < 16 ? some_of(x, at + 16 * half, left, dtype) : sixteen_of(x, at + 16 * half, dtype);
-                    const d8 a = low(v), b = high(v);
-                    square[2 * half] += a * a, square[2 * half + 1] += b * b;
-                    UNROLL for (int64_t j = 0; j < l->kinds; j++) {
-                        const double weight = (double)w[j * padded + n];
-                        sum[j][2 * half] += weight * a, sum[j][2 * half + 1] += weight * b;
-                    }
+                __builtin_prefetch((const char *)x + (at + SOON * ld) * (dtype == FP32 ? 4 : 2));
+                if (count == WIDE) {
+                    ROW(lanes_of)
+                } else {
+                    ROW(some_lanes, count - part * LANES)
                 }
             }
+#undef ROW
             for (int i = 0; i < WIDE; i++) {
-                for (int64_t j = 0; j < l->kinds; j++) sums[(g * l->kinds + j) * WIDE + i] = sum[j][i / 8][i % 8];
-                squares[g * WIDE + i] = square[i / 8][i % 8];
+                for (int64_t j = 0; j < l->kinds; j++) sums[(g * l->kinds + j) * WIDE + i] = sum[j][i / HALF][i % HALF];
+                squares[g * WIDE + i] = sum[l->kinds][i / HALF][i % HALF];
             }
         }
         for (int64_t i = 0; i < count; i++) put(l, out, k0 + i, sums + i, WIDE, squares + i);

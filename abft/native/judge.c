@@ -8,20 +8,24 @@
  * rounding of the sums, which the bound is made of, what passes here passes in abft/threshold.py; what does not is judged
  * again there. Sums are fp32, as torch's are; the comparison is fp64, where no square of an fp32 number under- or overflows.
  *
- * Vectors are those of GCC and clang, 16 lanes wide, whatever the processor has. No library, no headers of torch.
+ * Vectors are those of GCC and clang, as wide as the processor's registers. No library, no headers of torch.
  */
 #include "rowsums.h"
 
-/* A product's judgement, as far as it depends on shapes alone. Arrays of groups × kinds are repeated to fill LANES. */
+/* A product's judgement, as far as it depends on shapes alone. Where a panel holds e alone, a² and ρ² of the others are 0, and b² is 1. */
 typedef struct {
-    int64_t n, k, width, groups, kinds, shared_sketch, dtype, padded;
-    const float *signs;        /* of a group of `width`, padded by zeros to FRAGMENT */
-    const float *last_signs;   /* of the last group, if it is narrower */
-    const double *accumulate2; /* (padded) a_j² */
-    const double *round2;      /* (padded) ρ_j² */
-    const double *absolute2;   /* (padded) b_j² */
+    int64_t n, k, width, groups, kinds, shared_sketch, dtype;
+    const float *signs;      /* of a group of `width`, padded by zeros to FRAGMENT */
+    const float *last_signs; /* of the last group, if it is narrower */
+    double accumulate2[KINDS]; /* a_j² */
+    double round2[KINDS];      /* ρ_j² */
+    double absolute2[KINDS];   /* b_j² */
     double largest2;           /* a bound is below the root of this, or nothing can be judged */
 } abft_plan;
+
+/* TASK: rows of a block of statistics, and that one thread multiplies; TASKS: so many before their results are looked at. DEPTH: numbers
+   of a row that are multiplied at a time, which with those of the panel stay in the nearest cache. Below FEW rows bf16 is widened. */
+enum { ROWS = 8, TASK = 32, TASKS = 4, DEPTH = 384, NARROW = 128, SOON = 16, QUAD = 4, TALL = 3, BROAD = 2, FEW = 16 };
 
 /* What is multiplied, and by what it is judged. */
 typedef struct {
@@ -43,71 +47,137 @@ typedef struct abft_statistics {
 
 /* --- what is predicted from the input ----------------------------------------------------------------------- */
 
-/* raw (ROWS, ldr) += a (ROWS, depth) · packed (depth, ldp), for as many columns as V has lanes. Summed apart from what is there:
-   short chains of additions round less than one long one. */
-#define MULTIPLY(NAME, V)                                                                                                  \
-    INLINE void NAME(const float *a, int64_t rs, int64_t ks, const float *packed, int64_t ldp, int64_t depth, float *raw,  \
-                     int64_t ldr) {                                                                                        \
-        V sum[ROWS] = {{0}};                                                                                               \
-        for (int64_t k = 0; k < depth; k++) {                                                                              \
-            const V p = *(const V *)(packed + k * ldp);                                                                    \
-            UNROLL for (int r = 0; r < ROWS; r++) sum[r] += a[r * rs + k * ks] * p;                                        \
-        }                                                                                                                  \
-        UNROLL for (int r = 0; r < ROWS; r++) *(V *)(raw + r * ldr) += sum[r];                                             \
-    }
-MULTIPLY(multiply16, v16)
-MULTIPLY(multiply8, v8)
-MULTIPLY(multiply4, v4)
-
 static int64_t columns_of(const abft_plan *p) { return p->groups * p->kinds + SKETCHES * (p->shared_sketch ? 1 : p->groups); }
 
-/* All columns of a task's rows, in steps of ROWS. One function for each way that a lies: its steps are then constants. */
-#define MULTIPLY_ROWS(NAME, ROW_STEP, K_STEP)                                                                              \
-    static __attribute__((noinline)) void NAME(const float *a, int64_t rs, int64_t rows, const float *packed, int64_t wide,\
-                                               int64_t depth, float *raw) {                                                \
-        (void)rs;                                                                                                          \
-        for (int64_t m = 0; m < rows; m += ROWS, a += ROWS * (ROW_STEP), raw += ROWS * wide) {                             \
-            int64_t c = 0;                                                                                                 \
-            for (; c + 16 <= wide; c += 16) multiply16(a, ROW_STEP, K_STEP, packed + c, wide, depth, raw + c, wide);       \
-            for (; c + 8 <= wide; c += 8) multiply8(a, ROW_STEP, K_STEP, packed + c, wide, depth, raw + c, wide);          \
-            for (; c < wide; c += 4) multiply4(a, ROW_STEP, K_STEP, packed + c, wide, depth, raw + c, wide);               \
+/* Some columns of the panel, which lie k apart, and where their products with a task's rows go: raw (TASK, wide). */
+typedef struct {
+    const float *panel;
+    int64_t k, columns, wide;
+    float *raw;
+} abft_columns;
+
+/* raw (rows, columns) += a (rows, depth) · panelᵀ, both as they lie, numbers adjacent. Summed apart from what is there: short chains of
+   additions round less than one long one. rows: at most TALL; columns: QUAD, or one. */
+INLINE void multiply_along(const float *a, int64_t rs, int rows, const float *panel, int64_t k, int columns, int64_t depth, float *raw,
+                           int64_t wide) {
+    vf sum[TALL][QUAD] = {{{0}}};
+#define STEP(LOAD, ...)                                                                                                    \
+    {                                                                                                                      \
+        vf v[TALL];                                                                                                        \
+        UNROLL for (int r = 0; r < rows; r++) {                                                                            \
+            v[r] = LOAD(a, r * rs + i, ##__VA_ARGS__, FP32);                                                               \
+            HOLD(v[r]);                                                                                                    \
+        }                                                                                                                  \
+        UNROLL for (int c = 0; c < columns; c++) {                                                                         \
+            vf p = LOAD(panel, c * k + i, ##__VA_ARGS__, FP32);                                                            \
+            HOLD(p);                                                                                                       \
+            UNROLL for (int r = 0; r < rows; r++) {                                                                        \
+                sum[r][c] += v[r] * p;                                                                                     \
+                HOLD(sum[r][c]);                                                                                           \
+            }                                                                                                              \
         }                                                                                                                  \
     }
-MULTIPLY_ROWS(multiply_as_it_lies, rs, 1)
-MULTIPLY_ROWS(multiply_columns, 1, TASK)
-MULTIPLY_ROWS(multiply_copied, DEPTH, 1)
+    int64_t i = 0;
+    for (; i + LANES <= depth; i += LANES) STEP(lanes_of)
+    if (i < depth) STEP(some_lanes, depth - i)
+#undef STEP
+    UNROLL for (int r = 0; r < rows; r++) {
+        const v4 sums = sum_four(sum[r][0], sum[r][1], sum[r][2], sum[r][3]);
+        if (columns == QUAD)
+            *(v4 *)(raw + r * wide) += sums;
+        else
+            raw[r * wide] += sums[0];
+    }
+}
 
-/* raw (TASK, wide) = rows [m0, m0 + rows) of A · packed. Other types, other orders and what is left over are copied first. */
-INLINE void predict(const abft_plan *p, const abft_product *x, int64_t m0, int64_t rows, const float *packed, int64_t wide, float *raw,
-                    int dtype) {
-    const void *a = x->a;
+static __attribute__((noinline)) void multiply_rows(const float *a, int64_t rs, int64_t rows, const abft_columns *to, int64_t k0, int64_t depth) {
+    const float *panel = to->panel + k0;
+    const int64_t k = to->k, wide = to->wide;
+    for (int64_t m = 0; m < rows;) {
+        const int tall = rows - m >= TALL;
+        const float *here = a + m * rs;
+        float *raw = to->raw + m * wide;
+        int64_t c = 0;
+        for (; c + QUAD <= to->columns; c += QUAD)
+            tall ? multiply_along(here, rs, TALL, panel + c * k, k, QUAD, depth, raw + c, wide)
+                 : multiply_along(here, rs, 1, panel + c * k, k, QUAD, depth, raw + c, wide);
+        for (; c < to->columns; c++)
+            for (int r = 0; r < (tall ? TALL : 1); r++)
+                multiply_along(here + r * rs, rs, 1, panel + c * k, k, 1, depth, raw + r * wide + c, wide);
+        m += tall ? TALL : 1;
+    }
+}
+
+/* The same of a copy (depth, TASK), where rows are adjacent: sums (columns, TASK) += … of BROAD · LANES rows. */
+INLINE void multiply_across(const float *a, const float *panel, int64_t k, int columns, int64_t depth, float *sums) {
+    vf sum[QUAD][BROAD] = {{{0}}};
+    for (int64_t i = 0; i < depth; i++) {
+        vf v[BROAD];
+        UNROLL for (int j = 0; j < BROAD; j++) {
+            v[j] = *(const vf *)(a + i * TASK + j * LANES);
+            HOLD(v[j]);
+        }
+        UNROLL for (int c = 0; c < columns; c++) {
+            vf p = panel[c * k + i] - (vf){0};
+            HOLD(p);
+            UNROLL for (int j = 0; j < BROAD; j++) {
+                sum[c][j] += v[j] * p;
+                HOLD(sum[c][j]);
+            }
+        }
+    }
+    UNROLL for (int c = 0; c < columns; c++) UNROLL for (int j = 0; j < BROAD; j++) *(vf *)(sums + c * TASK + j * LANES) += sum[c][j];
+}
+
+static __attribute__((noinline)) void multiply_columns(const float *a, const abft_columns *to, int64_t k0, int64_t depth, float *sums) {
+    for (int64_t m = 0; m < TASK; m += BROAD * LANES) {
+        int64_t c = 0;
+        for (; c + QUAD <= to->columns; c += QUAD)
+            multiply_across(a + m, to->panel + c * to->k + k0, to->k, QUAD, depth, sums + c * TASK + m);
+        for (; c < to->columns; c++) multiply_across(a + m, to->panel + c * to->k + k0, to->k, 1, depth, sums + c * TASK + m);
+    }
+}
+
+INLINE void soon(const void *p, int64_t i, int dtype) { __builtin_prefetch((const char *)p + i * (dtype == FP32 ? 4 : 2)); }
+
+/* Rows [m0, m0 + rows) of A times some columns. Other types, other orders and what is left over are copied first. `sums`: room for
+   (columns, TASK) numbers. */
+INLINE void predict(const abft_plan *p, const abft_product *x, int64_t m0, int64_t rows, const abft_columns *to, float *sums, int dtype) {
     const int64_t rs = x->rs, ks = x->ks;
+    const int across = rs == 1 && ks != 1;
     float block[TASK * DEPTH] __attribute__((aligned(64)));
-    memset(raw, 0, TASK * wide * sizeof(float));
-    for (int64_t k0 = 0; k0 < p->k; k0 += DEPTH) {
-        const int64_t depth = p->k - k0 < DEPTH ? p->k - k0 : DEPTH;
-        const float *here = packed + k0 * wide;
-        if (dtype == FP32 && ks == 1 && rows == TASK) {
-            multiply_as_it_lies((const float *)a + m0 * rs + k0, rs, rows, here, wide, depth, raw);
-        } else if (rs == 1) {
-            for (int64_t k = 0; k < depth; k++)
-                for (int64_t m = 0; m < TASK; m += 16) {
-                    const int64_t at = (k0 + k) * ks + m0 + m, left = rows - m;
-                    *(v16 *)(block + k * TASK + m) = left >= 16 ? sixteen_of(a, at, dtype) : some_of(a, at, left, dtype);
-                }
-            multiply_columns(block, 1, rows, here, wide, depth, raw);
+    if (across)
+        memset(sums, 0, to->columns * TASK * sizeof(float));
+    else
+        for (int64_t m = 0; m < rows; m++) memset(to->raw + m * to->wide, 0, to->columns * sizeof(float));
+    const int64_t most = across ? NARROW : DEPTH;
+    for (int64_t k0 = 0; k0 < p->k; k0 += most) {
+        const int64_t depth = p->k - k0 < most ? p->k - k0 : most;
+        if (across) {
+            /* Copied in any case: what lies a power of two apart has a few lines of the cache to itself. */
+            for (int64_t k = 0; k < depth; k++) {
+                const int64_t at = (k0 + k) * ks + m0;
+                soon(x->a, at + SOON * ks, dtype), soon(x->a, at + SOON * ks + TASK - 1, dtype);
+                if (rows == TASK)
+                    UNROLL for (int m = 0; m < TASK; m += LANES) *(vf *)(block + k * TASK + m) = lanes_of(x->a, at + m, dtype);
+                else
+                    for (int m = 0; m < TASK; m += LANES) *(vf *)(block + k * TASK + m) = lanes_at_most(x->a, at + m, rows - m, dtype);
+            }
+            multiply_columns(block, to, k0, depth, sums);
+        } else if (dtype == FP32 && ks == 1) {
+            multiply_rows((const float *)x->a + m0 * rs + k0, rs, rows, to, k0, depth);
         } else {
-            if (rows < TASK) memset(block, 0, sizeof(block));
             for (int64_t m = 0; m < rows; m++) {
                 const int64_t at = (m0 + m) * rs + k0 * ks;
                 int64_t k = 0;
-                if (ks == 1)
-                    for (; k + 16 <= depth; k += 16) *(v16 *)(block + m * DEPTH + k) = sixteen_of(a, at + k, dtype);
-                for (; k < depth; k++) block[m * DEPTH + k] = one_of(a, at + k * ks, dtype);
+                for (; ks == 1 && k + LANES <= depth; k += LANES) *(vf *)(block + m * DEPTH + k) = lanes_of(x->a, at + k, dtype);
+                for (; k < depth; k++) block[m * DEPTH + k] = one_of(x->a, at + k * ks, dtype);
             }
-            multiply_copied(block, DEPTH, rows, here, wide, depth, raw);
+            multiply_rows(block, DEPTH, rows, to, k0, depth);
         }
     }
+    for (int64_t m = 0; across && m < rows; m++)
+        for (int64_t c = 0; c < to->columns; c++) to->raw[m * to->wide + c] = sums[c * TASK + m];
 }
 
 /* --- bf16 on units that multiply pairs of them ------------------------------------------------------------------ */
@@ -202,82 +272,52 @@ static void predict_pairs(const abft_plan *p, const abft_product *x, int64_t m0,
 #define PAIRS 0
 #endif
 
-/* Few rows: the panel is read as it lies, once. raw (rows, wide) = a (rows, k) · panelᵀ for columns [c0, c1). */
-static void predict_few(const abft_plan *p, const float *panel, const float *a, int64_t rows, int64_t c0, int64_t c1, float *raw, int64_t wide) {
-    for (int64_t c = c0; c < c1; c++) {
-        const float *column = panel + c * p->k;
-        for (int64_t m = 0; m < rows; m++) {
-            const float *row = a + m * p->k;
-            v16 sum[4] = {{0}};
-            int64_t k = 0;
-            for (; k + 64 <= p->k; k += 64)
-                UNROLL for (int i = 0; i < 4; i++) sum[i] += *(const v16 *)(row + k + 16 * i) * *(const v16 *)(column + k + 16 * i);
-            for (; k + 16 <= p->k; k += 16) sum[0] += *(const v16 *)(row + k) * *(const v16 *)(column + k);
-            float rest = 0;
-            for (; k < p->k; k++) rest += row[k] * column[k];
-            raw[m * wide + c] = (float)sum16((sum[0] + sum[1]) + (sum[2] + sum[3])) + rest;
-        }
-    }
-}
-
 /* --- the comparison ----------------------------------------------------------------------------------------- */
 
 typedef struct {
-    double worst2, largest2, poison; /* poison: 0, or NaN if anything was not finite */
-    d8 sum, squares, most, block;    /* of x, of x², the largest x² of all and of the block, per lane; where statistics are kept */
-    m8 above[4];
+    d4 worst2, largest2, poison;  /* per kind; poison: 0, or NaN if anything was not finite */
+    d4 sum, squares, most, block; /* of x, of x², the largest x² of all and of the block; where statistics are kept */
+    d4 above[4];
     int64_t rows;
     double kept[KINDS][FIELDS];
 } abft_found;
 
-INLINE d8 larger(d8 x, d8 y) {
-    const m8 second = y > x;
-    return (d8)(((m8)y & second) | ((m8)x & ~second));
-}
+typedef int64_t m4 __attribute__((vector_size(32)));
 
-/* Adds eight x² to what is kept. They are of one product that is clean, or nobody will read what is kept of it. */
-static __attribute__((noinline)) void keep(const abft_statistics *s, abft_found *found, const d8 *ratio2, const d8 *residual, int kinds) {
-    d8 cap, level[4];
-    for (int lane = 0; lane < LANES; lane++) {
-        const int kind = kinds == KINDS ? lane % KINDS : E;
-        cap[lane] = s->cap2[kind];
-        for (int i = 0; i < 4; i++) level[i][lane] = s->level2[i][kind];
-    }
-    const m8 over = *ratio2 > cap;
-    const d8 capped = (d8)(((m8)cap & over) | ((m8)*ratio2 & ~over));
-    d8 root;
-    for (int lane = 0; lane < LANES; lane++) root[lane] = sqrt(capped[lane]);
-    const m8 negative = *residual < (d8){0};
-    found->sum += (d8)(((m8)-root & negative) | ((m8)root & ~negative));
+INLINE d4 pick(m4 where, d4 a, d4 b) { return (d4)(((m4)a & where) | ((m4)b & ~where)); }
+INLINE d4 larger(d4 x, d4 y) { return pick(y > x, y, x); }
+
+/* Adds a check's x² to what is kept. They are of one product that is clean, or nobody will read what is kept of it. */
+static __attribute__((noinline)) void keep(const abft_statistics *s, abft_found *found, const d4 *ratio2, const d4 *residual) {
+    const d4 none = {0}, one = none + 1.0, cap = *(const d4 *)s->cap2, capped = pick(*ratio2 > cap, cap, *ratio2);
+    d4 root;
+    for (int kind = 0; kind < KINDS; kind++) root[kind] = sqrt(capped[kind]);
+    found->sum += pick(*residual < none, -root, root);
     found->squares += capped;
     found->block = larger(found->block, *ratio2);
-    for (int i = 0; i < 4; i++) found->above[i] -= *ratio2 > level[i];
+    for (int i = 0; i < 4; i++) found->above[i] += pick(*ratio2 > *(const d4 *)s->level2[i], one, none);
 }
 
 /* A block of rows is complete: its maximum counts as one. */
-static void close_block(abft_found *found, int kinds) {
-    for (int kind = 0; kind < kinds; kind++) {
-        double most = 0;
-        for (int lane = kind; lane < LANES; lane += kinds) most = found->block[lane] > most ? found->block[lane] : most;
+static void close_block(abft_found *found) {
+    for (int kind = 0; kind < KINDS; kind++) {
         found->kept[kind][BLOCKS] += 1;
-        found->kept[kind][MAXIMA] += sqrt(most);
-        found->kept[kind][MAXIMA2] += most;
+        found->kept[kind][MAXIMA] += sqrt(found->block[kind]);
+        found->kept[kind][MAXIMA2] += found->block[kind];
     }
     found->most = larger(found->most, found->block);
-    found->block = (d8){0};
+    found->block = (d4){0};
 }
 
-static void add_statistics(abft_statistics *s, const abft_found *found, int64_t groups, int kinds) {
-    for (int kind = 0; kind < kinds; kind++) {
+static void add_statistics(abft_statistics *s, const abft_found *found, int64_t groups, int64_t kinds) {
+    for (int64_t kind = 0; kind < kinds; kind++) {
         double *to = s->kept[kind];
+        const double most = sqrt(found->most[kind]);
         to[COUNT] += (double)(found->rows * groups);
-        for (int lane = kind; lane < LANES; lane += kinds) {
-            to[SUM] += found->sum[lane];
-            to[SQUARES] += found->squares[lane];
-            const double most = sqrt(found->most[lane]);
-            to[MOST] = most > to[MOST] ? most : to[MOST];
-            for (int i = 0; i < 4; i++) to[ABOVE + i] += (double)found->above[i][lane];
-        }
+        to[SUM] += found->sum[kind];
+        to[SQUARES] += found->squares[kind];
+        to[MOST] = most > to[MOST] ? most : to[MOST];
+        for (int i = 0; i < 4; i++) to[ABOVE + i] += found->above[i][kind];
         for (int i = BLOCKS; i < FIELDS; i++) to[i] += found->kept[kind][i];
     }
 }
@@ -292,127 +332,114 @@ static void merge_statistics(abft_found *into, const abft_found *mine) {
         for (int i = BLOCKS; i < FIELDS; i++) into->kept[kind][i] += mine->kept[kind][i];
 }
 
-/* Up to ROWS rows of y, from m0, with their raw predictions; adds to what was found. `room`: 4 · ROWS · groups · kinds doubles. */
-INLINE void judge(const abft_plan *p, const abft_product *x, int64_t m0, int64_t rows, const float *raw, int64_t wide, double *room,
-                  abft_found *found, int dtype, int full) {
-    const int64_t kinds = full ? KINDS : 1, each = p->groups * kinds, all = ROWS * each;
-    double *actual = room, *predicted = room + all, *squares = room + 2 * all, *noise = room + 3 * all;
-    if (rows < ROWS) memset(room, 0, 4 * all * sizeof(double));
-    for (int64_t m = 0; m < rows; m++) {
-        const float *c = raw + m * wide, *sketch = c + each;
-        double shared = 0;
-        for (int64_t g = 0; g < p->groups; g++) {
-            const int64_t start = g * p->width, width = p->n - start < p->width ? p->n - start : p->width, at = m * each + g * kinds;
-            const double square =
-                group_sums(x->y, (m0 + m) * x->ldy + start, width, width < p->width ? p->last_signs : p->signs, dtype, full, actual + at);
+INLINE d4 widened(v4 v) { return __builtin_convertvector(v, d4); }
+
+/* One row or two of y, from m0, with their raw predictions; adds to what was found. */
+INLINE void judge_rows(const abft_plan *p, const abft_product *x, int64_t m0, int rows, const float *raw, int64_t wide, abft_found *found,
+                       int dtype, int full) {
+    const int64_t kinds = full ? KINDS : 1, each = p->groups * kinds;
+    const d4 accumulate2 = *(const d4 *)p->accumulate2, round2 = *(const d4 *)p->round2, absolute2 = *(const d4 *)p->absolute2;
+    double noise[2] = {0}, actual[2 * KINDS] __attribute__((aligned(32))) = {0}, square[2];
+    for (int64_t g = 0; g < p->groups; g++) {
+        const int64_t start = g * p->width, width = p->n - start < p->width ? p->n - start : p->width;
+        sums_of_rows(x->y, m0 * x->ldy + start, x->ldy, rows, width, width < p->width ? p->last_signs : p->signs, dtype, full, actual, KINDS,
+                     square);
+        UNROLL for (int r = 0; r < rows; r++) {
+            const float *c = raw + r * wide;
             if (g == 0 || !p->shared_sketch) {
-                shared = 0;
-                for (int s = 0; s < SKETCHES; s++) {
-                    const double h = (double)sketch[(p->shared_sketch ? 0 : g * SKETCHES) + s];
-                    shared += h * h;
-                }
-                shared *= 1.0 / SKETCHES;
-                if (x->bias_noise) shared += (double)x->bias_noise[p->shared_sketch ? 0 : g];
+                const d4 sketch = widened(*(const v4 *)(c + each + g * SKETCHES)), h = sketch * sketch;
+                noise[r] = ((h[0] + h[1]) + (h[2] + h[3])) * (1.0 / SKETCHES);
+                if (x->bias_noise) noise[r] += (double)x->bias_noise[g];
             }
+            d4 predicted = {0};
             if (full) {
-                const d4 none = {0};
-                *(d4 *)(predicted + at) = __builtin_convertvector(*(const v4 *)(c + g * KINDS), d4);
-                if (x->bias) *(d4 *)(predicted + at) += __builtin_convertvector(*(const v4 *)(x->bias + g * KINDS), d4);
-                *(d4 *)(squares + at) = none + square;
-                *(d4 *)(noise + at) = none + shared;
-            } else {
-                predicted[at] = (double)c[g] + (x->bias ? (double)x->bias[g] : 0.0);
-                squares[at] = square;
-                noise[at] = shared;
-            }
+                predicted = widened(*(const v4 *)(c + g * KINDS));
+                if (x->bias) predicted += widened(*(const v4 *)(x->bias + g * KINDS));
+            } else
+                predicted[E] = (double)c[g] + (x->bias ? (double)x->bias[g] : 0.0);
+            const d4 residual = *(const d4 *)(actual + r * KINDS) - predicted;
+            const d4 tau2 = accumulate2 * (predicted * predicted + (square[r] + noise[r])) + (round2 * square[r] + absolute2);
+            const d4 ratio2 = residual * residual / tau2;
+            found->poison += ratio2 * 0.0;
+            found->worst2 = larger(found->worst2, ratio2);
+            found->largest2 = larger(found->largest2, tau2);
+            if (x->statistics) keep(x->statistics, found, &ratio2, &residual);
         }
     }
-    d8 worst = {0}, largest = {0}, poison = {0};
-    for (int64_t i = 0, j = 0; i < all; i += LANES, j = j + LANES == p->padded ? 0 : j + LANES) {
-        const d8 c = *(const d8 *)(predicted + i), seen = *(const d8 *)(squares + i);
-        const d8 residual = *(const d8 *)(actual + i) - c;
-        const d8 tau2 = *(const d8 *)(p->accumulate2 + j) * (seen + c * c + *(const d8 *)(noise + i)) +
-                        *(const d8 *)(p->round2 + j) * seen + *(const d8 *)(p->absolute2 + j);
-        const d8 ratio2 = residual * residual / tau2;
-        poison += ratio2 * 0.0;
-        worst = larger(worst, ratio2);
-        largest = larger(largest, tau2);
-        if (x->statistics) keep(x->statistics, found, &ratio2, &residual, (int)kinds);
-    }
+}
+
+/* Rows [m0, m0 + rows) of y; blocks of TASK rows, wherever threads begin, and where there are fewer rows whatever comes at once. */
+INLINE void judge(const abft_plan *p, const abft_product *x, int64_t m0, int64_t rows, const float *raw, int64_t wide, abft_found *found,
+                  int dtype, int full) {
+    int64_t m = 0;
+    for (; m + 2 <= rows; m += 2) judge_rows(p, x, m0 + m, 2, raw + m * wide, wide, found, dtype, full);
+    if (m < rows) judge_rows(p, x, m0 + m, 1, raw + m * wide, wide, found, dtype, full);
     found->rows += rows;
-    /* Blocks of TASK rows, wherever threads begin; where there are fewer rows, whatever comes at once. */
-    if (x->statistics && ((m0 + rows) % TASK == 0 || m0 + rows == x->rows || x->rows < FEW)) close_block(found, (int)kinds);
-    for (int i = 0; i < LANES; i++) {
-        if (worst[i] > found->worst2) found->worst2 = worst[i];
-        if (largest[i] > found->largest2) found->largest2 = largest[i];
-        found->poison += poison[i];
-    }
+    if (x->statistics && ((m0 + rows) % TASK == 0 || m0 + rows == x->rows || x->rows < FEW)) close_block(found);
 }
 
 /* --- all rows ----------------------------------------------------------------------------------------------- */
 
-INLINE void rows_of_one_thread(const abft_plan *p, const abft_product *x, float *packed, int64_t wide, int thread, int threads,
-                               abft_found *found, int dtype, int full) {
-    const int64_t columns = columns_of(p), each = p->groups * (full ? KINDS : 1), rows = x->rows, k = p->k;
-    float *mine = scratch(1, TASKS * TASK * wide + 8 * ROWS * each + 16);
-    double *room = (double *)(mine + TASKS * TASK * wide);
-    if (!mine) found->poison = NAN;
-    if (rows < FEW) {
-        float *raw = packed + rows * k;
-        const int64_t c0 = columns * thread / threads, c1 = columns * (thread + 1) / threads;
-        const float *left = (const float *)x->a;
-        if (dtype != FP32 || x->ks != 1 || x->rs != k) {
-            left = packed;
-            for (int64_t m = thread; m < rows; m += threads)
-                for (int64_t i = 0; i < k; i++) packed[m * k + i] = one_of(x->a, m * x->rs + i * x->ks, dtype);
-#pragma omp barrier
-        }
-        predict_few(p, x->panel, left, rows, c0, c1, raw, wide);
+/* `shared`: what all threads see, the products of few rows or, for pairs, the panel. */
+INLINE void rows_of_one_thread(const abft_plan *p, const abft_product *x, float *shared, int64_t wide, int thread, int threads,
+                               abft_found *found, int dtype, int full, int paired) {
+    const int64_t columns = columns_of(p), rows = x->rows;
+    float *mine = scratch(1, (TASKS + 1) * TASK * wide);
+    if (!mine) found->poison += NAN;
+    abft_columns to = {x->panel, p->k, columns, wide, shared};
+    if (rows <= TASK && !paired) { /* by columns: what takes time is to read the panel */
+        const int64_t c0 = columns / QUAD * thread / threads * QUAD, c1 = columns / QUAD * (thread + 1) / threads * QUAD;
+        to.panel += c0 * p->k, to.raw += c0, to.columns = (thread + 1 < threads ? c1 : columns) - c0;
+        if (mine) predict(p, x, 0, rows, &to, mine, dtype);
 #pragma omp barrier
         for (int64_t m = ROWS * thread; mine && m < rows; m += ROWS * threads)
-            judge(p, x, m, rows - m < ROWS ? rows - m : ROWS, raw + m * wide, wide, room, found, dtype, full);
+            judge(p, x, m, rows - m < ROWS ? rows - m : ROWS, shared + m * wide, wide, found, dtype, full);
         return;
     }
 #if PAIRS
-    const int paired = dtype == BF16 && full && x->ks == 1 && k % 2 == 0;
-    const int64_t from = k / 2 * thread / threads, to = k / 2 * (thread + 1) / threads;
-    if (paired) pack_pairs(p, x->panel, (uint32_t *)packed, each, columns - each, from, to);
-#else
-    const int paired = 0;
-#endif
-    for (int64_t i = k * thread / threads; !paired && i < k * (thread + 1) / threads; i++)
-        for (int64_t c = 0; c < wide; c++) packed[i * wide + c] = c < columns ? x->panel[c * k + i] : 0.0f;
+    const int64_t each = p->groups * KINDS, pairs = p->k / 2;
+    if (paired) {
+        pack_pairs(p, x->panel, (uint32_t *)shared, each, columns - each, pairs * thread / threads, pairs * (thread + 1) / threads);
 #pragma omp barrier
+    }
+#endif
     /* Some tasks' predictions, then their results: two long streams from memory instead of many short ones. */
     const int64_t tasks = (rows + TASK - 1) / TASK, last = tasks * (thread + 1) / threads;
     for (int64_t t0 = tasks * thread / threads; mine && t0 < last; t0 += TASKS) {
         const int64_t m0 = t0 * TASK, m1 = (t0 + TASKS < last ? t0 + TASKS : last) * TASK, stop = m1 < rows ? m1 : rows;
         for (int64_t m = m0; m < stop; m += TASK) {
             const int64_t count = stop - m < TASK ? stop - m : TASK;
+            to.raw = mine + (m - m0 + TASK) * wide;
 #if PAIRS
             if (paired)
-                predict_pairs(p, x, m, count, (const uint32_t *)packed, each, columns - each, wide, mine + (m - m0) * wide);
+                predict_pairs(p, x, m, count, (const uint32_t *)shared, each, columns - each, wide, to.raw);
             else
 #endif
-                predict(p, x, m, count, packed, wide, mine + (m - m0) * wide, dtype);
+                predict(p, x, m, count, &to, mine, dtype);
         }
         for (int64_t m = m0; m < stop; m += ROWS)
-            judge(p, x, m, stop - m < ROWS ? stop - m : ROWS, mine + (m - m0) * wide, wide, room, found, dtype, full);
+            judge(p, x, m, stop - m < ROWS ? stop - m : ROWS, mine + (m - m0 + TASK) * wide, wide, found, dtype, full);
     }
+}
+
+INLINE double largest_of(d4 v) {
+    double most = v[0];
+    for (int i = 1; i < KINDS; i++) most = v[i] > most ? v[i] : most;
+    return most;
 }
 
 /* The largest |residual| / bound over all rows; NaN if anything is not finite, or memory is short. */
 double abft_worst(const abft_plan *p, const abft_product *x, int threads) {
     const int64_t columns = columns_of(p), wide = (columns + 3) / 4 * 4;
-    float *packed = scratch(0, x->rows < FEW ? x->rows * (p->k + wide) : p->k * wide);
-    if (!packed) return NAN;
-    abft_found found = {0};
-    const int full = p->kinds == KINDS;
+    const int full = p->kinds == KINDS, paired = PAIRS && p->dtype == BF16 && full && x->ks == 1 && p->k % 2 == 0 && x->rows >= FEW;
+    float *shared = scratch(0, paired ? p->k * wide : TASK * wide);
+    if (!shared) return NAN;
+    abft_found found = {{0}};
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
         const int thread = thread_number(), team = thread_count();
-        abft_found mine = {0};
-#define WITH(DTYPE, FULL) rows_of_one_thread(p, x, packed, wide, thread, team, &mine, DTYPE, FULL)
+        abft_found mine = {{0}};
+#define WITH(DTYPE, FULL) rows_of_one_thread(p, x, shared, wide, thread, team, &mine, DTYPE, FULL, paired)
         if (p->dtype == FP32)
             full ? WITH(FP32, 1) : WITH(FP32, 0);
         else if (p->dtype == BF16)
@@ -421,14 +448,15 @@ double abft_worst(const abft_plan *p, const abft_product *x, int threads) {
             full ? WITH(FP16, 1) : WITH(FP16, 0);
 #pragma omp critical(abft_found_of_all)
         {
-            if (mine.worst2 > found.worst2) found.worst2 = mine.worst2;
-            if (mine.largest2 > found.largest2) found.largest2 = mine.largest2;
+            found.worst2 = larger(found.worst2, mine.worst2);
+            found.largest2 = larger(found.largest2, mine.largest2);
             found.poison += mine.poison;
             if (x->statistics) merge_statistics(&found, &mine);
         }
     }
-    if (found.poison != 0.0 || !(found.largest2 < p->largest2)) return NAN;
+    const double poison = (found.poison[0] + found.poison[1]) + (found.poison[2] + found.poison[3]), worst2 = largest_of(found.worst2);
+    if (poison != 0.0 || !(largest_of(found.largest2) < p->largest2)) return NAN;
     /* Of a product that is not clean, whoever judges it next keeps the statistics. */
-    if (x->statistics && found.worst2 <= 1.0) add_statistics(x->statistics, &found, p->groups, (int)p->kinds);
-    return sqrt(found.worst2);
+    if (x->statistics && worst2 <= 1.0) add_statistics(x->statistics, &found, p->groups, p->kinds);
+    return sqrt(worst2);
 }

@@ -24,7 +24,9 @@ from functools import lru_cache
 from importlib import resources
 from pathlib import Path
 
-FILES = ("vectors.h", "rowsums.h", "judge.c", "encode.c", "fingerprint.c", "measure.c", "attention.c")
+FILES = (
+    "vectors.h", "rowsums.h", "judge.c", "encode.c", "fingerprint.c", "measure.c", "attention.h", "attention.c", "attention_backward.c",
+)  # fmt: skip
 #: No -ffast-math: a NaN has to stay one.
 FLAGS = ("-O2", "-march=native", "-fopenmp", "-fno-math-errno", "-fPIC", "-shared", "-pthread", "-std=gnu11")
 _POINTER, _SIZE, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
@@ -34,11 +36,13 @@ SIGNATURES = {
     "abft_encode": (_INT, _POINTER, _POINTER, _SIZE, _INT, _POINTER, _INT),
     "abft_bias": (None, _POINTER, _POINTER, _POINTER, _POINTER),
     "abft_measure": (None, _POINTER, _SIZE, _INT, _POINTER),
+    "abft_total": (_SIZE, _POINTER, _SIZE),
     "abft_fingerprint": (_INT, _POINTER, _SIZE, _SIZE, _SIZE, _INT, _INT, _POINTER, _POINTER, _INT),
     "abft_attention": (_INT, _POINTER, _INT),
+    "abft_attention_backward": (_INT, _POINTER, _INT),
     "abft_multiply": (_INT, _POINTER, _INT),
     "abft_exponentials": (None, _POINTER, _SIZE, _INT),
-    "abft_row_sums": (None, _POINTER, _SIZE, _SIZE, _POINTER, _INT),
+    "abft_row_sums": (None, _POINTER, _POINTER, _SIZE, _SIZE, _POINTER, _INT),
 }
 
 _log = logging.getLogger("abft")

@@ -10,7 +10,8 @@ a CPU, or None without dropout; statistics (2, B, H, G, L), maxima and sums of t
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -19,8 +20,9 @@ from torch import Tensor
 
 from abft import ledger, plans, redundancy, sites, threshold
 from abft.attention import products
-from abft.attention.backward import Given, Gradients, gradients
+from abft.attention.backward import gradients
 from abft.attention.forward import attend
+from abft.attention.gradients import Given, Gradients
 from abft.attention.plain import plain
 from abft.attention.problem import Attended, Options, Problem
 from abft.attention.tally import Tally
@@ -28,6 +30,7 @@ from abft.errors import DeviceError, PolicyError
 from abft.ledger import Verdict
 from abft.ops import attention_kernels, checked
 from abft.ops.checked import LIBRARY, bypass
+from abft.ops.watched import nobody_watches
 from abft.policy import Policy, decode
 
 _OPTIONS = "float scale, bool causal, int offset, int window, float softcap, float dropout"
@@ -49,11 +52,11 @@ def _attention(
     options = Options.read(scale, causal, offset, window, softcap, dropout)
     problem = Problem(q, k, v, mask, _seed(seed), options)
     chosen = plans.now(policy_text, sites.index_of(site), "fprop", on_gpu=q.is_cuda)
-    _refuse(problem, chosen)
+    _refuse(problem.keys, q.shape[-1], v.shape[-1], problem.wide, chosen)
     if _in_kernels(q, chosen):
         chosen = plans.checked(chosen)
         words = ledger_ if q.device.type != "cpu" else torch.from_numpy(ledger.cpu().words)
-        with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
+        with _plainly(q):
             return *attention_kernels.attend(problem, chosen, site, words), q.new_empty(0)
 
     def run(tally: Tally) -> Attended:
@@ -62,7 +65,7 @@ def _attention(
     def results(a: Attended) -> list[tuple[str, Tensor]]:
         return [("O", a.out), ("O", a.statistics)] + ([] if a.weights is None else [("O", a.weights)])
 
-    with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
+    with _plainly(q):
         got = _execute(run, results, Tally(chosen, sites.index_of(site), "fprop", q.dtype, note=checked.on_strike))
     out, statistics, *rest = got
     return out, statistics, rest[0] if rest else q.new_empty(0)
@@ -79,7 +82,7 @@ def _attention_backward(
     if _in_kernels(q, chosen):
         assert out is not None, "the kernels take δ from the forward's output"
         words = ledger_ if q.device.type != "cpu" else torch.from_numpy(ledger.cpu().words)
-        with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
+        with _plainly(q):
             return *attention_kernels.gradients(problem, d_out, out, statistics, chosen, site, words), q.new_empty(0)
     given = Given(d_out, d_weights, statistics)
 
@@ -89,9 +92,23 @@ def _attention_backward(
     def results(g: Gradients) -> list[tuple[str, Tensor]]:
         return [("dQ", g.q), ("dK", g.k), ("dV", g.v)] + ([] if g.mask is None else [("dQ", g.mask)])
 
-    with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
+    with _plainly(q):
         dq, dk, dv, *rest = _execute(run, results, Tally(chosen, sites.index_of(site), "dgrad", q.dtype, note=checked.on_strike))
     return dq, dk, dv, rest[0] if rest else q.new_empty(0)
+
+
+@contextmanager
+def _without_gradients_and_autocast(device: str) -> Iterator[None]:
+    with torch.no_grad(), torch.autocast(device, enabled=False):
+        yield
+
+
+def _plainly(q: Tensor) -> AbstractContextManager[None]:
+    """Neither gradients nor autocast; what is off already is not switched off again, which costs as much as a small attention."""
+    device = q.device.type
+    if torch.is_grad_enabled() or torch.is_autocast_enabled(device):
+        return _without_gradients_and_autocast(device)
+    return nullcontext()
 
 
 def _in_kernels(q: Tensor, chosen: Policy) -> bool:
@@ -103,6 +120,7 @@ def _asks_for_kernels(policy_text: str) -> bool:
 
 
 _asks_for_kernels._dynamo_marked_constant = True  # type: ignore[attr-defined]  # see functional._own_site
+
 
 def _seed(seed: Tensor | None) -> int:
     return 0 if seed is None else int(seed.numpy())
@@ -141,12 +159,12 @@ def _vote(tally: Tally, name: str, x: Tensor, y: Tensor, z: Tensor) -> Tensor:
     return redundancy.vote(x, y, z)
 
 
-def _refuse(problem: Problem, chosen: Policy) -> None:
-    """What cannot be done under this policy is said, never done differently."""
+def _refuse(keys: int, e: int, d: int, wide: torch.dtype, chosen: Policy) -> None:
+    """What cannot be done under this policy is said, never done differently. Of heads of ``e`` columns and values of ``d``."""
     if chosen.max_floor is None or chosen.level == "off":
         return
-    for name, n, k in (("qk", problem.keys, problem.q.shape[-1]), ("pv", problem.v.shape[-1], problem.keys)):
-        p = products.plan(n, k, problem.wide, chosen.panel, chosen.group, name == "pv")
+    for name, n, k in (("qk", keys, e), ("pv", d, keys)):
+        p = products.plan(n, k, wide, chosen.panel, chosen.group, name == "pv")
         floor = threshold.expected_floor(p.arithmetic, k, p.layout.groups)
         if floor > chosen.max_floor:
             raise PolicyError(
@@ -200,7 +218,10 @@ class CheckedAttention(torch.autograd.Function):
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, seed: Tensor | None, options: tuple[Any, ...], weights: bool,
         book: Tensor, site: Tensor, policy_text: str,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        out, statistics, full = attention(q, k, v, mask, seed, *options, weights, book, site, policy_text)
+        # Dynamo traces this and knows the first answer; it could not trace the second question.
+        by_operator = torch.compiler.is_compiling() or not nobody_watches(q, k, v)
+        attend_: Callable[..., tuple[Tensor, Tensor, Tensor]] = attention if by_operator else _attention
+        out, statistics, full = attend_(q, k, v, mask, seed, *options, weights, book, site, policy_text)
         # The reference computes δ from probabilities, the kernels from the output.
         kept = out if q.device.type != "cpu" or _asks_for_kernels(policy_text) else None
         ctx.save_for_backward(q, k, v, mask, seed, kept, statistics)
@@ -223,7 +244,9 @@ class CheckedAttention(torch.autograd.Function):
         if d_out is None:
             d_out = q.new_zeros((*q.shape[:-1], v.shape[-1]))
         above = d_weights if ctx.weights else None
-        dq, dk, dv, d_mask = attention_backward(
+        by_operator = torch.compiler.is_compiling() or not nobody_watches(d_out, q, k, v)
+        backward_: Callable[..., tuple[Tensor, ...]] = attention_backward if by_operator else _attention_backward
+        dq, dk, dv, d_mask = backward_(
             d_out, above, q, k, v, mask, seed, statistics, *ctx.options, of_mask, ctx.ledger, ctx.site, ctx.policy, kept
         )
         return dq, dk, dv, d_mask if of_mask else None, *rest

@@ -17,7 +17,7 @@ from abft.ops import checked
 from abft.policy import Policy
 
 if TYPE_CHECKING:
-    from abft.backends.triton_attention import AttentionCall
+    from abft.backends.triton_attention import AttentionCall, Sequences
     from abft.backends.triton_attention_backward import Given, Hit
 
 #: Role → places of faults beside the general ones.
@@ -42,14 +42,16 @@ def roles_of(policy: Policy) -> frozenset[str]:
     return frozenset(role for role in PLACES if {role, "fprop"} & named)
 
 
-def attend(problem: Problem, policy: Policy, site: Tensor, words: Tensor) -> tuple[Tensor, Tensor]:
+def attend(
+    problem: Problem, policy: Policy, site: Tensor, words: Tensor, sequences: Sequences | None = None
+) -> tuple[Tensor, Tensor]:
     """(out, statistics) of a problem of which at least one role is checked. words: the ledger that device code writes."""
     from abft.backends import triton_attention
 
     o, roles = problem.options, roles_of(policy)
     call = triton_attention.AttentionCall(
         problem.q, problem.k, problem.v, problem.mask, problem.seed, o.scale, o.causal, o.offset, o.window, o.softcap, o.dropout,
-        policy, roles,
+        policy, roles, sequences=sequences,
     )  # fmt: skip
     for role in PLACES.keys() - roles:
         ledger.bypass(plans.why_unchecked(policy, role))
@@ -81,12 +83,13 @@ def _voted(call: AttentionCall, words: Tensor, site: Tensor, run: Callable[..., 
 
 
 def gradients(
-    problem: Problem, d_out: Tensor, out: Tensor, statistics: Tensor, policy: Policy, site: Tensor, words: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+    problem: Problem, d_out: Tensor, out: Tensor, statistics: Tensor, policy: Policy, site: Tensor, words: Tensor,
+    sequences: Sequences | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """dQ, dK, dV of a problem whose forward left ``out`` and ``statistics``; roles that a policy does not name are counted as unchecked."""
     from abft.backends import triton_attention_backward as backend
 
-    given, call = backend.Given(d_out, out, statistics), gradient_call(problem, policy)
+    given, call = backend.Given(d_out, out, statistics), replace(gradient_call(problem, policy), sequences=sequences)
     for role, products in (("qk", 3), ("pv", 2)):
         if role not in call.roles:
             for _ in range(products):
@@ -126,13 +129,13 @@ def _hits(call: AttentionCall, given: Given, site: Tensor) -> tuple[Hit, ...]:
     from abft.backends import triton_attention_backward as backend
 
     b, h, group, length, e = call.q.shape
-    rows, keys, d = group * length, call.k.shape[2], call.v.shape[-1]
+    rows, keys, d = group * length, call.keys, call.v.shape[-1]
     sent: tuple[Hit, ...] = ()
     for role, name, columns, depth, places in (
         ("qk", "S", keys, e, ("S",)), ("pv", "dV", d, rows, ("dV", "P")), ("pv", "dP", keys, d, ("dP", "dS")),
         ("qk", "dQ", e, keys, ("dQ",)), ("qk", "dK", e, rows, ("dK",)),
     ):  # fmt: skip
-        height = keys if name in ("dK", "dV") else rows
+        height = call.k.shape[2] if name in ("dK", "dV") else rows
         where = sites.site_of(sites.index_of(site)).name
         target = Target(where, role, height, columns, depth, call.q.dtype, torch.float32, b * h, check=torch.float32, places=places)
         drawn = tuple(faults.strikes(target))
@@ -166,7 +169,7 @@ def _target(call: AttentionCall, role: str, places: tuple[Place, ...], site: Ten
     from abft.backends.triton_attention import CHECK_COLUMNS
 
     q, k, v = call.q, call.k, call.v
-    columns, depth = (k.shape[2], q.shape[-1]) if role == "qk" else (v.shape[-1], k.shape[2])
+    columns, depth = (call.keys, q.shape[-1]) if role == "qk" else (v.shape[-1], call.keys)
     name = sites.site_of(sites.index_of(site)).name
     return Target(
         name, role, q.shape[2] * q.shape[3], columns, depth, q.dtype, torch.float32, k.shape[0] * k.shape[1], checks=CHECK_COLUMNS,

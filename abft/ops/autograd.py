@@ -9,26 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import _profiler_enabled
 
 from abft import sites
 from abft.backends.lane import Lane
 from abft.ops.checked import bypass, directly, take
 from abft.ops.checked import product as product_operator
-
-
-def _nobody_watches(g: Tensor, a: Tensor, b: Tensor) -> bool:
-    """Whether nobody could tell if gradients on a CPU went through the operator or not: it costs as much as a small product."""
-    return (
-        type(g) is type(a) is Tensor
-        and type(b) in (Tensor, torch.nn.Parameter)
-        and g.is_cpu and a.is_cpu and b.is_cpu
-        and all(torch._C._has_storage(t) and not t._is_zerotensor() and not t.is_neg() for t in (g, a, b))
-        and torch._C._len_torch_dispatch_stack() == torch._C._len_torch_function_stack() == 0
-        and not torch._C._are_functorch_transforms_active()
-        and torch._C._get_tracing_state() is None
-        and not _profiler_enabled()
-    )  # fmt: skip
+from abft.ops.watched import nobody_watches
 
 
 class CheckedProduct(torch.autograd.Function):
@@ -61,7 +47,7 @@ class CheckedProduct(torch.autograd.Function):
                 db = (a.mT @ g if tb else g.mT @ a).to(b.dtype)
         else:
             # Dynamo traces this and knows the first answer; it could not trace the second question.
-            product = product_operator if torch.compiler.is_compiling() or not _nobody_watches(g, a, b) else directly
+            product = product_operator if torch.compiler.is_compiling() or not nobody_watches(g, a, b) else directly
             if ctx.needs_input_grad[0]:
                 da = product(g, False, b, not tb, None, ledger, site, "dgrad", policy)
             if ctx.needs_input_grad[1]:

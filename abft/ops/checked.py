@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from abft import faults, floating, ledger, panels, plans, policy, redundancy, reporting, sites, threshold
+from abft.attention import products
 from abft.backends import arbitration, lane, masked, quick, reference, tolerance
 from abft.backends.call import Call
 from abft.checksum import Layout, Panel
@@ -153,20 +154,17 @@ def _panel_of(call: Call, backend: str) -> Panel:
 def choose_backend(call: Call) -> str:
     """The backend of a call: the explicit one or none; auto takes the cheapest that runs here and meets the floor."""
     chosen = call.policy.backend
-    if call.policy.detector != "checksum" and (chosen == "triton" or call.a.device.type != "cpu"):
-        raise NotImplementedError(
-            f"Policy.detector={call.policy.detector!r} on {call.a.device.type}, backend {chosen!r}, needs kernels that keep statistics per "
-            'site and multiprocessor, which have not landed yet. Use detector="checksum" there.'
-        )
-    if chosen == "triton":
+    if chosen == "auto":
+        chosen = "triton" if call.a.device.type == "cuda" and _triton_unavailable(call) is None else "reference"
+    if call.policy.detector != "checksum" and call.a.dtype.is_floating_point:  # whole numbers have no residuals
+        _require_statistics(call, chosen)
+    if call.policy.backend == "triton":
         reason = _triton_unavailable(call)
         if reason is not None:
             raise DeviceError(
                 f'backend="triton" cannot run this product: {reason}. Use backend="auto", which says in abft.coverage what it took.'
             )
         return chosen
-    if chosen == "auto":
-        chosen = "triton" if call.a.device.type == "cuda" and _triton_unavailable(call) is None else "reference"
     if call.policy.max_floor is not None and call.policy.level != "off":
         floor = _expected_floor(call, chosen)
         if floor > call.policy.max_floor:
@@ -175,6 +173,28 @@ def choose_backend(call: Call) -> str:
                 f"{str(call.a.dtype)[6:]}, K={call.a.shape[-1]}, N={call.w.shape[-2]}. Use fp32, a smaller group, or a larger max_floor."
             )
     return chosen
+
+
+def _require_statistics(call: Call, backend: str) -> None:
+    """Raise NotImplementedError where a detector other than checksum does not do what it says."""
+    detector, device = call.policy.detector, call.a.device.type
+    if backend != "triton":
+        if device != "cpu":
+            raise NotImplementedError(
+                f"Policy.detector={detector!r}: on {device}, statistics of residuals are kept by the triton backend's kernels, and this "
+                f"product takes {backend!r}. Use detector=\"checksum\" there."
+            )
+        return
+    if detector == "statistical":
+        raise NotImplementedError(
+            "Policy.detector='statistical': the kernels keep statistics, but repair every row beyond its bound before anybody could "
+            'say that it harms nobody. Use detector="both" with the triton backend.'
+        )
+    if call.policy.timing == "deferred":
+        raise NotImplementedError(
+            f"Policy.detector={detector!r} with timing='deferred': the kernels that judge deferred evidence do not know which "
+            'multiprocessor computed it. Use timing="immediate", or detector="checksum".'
+        )
 
 
 def _triton_unavailable(call: Call) -> str | None:
@@ -231,7 +251,8 @@ def product_on_device(call: Call, words: Tensor, site: Tensor, backend: str, onc
         return run(call, words)
     # No host decision can save the third execution, so dmr costs here what tmr costs. Replicas keep no books.
     scratch = ledger.scratch(words.device)
-    x, y, z = run(call, words), run(replace(call, strikes=()), scratch), run(replace(call, strikes=()), scratch)
+    replica = replace(call, strikes=(), policy=products.by_checksum(call.policy))
+    x, y, z = run(call, words), run(replica, scratch), run(replica, scratch)
     agreed = redundancy.agreeing_rows(x, y) & redundancy.agreeing_rows(y, z)
     masked.count_votes(words, site, agreed, redundancy.undecided_rows(x, y, z), alone=unchecked)
     return redundancy.vote(x, y, z)

@@ -15,6 +15,8 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 
 COUNTER = "torch.utils.flop_counter"
 
@@ -51,11 +53,38 @@ def attention_backward_flops(
     return sum(attention_parts(q_shape, k_shape, v_shape, backward=True).values())
 
 
+def varlen_parts(q: Any, k: Any, v: Any, cu_seq_q: Any, cu_seq_k: Any, max_q: int, max_k: int, *, backward: bool) -> dict[str, int]:
+    """The same of packed sequences, each with its own keys. Lengths that cannot be read are the longest's, as torch counts."""
+    (_, heads, e), (_, of_keys, d), total = q.shape, v.shape, {"qk": 0, "pv": 0}
+    for length, keys in zip(_lengths(cu_seq_q, max_q), _lengths(cu_seq_k, max_k), strict=True):
+        parts = attention_parts((1, of_keys, heads // of_keys, length, e), (1, of_keys, keys, e), (1, of_keys, keys, d), backward=backward)
+        total = {role: total[role] + parts[role] for role in total}
+    return total
+
+
+def _lengths(cumulative: Any, longest: int) -> list[int]:
+    if isinstance(cumulative, (FakeTensor, FunctionalTensor)) or cumulative.device.type == "meta":
+        return [longest] * (cumulative.shape[0] - 1)
+    return cumulative.diff().tolist()
+
+
+def varlen_flops(q: Any, k: Any, v: Any, cu_seq_q: Any, cu_seq_k: Any, max_q: int, max_k: int, *args: Any, **kwargs: Any) -> int:
+    return sum(varlen_parts(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, backward=False).values())
+
+
+def varlen_backward_flops(
+    d_out: Any, q: Any, k: Any, v: Any, cu_seq_q: Any, cu_seq_k: Any, statistics: Any, max_q: int, max_k: int, *args: Any, **kwargs: Any
+) -> int:
+    return sum(varlen_parts(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, backward=True).values())
+
+
 def _register(counter: ModuleType) -> None:
     counter.register_flop_formula(torch.ops.abft.product)(product_flops)
     counter.register_flop_formula(torch.ops.abft.int_product)(int_product_flops)
     counter.register_flop_formula(torch.ops.abft.attention)(attention_flops)
     counter.register_flop_formula(torch.ops.abft.attention_backward)(attention_backward_flops)
+    counter.register_flop_formula(torch.ops.abft.varlen_attention, get_raw=True)(varlen_flops)
+    counter.register_flop_formula(torch.ops.abft.varlen_attention_backward, get_raw=True)(varlen_backward_flops)
 
 
 class _AtImport(importlib.abc.MetaPathFinder):

@@ -16,7 +16,7 @@ from abft import reporting, sites
 from abft.errors import PolicyError
 from abft.ledger import Point, Verdict
 from abft.policies import options, planner
-from abft.policies.options import BY_NAME, FULL, LADDER, OFF, Option
+from abft.policies.options import BY_NAME, FULL, LADDER, OFF, STATISTICAL, Option
 from abft.policies.profile import Profile, counted
 from abft.policies.rates import Estimate
 from abft.policy import Policy, PolicyLike, Strategy
@@ -76,7 +76,8 @@ class Adaptive(Strategy):
     profile: costs and sensitivities, of ``abft.policies.profile(model, …)``; None: counted costs, every fault harmful.
     policy: everything a plan leaves alone (backend, weights, on_uncorrected, …); its level, redundancy and every are the plan's.
     critical: modules (names or ``"re:…"``) that get correct+tmr whatever it costs (tiers).
-    levels: names of the options a plan may use (default: all of ``options.LADDER``); fewer make fixed levels.
+    levels: names of the options a plan may use (default: all of ``options.LADDER``); fewer make fixed levels. statistical: only where a
+        host judges and its detection rates are measured (options.STATISTICAL_CAMPAIGNS); elsewhere left out, and refused by name.
     watch: a site that would be ``off`` is sampled every so-many-th product, so that a rising rate is seen; None: off is off.
     replayed: what is detected is computed again by the caller (``StepGuard``), so ``detect`` lets through no more than ``correct``.
     repeating: the assumed share of faults that strike a replica as they struck the product (``options.REPEATING``).
@@ -108,6 +109,7 @@ class Adaptive(Strategy):
         self.target, self.budget, self.profile, self.watch = float(target_escape), float(budget), profile, watch
         self.critical = tuple(critical)
         self.levels = _levels(levels, watch)
+        self._asked = frozenset(levels or ())
         self.replayed, self.repeating, self.confidence = replayed, repeating, confidence
         self.infeasible, self.relax, self.settle, self.rows = infeasible, relax, settle, rows
         base = Policy() if policy is None else policies.as_policy(policy)
@@ -151,6 +153,13 @@ class Adaptive(Strategy):
         self._devices = {name: _device_of(module) for name, module in modules.items()}
         self.rates = {device: Estimate() for device in set(self._devices.values())}
         self.plan, self.history, self.seen, self._changed_at, self._since, self._warned = None, [], 0, 0, None, False
+        without = {name: why for name in modules if (why := self._why_not_statistical(name)) is not None}
+        if without and STATISTICAL.name in self._asked:
+            name, why = next(iter(without.items()))
+            raise PolicyError(
+                f"Adaptive.levels asks for 'statistical', which {len(without)} module(s) cannot have: {name}, for {why}. Leave it out, or "
+                'give a base policy with detector="both"'
+            )
         plan = self._best(self.target)
         if not (plan.met and plan.affordable) and self.infeasible == "raise":
             raise PolicyError(self._why_infeasible(plan))
@@ -271,7 +280,18 @@ class Adaptive(Strategy):
         return self.profile.sites[name].cost(option) / self.profile.seconds
 
     def _candidates(self, name: str) -> tuple[Option, ...]:
-        return (FULL,) if any(_matches(key, name) for key in self.critical) else self.levels
+        if any(_matches(key, name) for key in self.critical):
+            return (FULL,)
+        return self.levels if self._why_not_statistical(name) is None else tuple(o for o in self.levels if o is not STATISTICAL)
+
+    def _why_not_statistical(self, name: str) -> str | None:
+        assert self.profile is not None
+        dtype = self.profile.sites[name].dtype
+        if dtype not in options.STATISTICAL_CAMPAIGNS:
+            return f"its detection rates in {dtype} are not measured"
+        if self._devices[name] != "cpu" or self.base.backend == "triton":
+            return "the kernels repair before it is known whether a row does harm"
+        return None
 
     def _best(self, target: float) -> Plan:
         """The cheapest plan that meets the target; if none does, the one that lets through least."""

@@ -58,6 +58,12 @@ CAMPAIGNS = {
 }
 
 
+#: The same under ``detector="statistical"`` without its budget: what it lets be on purpose and had better not counts as missed.
+STATISTICAL_CAMPAIGNS = {
+    "float32": Campaign("faults-statistical-reference-fp32", 1e-3, 1489, 1094, 0, 260),
+}
+
+
 def campaign(dtype: str) -> Campaign:
     """The campaign of a dtype; float64, which has none, takes float32's, whose bound is wider."""
     return CAMPAIGNS.get(dtype, CAMPAIGNS["float32"])
@@ -71,9 +77,11 @@ class Option:
     level: str = "off"
     redundancy: str = "none"
     every: int = 1
+    detector: str | None = None  # None: the base policy's
 
     def policy(self, base: Policy) -> Policy:
-        return base.replace(level=self.level, redundancy=self.redundancy, every=self.every)
+        detector = base.detector if self.detector is None else self.detector
+        return base.replace(level=self.level, redundancy=self.redundancy, every=self.every, detector=detector)
 
     def escape(self, dtype: str, harm: float, *, replayed: bool, repeating: float = REPEATING) -> float:
         """P(a harmful fault is delivered). replayed: what is only detected is computed again by the caller (StepGuard)."""
@@ -82,16 +90,22 @@ class Option:
     def _escape_where_protected(self, dtype: str, harm: float, replayed: bool, repeating: float) -> float:
         by_check = 1.0
         if self.level == "correct" or (self.level == "detect" and replayed):
-            by_check = campaign(dtype).escape(harm)
+            measured = self._campaign(dtype)
+            by_check = 1.0 if measured is None else measured.escape(harm)
         # Replicas on one unit repeat its fault and agree on it. The check's misses and a unit's memory are taken to be independent.
         by_vote = 1.0 if self.redundancy == "none" else repeating
         return by_check * by_vote
 
     def seen(self, dtype: str) -> float:
         """The share of all faults in a protected product that is noticed, harmful or not."""
-        by_check = campaign(dtype).seen() if self.level != "off" else 0.0
+        measured = self._campaign(dtype)
+        by_check = measured.seen() if measured is not None and self.level != "off" else 0.0
         by_vote = 1 - REPEATING if self.redundancy != "none" else 0.0
         return 1 - (1 - by_check) * (1 - by_vote)
+
+    def _campaign(self, dtype: str) -> Campaign | None:
+        """None: not measured, so nothing is promised."""
+        return STATISTICAL_CAMPAIGNS.get(dtype) if self.detector == "statistical" else campaign(dtype)
 
     @property
     def protects(self) -> bool:
@@ -102,10 +116,12 @@ OFF, DETECT, CORRECT = Option("off"), Option("detect", "detect"), Option("correc
 DMR, TMR = Option("dmr", redundancy="dmr"), Option("tmr", redundancy="tmr")
 CORRECT_DMR, CORRECT_TMR = Option("correct+dmr", "correct", "dmr"), Option("correct+tmr", "correct", "tmr")
 SAMPLED = tuple(Option(f"1/{n}", "correct", every=n) for n in SAMPLES)
-#: From the weakest to the strongest. The statistical detector has no rung yet: its detection rates are not measured.
-LADDER = (OFF, *SAMPLED, DETECT, CORRECT, DMR, TMR, CORRECT_DMR, CORRECT_TMR)
+#: Finds what no single check sees, leaves harmless rows as they are, and otherwise corrects; only where a host judges.
+STATISTICAL = Option("statistical", "correct", detector="statistical")
+#: From the weakest to the strongest.
+LADDER = (OFF, *SAMPLED, DETECT, STATISTICAL, CORRECT, DMR, TMR, CORRECT_DMR, CORRECT_TMR)
 #: What is measured; the cost of sampling follows from these.
-MEASURED = (OFF, DETECT, CORRECT, DMR, TMR, CORRECT_DMR, CORRECT_TMR)
+MEASURED = (OFF, DETECT, STATISTICAL, CORRECT, DMR, TMR, CORRECT_DMR, CORRECT_TMR)
 #: Of critical modules.
 FULL = CORRECT_TMR
 BY_NAME = {option.name: option for option in LADDER}

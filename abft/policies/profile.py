@@ -48,7 +48,8 @@ class SiteProfile:
         if option.every > 1:
             off = self.costs["off"]
             return off + (self.costs[option.level] - off) / option.every
-        return self.costs[option.name]
+        # Not measured on a GPU, nor before there was such a rung: what it does besides correcting is little.
+        return self.costs["correct"] if option.name == "statistical" and option.name not in self.costs else self.costs[option.name]
 
     @property
     def intensity(self) -> float:
@@ -112,7 +113,7 @@ def _counted_site(module: nn.Module, rows: int, passes: int) -> SiteProfile:
     check = added * WEIGHT.get(dtype, 2.0) * SECONDS + products * DISPATCH
     again = work + products * DISPATCH
     costs = {
-        "off": products * DISPATCH / 4, "detect": check, "correct": check, "dmr": again, "tmr": again + work,
+        "off": products * DISPATCH / 4, "detect": check, "statistical": check, "correct": check, "dmr": again, "tmr": again + work,
         "correct+dmr": again + check, "correct+tmr": again + work + check,
     }  # fmt: skip
     shape = (rows, *weights[0].shape) if weights else (0, 0, 0)
@@ -123,6 +124,8 @@ def complete(costs: Mapping[str, float]) -> dict[str, float]:
     """Measured costs made consistent: nothing is cheaper than nothing, and doing more costs no less; noise would say otherwise."""
     out = {name: max(0.0, seconds) for name, seconds in costs.items()}
     for weaker, stronger in (("off", "correct"), ("off", "detect"), ("off", "dmr"), ("dmr", "tmr"), ("dmr", "correct+dmr"),
-                             ("correct", "correct+dmr"), ("tmr", "correct+tmr"), ("correct+dmr", "correct+tmr")):  # fmt: skip
-        out[stronger] = max(out[stronger], out[weaker])
-    return {option.name: out[option.name] for option in options.MEASURED}
+                             ("correct", "correct+dmr"), ("tmr", "correct+tmr"), ("correct+dmr", "correct+tmr"),
+                             ("correct", "statistical")):  # fmt: skip
+        if stronger in out:
+            out[stronger] = max(out[stronger], out[weaker])
+    return {option.name: out[option.name] for option in options.MEASURED if option.name in out}

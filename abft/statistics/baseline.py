@@ -1,6 +1,6 @@
 """What is normal at a site and role: learnt from the first batches, then frozen; what is compared with it.
 
-A batch is what every unit has added between two looks, (units, kinds, fields).
+A batch is what every unit has added between two looks, (units, kinds, fields); without checks where a unit cannot be compared.
 
     peers (several units)   mean and ln variance of x against the median of all units in the same batch
     alone (one unit)        mean, in units of the σ of now, against the frozen μ, beyond 0.2 σ;
@@ -62,14 +62,17 @@ class Baseline:
     def alone(self) -> bool:
         return self.units == 1
 
-    def learn(self, batch: np.ndarray) -> None:
-        """One more batch of the warm-up."""
+    def learn(self, batch: np.ndarray, pooled: np.ndarray | None = None) -> None:
+        """One more batch of the warm-up. pooled (kinds, fields): of all checks, each once; by default the units' sum."""
         mean, noise = moments(batch)
+        if not self.alone:
+            mean, noise = _against_peers(mean, batch), _against_peers(noise, batch)
         self.batches += 1
-        self.total += batch.sum(0)
+        self.total += batch.sum(0) if pooled is None else pooled
         self._means.append(mean)
         self._noises.append(noise)
-        self._sizes.append(float(batch[:, 0, COUNT].mean()))
+        checks = batch[:, 0, COUNT]
+        self._sizes.append(float(checks[checks > 0].mean()) if checks.any() else 0.0)
         count = np.maximum(self.total[:, COUNT], 1.0)
         # Kinds that nobody judges (a lean panel) keep the prior.
         self.sigma = np.where(self.total[:, SQUARES] > 0, np.sqrt(self.total[:, SQUARES] / count), PRIOR_SIGMA)
@@ -80,10 +83,10 @@ class Baseline:
         total, means, noises = self.total, np.array(self._means), np.array(self._noises)
         count = np.maximum(total[:, COUNT], 1.0)
         self.mean = total[:, SUM] / count
-        if not self.alone:
-            means, noises = means - np.median(means, 1, keepdims=True), noises - np.median(noises, 1, keepdims=True)
         self.noise = np.median(noises[-MEMORY // 2 :], (0, 1)) if self.alone else np.zeros(len(KINDS))
         self.size = max(BATCH if self.alone else 0.0, float(np.median(self._sizes)))
+        if not self.alone:
+            means, noises = means / np.sqrt(max(self.size, 1.0)), noises / np.sqrt(max(self.size, 1.0))
         least = 1.0 / np.sqrt(max(self.size, 1.0))
         self.mean_deviation = np.maximum(_deviation(self._scatter(means)), self.sigma * least)
         self.noise_deviation = np.maximum(_deviation(self._scatter(noises)), np.sqrt(2.0) * least)
@@ -97,7 +100,10 @@ class Baseline:
 
     def _scatter(self, values: np.ndarray) -> np.ndarray:
         """What batches (batches, units, kinds) deviate by; where alone, of neighbours: drift during the warm-up is no deviation."""
-        return np.diff(values[:, 0], axis=0) / np.sqrt(2.0) if self.alone else values.reshape(-1, len(KINDS))
+        if self.alone:
+            return np.diff(values[:, 0], axis=0) / np.sqrt(2.0)
+        flat = values.reshape(-1, len(KINDS))
+        return flat[~np.isnan(flat).any(1)]
 
     def shifts(self, batch: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(u of the mean, u of the ln variance) of a batch, (units, kinds) each, in deviations of a batch."""
@@ -109,7 +115,9 @@ class Baseline:
             # One batch moves it up no further than a batch may deviate; less noise is no fault, and followed as it comes.
             self.noise = self.noise + np.minimum(noise[0] - self.noise, 3 * self.noise_deviation) / MEMORY
             return u
-        return (mean - np.median(mean, 0)) / self.mean_deviation, (noise - np.median(noise, 0)) / self.noise_deviation
+        scale = np.sqrt(max(self.size, 1.0))
+        u, v = _against_peers(mean, batch) / (scale * self.mean_deviation), _against_peers(noise, batch) / (scale * self.noise_deviation)
+        return np.nan_to_num(u), np.nan_to_num(v)
 
     @property
     def drifted(self) -> np.ndarray:
@@ -131,7 +139,17 @@ def moments(batch: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return batch[..., SUM] / count, np.log(np.maximum(batch[..., SQUARES] / count, _TINY))
 
 
+def _against_peers(values: np.ndarray, batch: np.ndarray) -> np.ndarray:
+    """What sets (units, kinds) apart from their median, times the root of each unit's checks; NaN of units without any."""
+    checks = batch[:, :1, COUNT]
+    if not checks.any():
+        return np.full_like(values, np.nan)
+    return np.where(checks > 0, (values - np.median(values[checks[:, 0] > 0], 0)) * np.sqrt(checks), np.nan)
+
+
 def _deviation(values: np.ndarray) -> np.ndarray:
     """The standard deviation of each column, but for its wildest hundredth."""
+    if not len(values):
+        return np.full(len(KINDS), np.inf)  # nothing was ever comparable
     low, high = np.quantile(values, (0.005, 0.995), axis=0)
     return np.clip(values, low, high).std(0)

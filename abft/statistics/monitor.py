@@ -46,21 +46,28 @@ class Monitor:
         if self.baseline is None:
             self.baseline = Baseline(self.units)
         self.total = np.zeros((self.units, len(KINDS), len(FIELDS)))
-        self.last = np.zeros_like(self.total)
+        #: Of all checks, each once: so far, and of the last batch.
+        self.pooled = np.zeros((len(KINDS), len(FIELDS)))
+        self.last = np.zeros_like(self.pooled)
+        self.compared = 0  # units that the last batch could tell something about
         self._told: dict[tuple[str, int], float] = {}
         self._up = [Cusum(self.units) for _ in TESTED]
         self._down = [Cusum(self.units) for _ in TESTED]
         self._noise = [Cusum(self.units) for _ in TESTED]
         self._rates = [Cusum(self.units) for _ in (8, 12)]
 
-    def add(self, batch: np.ndarray) -> list[Sign]:
-        """One batch; the signs of those units whose tests alarm."""
-        most = np.maximum(self.total[..., MOST], batch[..., MOST])
-        self.total += batch
-        self.total[..., MOST] = most
-        self.last = batch
+    def add(self, batch: np.ndarray, pooled: np.ndarray | None = None) -> list[Sign]:
+        """One batch; the signs of those units whose tests alarm. pooled (kinds, fields): of all checks, where units share them."""
+        if pooled is None:
+            pooled = batch.sum(0)
+            pooled[:, MOST] = batch[..., MOST].max(0)
+        for total, more in ((self.total, batch), (self.pooled, pooled)):
+            most = np.maximum(total[..., MOST], more[..., MOST])
+            total += more
+            total[..., MOST] = most
+        self.last, self.compared = pooled, int((batch[:, 0, COUNT] > 0).sum())
         if not self.baseline.frozen:
-            self.baseline.learn(batch)
+            self.baseline.learn(batch, pooled)
             return []
         return self._test(batch)
 
@@ -69,16 +76,17 @@ class Monitor:
         mean_u, noise_u = base.shifts(batch)
         mean_k, noise_k = base.references()
         mean, noise = moments(batch)
+        there = batch[:, 0, COUNT] > 0
         signs: list[Sign] = []
         for i, kind in enumerate(TESTED):
             if not batch[:, kind, COUNT].any():
                 continue
-            centre = base.mean[kind] if base.alone else float(np.median(mean[:, kind]))
+            centre = base.mean[kind] if base.alone else float(np.median(mean[there, kind]))
             off = (mean[:, kind] - centre) / base.sigma[kind]
             u, k = mean_u[:, kind], float(mean_k[kind])
             alarms = self._up[i].step(shift(u, k)) | self._down[i].step(shift(-u, k))
             signs += self._signs("bias", alarms, off, True)
-            centre = base.noise[kind] if base.alone else float(np.median(noise[:, kind]))
+            centre = base.noise[kind] if base.alone else float(np.median(noise[there, kind]))
             alarms = self._noise[i].step(shift(noise_u[:, kind], float(noise_k[kind])))
             signs += self._signs("noise", alarms, np.exp(noise[:, kind] - centre), not base.alone)
         for test, (expected, suspected), at in zip(self._rates, base.rates, (ABOVE_8, ABOVE_12), strict=True):

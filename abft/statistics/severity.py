@@ -8,7 +8,10 @@
 
 10⁻³ of the row's L2 norm is harm as abft's campaigns define it (docs/explanation/fault-model.md); τ/5 is 8 σ of the residual's own
 noise (κ is 40 σ). ReaLM (arXiv 2503.24053) judges by the same quantity. Only a single error has a size that one residual tells:
-sums of several may cancel, so S2 asks that the located column explains every sum.
+sums of several may cancel, so S2 asks that the located column explains every sum, that the sums in which every column weighs 1
+(e, one) agree on the size, and that the element there, computed once more in fp64, is off by as much: errors that are powers of two and
+lie sixteen columns apart, as a faulty lane's do, have sums like those of one element, which is right. What is weighted by a column's
+place (hi, lo) has a bound of its own, tens of times wider where a group spans a row: it tells where an error is, not how large.
 """
 
 from __future__ import annotations
@@ -34,12 +37,16 @@ class Severity(IntEnum):
     S4 = 4
 
 
-def of_suspect(residual: np.ndarray, bound: np.ndarray, row_norm2: float, *, single: bool) -> Severity:
-    """Of one row beyond its bound. residual, bound: (groups, kinds) in units of Y, each kind divided by the rms of its weights;
-    row_norm2: ‖y‖²; single: one element of this row alone explains all sums."""
-    worst = float(np.max(abs(residual) + NOISE * bound))
-    if not (np.isfinite(worst) and np.isfinite(row_norm2)) or not single:
+def of_suspect(residual: np.ndarray, bound: np.ndarray, error: float, row_norm2: float) -> Severity:
+    """Of one row beyond its bound. residual, bound: (groups, kinds) of e and one; error: what the one located element of this row is off
+    by, NaN if none explains what its place says; row_norm2: ‖y‖²."""
+    size, noise = abs(residual), NOISE * bound
+    worst = max(float(np.max(size + noise)), abs(error))
+    if not (np.isfinite(worst) and np.isfinite(error) and np.isfinite(row_norm2)):
         return Severity.S4
+    struck = int(np.argmax(size.max(-1)))
+    if np.any(abs(size[struck] - abs(error)) > noise[struck]):
+        return Severity.S4  # several errors, which cancel in some sums
     return Severity.S2 if worst * worst <= HARMFUL * HARMFUL * row_norm2 else Severity.S3
 
 

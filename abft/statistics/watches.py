@@ -28,8 +28,10 @@ MOST_WATCHED = 8192
 MOST_ALARMS = 10_000
 
 _log = logging.getLogger("abft")
-#: (site, its tenant, role, columns, depth, dtype)
-Key = tuple[int, int, str, int, int, torch.dtype]
+#: Who computes: threads of this host, or the multiprocessors of a device (abft/statistics/devices.py).
+HOST = "host"
+#: (site, its tenant, role, columns, depth, dtype, who computes)
+Key = tuple[int, int, str, int, int, torch.dtype, str]
 #: … in words, the same in every process: (site, role, columns, depth, dtype)
 Name = tuple[str, str, int, int, str]
 
@@ -40,8 +42,8 @@ class Alarm:
 
     test: bias (the mean residual moved), noise (its variance grew) or outliers (large residuals became more frequent), of residuals;
     envelope (the outputs of a module left their usual range). deviation: the bias in σ̂, the variance as a factor, outliers per
-    check, or the measure's deviation. quarantine: data do not explain it; otherwise look at what changed (labels, calibration)
-    first. checks: residuals seen of this unit when it alarmed.
+    check, or the measure's deviation. unit: the multiprocessor of a device that stands out from its peers (0 of a host). quarantine: data
+    do not explain it; otherwise look at what changed (labels, calibration) first. checks: residuals seen of this unit when it alarmed.
     """
 
     v: int
@@ -72,7 +74,8 @@ class SiteStatistics:
     residuals: how many, per kind of checksum. sigma: σ̂ of residual / bound (of e). bias, noise: of the last batch, mean in σ̂ and
     variance as a factor of the baseline's. most: largest |residual| / bound of clean rows, in σ̂. above_8, above_12: residuals above so many
     σ̂. soft: the soft threshold, in units of the bound. severities: S1 residuals, S2 to S4 rows. levels: the highest sum of each
-    test, of its threshold. warm: whether the baseline is frozen, before which nothing alarms.
+    test, of its threshold. warm: whether the baseline is frozen, before which nothing alarms. units: multiprocessors of a device (1:
+    a host, or a device whose multiprocessors have no numbers); compared: of these, whom the last batch tells apart from the others.
     """
 
     site: str
@@ -90,6 +93,8 @@ class SiteStatistics:
     severities: dict[str, int]
     levels: dict[str, float]
     warm: bool
+    units: int = 1
+    compared: int = 1
 
 
 class Watch:
@@ -111,20 +116,19 @@ class Watch:
         """After every product."""
         if self._accumulator.count >= self._due:
             with _lock:
-                self._fold()
+                signs = self._fold()
+            tell(self.key, self.monitor, signs)
 
-    def _fold(self) -> None:
+    def _fold(self) -> list[Sign]:
         now = self._accumulator.kept.copy()
         batch = now - self._folded
         if batch[0, COUNT] <= 0:
-            return
+            return []
         batch[:, MOST] = now[:, MOST]
         self._folded = now
         signs = self.monitor.add(batch[None])
         self._rescale()
-        for sign in signs:
-            if self.monitor.is_news(sign):
-                _raise(self.key, sign)
+        return signs
 
     def _rescale(self) -> None:
         base = self.monitor.baseline
@@ -147,7 +151,7 @@ def of(site: int, role: str, columns: int, depth: int, dtype: torch.dtype) -> Wa
     if mine is None or _local.generation != _generation:
         mine, _local.generation = {}, _generation
         _local.watches = mine
-    key = (site, sites.site_of(site).tenant, role, columns, depth, dtype)
+    key = (site, sites.site_of(site).tenant, role, columns, depth, dtype, HOST)
     found = mine.get(key)
     if found is None and key not in mine:
         found = mine[key] = _new(key)
@@ -155,17 +159,28 @@ def of(site: int, role: str, columns: int, depth: int, dtype: torch.dtype) -> Wa
 
 
 def _new(key: Key) -> Watch | None:
+    monitor = monitor_of(key)
+    return None if monitor is None else Watch(key, monitor)
+
+
+def monitor_of(key: Key, units: int = 1) -> Monitor | None:
+    """The monitor of so many units; None where too many shapes are watched already."""
     with _lock:
         monitor = _monitors.get(key)
         if monitor is None:
             if len(_monitors) >= MOST_WATCHED:
                 ledger.bypass(f"statistics of more than {MOST_WATCHED} sites and shapes")
                 return None
-            monitor = _monitors[key] = Monitor()
+            monitor = _monitors[key] = Monitor(units)
             known = _known.get(name_of(key))
-            if known is not None:
+            if known is not None and known.units == units:
                 monitor.baseline = copy.deepcopy(known)
-        return Watch(key, monitor)
+        return monitor
+
+
+def generation() -> int:
+    """How often everything was forgotten."""
+    return _generation
 
 
 def know(baselines: Mapping[Name, Baseline]) -> None:
@@ -178,7 +193,7 @@ def know(baselines: Mapping[Name, Baseline]) -> None:
 
 def name_of(key: Key) -> Name:
     """The key in words."""
-    site, _, role, columns, depth, dtype = key
+    site, _, role, columns, depth, dtype, _ = key
     return sites.site_of(site).name, role, columns, depth, str(dtype)[6:]
 
 
@@ -199,9 +214,15 @@ def forget() -> None:
 # --- alarms -------------------------------------------------------------------------------------
 
 
-def _raise(key: Key, sign: Sign) -> None:
+def tell(key: Key, monitor: Monitor, signs: list[Sign]) -> None:
+    """Raise the alarms that are news. Called without a lock: a log's handler may wait for a thread that makes a report."""
+    with _lock:
+        news = [sign for sign in signs if monitor.is_news(sign)]
     name, role, columns, depth, dtype = name_of(key)
-    raise_alarm(name, role, sign.test, sign.deviation, sign.quarantine, sign.checks, unit=sign.unit, of=f"{dtype}, N={columns}, K={depth}")
+    for sign in news:
+        who = "" if monitor.units == 1 else f", multiprocessor {sign.unit} of {key[-1]}"
+        of = f"{dtype}, N={columns}, K={depth}{who}"
+        raise_alarm(name, role, sign.test, sign.deviation, sign.quarantine, sign.checks, unit=sign.unit, of=of)
 
 
 _MEANINGS = {
@@ -255,18 +276,19 @@ def alarms(first: int, last: int) -> tuple[Alarm, ...]:
 def snapshot() -> tuple[SiteStatistics, ...]:
     """What every watched site and role looks like, completed batches only."""
     with _lock:
-        return tuple(_statistics(key, monitor) for key, monitor in _monitors.items() if monitor.total[0, 0, COUNT])
+        return tuple(_statistics(key, monitor) for key, monitor in _monitors.items() if monitor.pooled[0, COUNT])
 
 
 def _statistics(key: Key, monitor: Monitor) -> SiteStatistics:
     name, role, columns, depth, dtype = name_of(key)
-    base, total = monitor.baseline, monitor.total[0]
-    mean, noise = moments(monitor.last[0])
-    normal = base.noise if base.frozen else 2 * np.log(base.sigma)
+    base, total = monitor.baseline, monitor.pooled
+    mean, noise = moments(monitor.last)
+    normal = base.noise if base.frozen and base.alone else 2 * np.log(base.sigma)
     severities = {"S1": int(total[:, ABOVE_SOFT].sum())} | {s.name: monitor.severities.get(s, 0) for s in list(Severity)[2:]}
     return SiteStatistics(
         name, role, (columns, depth), dtype, int(total[0, COUNT]), float(base.sigma[0]), float((mean[0] - base.mean[0]) / base.sigma[0]),
         float(np.exp(noise[0] - normal[0])), float(total[0, MOST] / base.sigma[0]), int(total[:, ABOVE_8].sum()),
-        int(total[:, ABOVE_12].sum()), float(base.soft[0]), severities, monitor.levels(), base.frozen,
+        int(total[:, ABOVE_12].sum()), float(base.soft[0]), severities, monitor.levels(), base.frozen, monitor.units,
+        monitor.compared,
     )  # fmt: skip
 

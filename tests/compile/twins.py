@@ -1,6 +1,8 @@
-"""PTX of the kernels, as they are or with every trace of injection cut out of their source.
+"""What the compiler is given of the kernels, as they are or with every trace of injection cut out of their source.
 
-    python twins.py as-is|stripped|struck FILE
+Triton's IR, inlined and simplified, without lines and names, and the options: PTX follows from it.
+
+    python twins.py as-is|stripped FILE          as-is: and with a fault in every call
 
 Run in a process of its own: the copy takes the place of abft.triton_kernels.
 """
@@ -10,7 +12,6 @@ from __future__ import annotations
 import ast
 import importlib.util
 import json
-import os
 import sys
 import tempfile
 from pathlib import Path
@@ -71,35 +72,38 @@ def load(folder: Path) -> None:
     spec.loader.exec_module(module)
 
 
+def given(strike: bool) -> dict[str, str]:
+    """What the compiler is given, by call, place in the stream, and kernel; ``strike``: with a fault in every call. Not the unchecked
+    product: it never heard of faults, and lies outside of the kernels' folder."""
+    from bench import compiled
+
+    few = {"m": 64, "n": 8192}
+    calls = {"": {}, " few": few, " deferred": few | {"timing": "deferred"}}
+    launches = {}
+    for kind in ("fp16", "ieee", "int8"):
+        for name, shape in calls.items() if kind != "int8" else [("", {})]:
+            launches[kind + name] = compiled.launches_of(kind, 90, strike=strike, **shape)
+    for asked in ("", "everything"):
+        of = {"columns": 64, "asked": asked, "strike": strike}
+        launches[f"fp16 attention {asked}"] = compiled.attention_launches("fp16", 90, **of)
+        launches[f"fp16 gradient {asked}"] = compiled.attention_gradient_launches("fp16", 90, **of)
+    named = {f"{name} {i} {one.name}": one for name, all_ in launches.items() for i, one in enumerate(all_)}
+    return {name: compiled.given(one, 90) for name, one in named.items() if one.name != "unchecked_product"}
+
+
 def main() -> None:
     what, out = sys.argv[1], Path(sys.argv[2])
-    os.environ["TRITON_DISABLE_LINE_INFO"] = "1"
     sys.path.insert(0, str(ROOT))
-    blocks = 0
-    with tempfile.TemporaryDirectory() as folder:
-        if what == "stripped":
-            import abft
+    if what == "stripped":
+        import abft
 
+        with tempfile.TemporaryDirectory() as folder:
             blocks = strip(ROOT / "triton_kernels", Path(folder))
             load(Path(folder))
             assert abft.triton_kernels.__file__.startswith(folder) if hasattr(abft, "triton_kernels") else True
-        from bench import compiled
-
-        few = {"m": 64, "n": 8192}
-        calls = {"": {}, " few": few, " deferred": few | {"timing": "deferred"}}
-        ptx = {}
-        for kind in ("fp16", "ieee", "int8"):
-            for name, shape in calls.items() if kind != "int8" else [("", {})]:
-                for launch in compiled.launches_of(kind, 90, strike=what == "struck", **shape):
-                    if launch.name.startswith(("checked_", "deferred_", "recompute")):
-                        ptx[f"{kind}{name} {launch.name}"] = compiled.compile_launch(launch, 90).asm["ptx"]
-        for launch in compiled.attention_launches("fp16", 90, columns=64, strike=what == "struck"):
-            if launch.kwargs.get("CHECKED", launch.name == "settle_attention"):
-                ptx[f"fp16 {launch.name}"] = compiled.compile_launch(launch, 90).asm["ptx"]
-        for launch in compiled.attention_gradient_launches("fp16", 90, columns=64, strike=what == "struck"):
-            if launch.name in ("attention_dq", "attention_dkv") and launch.kwargs["CHECK"]:
-                ptx[f"fp16 {launch.name}"] = compiled.compile_launch(launch, 90).asm["ptx"]
-        out.write_text(json.dumps({"blocks": blocks, "ptx": ptx}))
+            out.write_text(json.dumps({"blocks": blocks, "given": given(False)}))
+    else:
+        out.write_text(json.dumps({"given": given(False), "struck": given(True)}))
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ in a process of their own.
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ def _interpreted() -> None:
         importlib.reload(tl.standard)
         importlib.reload(tl)
     assert type(tl.sum).__name__ == "InterpretedFunction"
+    import abft.triton_kernels.attention_decode
     import abft.triton_kernels.attention_gradients
     import abft.triton_kernels.attention_settle
     import abft.triton_kernels.integer_check
@@ -43,8 +45,13 @@ if not NATIVE:
         _interpreted()
 
 
-@pytest.fixture(autouse=True)
-def interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The backend asks the environment how it runs."""
-    if not NATIVE:
-        monkeypatch.setenv("TRITON_INTERPRET", "1")
+@pytest.fixture(autouse=True, scope="module")
+def interpreter() -> Iterator[None]:
+    """The backend asks the environment how it runs, and Triton asks again when it imports more of itself at a launch.
+
+    Of a module, so that fixtures of a module launch kernels under it, too.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        if not NATIVE:
+            patch.setenv("TRITON_INTERPRET", "1")
+        yield

@@ -331,6 +331,18 @@ def test_the_lean_form_sees_all_but_exponentials(place):
     assert not one.is_clean(results) and counted(words)["recomputed"] == 0, "the documented gap of the lean form"
 
 
+@pytest.mark.parametrize("panel", ["full", "lean"])
+def test_what_is_no_probability_is_seen_and_what_rounding_explains_is_not(panel):
+    """In place of a one: 1 + 2⁻²¹; 1 + 2⁻¹⁹, which no other check tells from it; what is larger; what is negative."""
+    one = Struck(_problem(*operands(group=1, length=20, keys=40)), KERNELS.replace(panel=panel))
+    key = int((one.call.q[0, 0, 0, 13] @ one.call.k[0, 0, :32].mT).argmax())  # the largest of the first block
+    for pattern, seen in ((0x3F800004, 0), (0x3F800010, 1), (0x3FC00000, 1), (0xBE800000, 1)):
+        faults = _descriptors("P", BitOperation(keep=0, flip=pattern - (pattern >> 31 << 32)), 13, key)
+        results, words = one.run(faults)
+        assert counted(words)["recomputed"] == seen and counted(words)["uncorrected"] == 0, hex(pattern)
+        assert not seen or one.is_clean(results)
+
+
 def test_operands_that_hold_nan_are_inputs_and_torch_would_deliver_nan():
     for struck_operand in range(3):
         q, k, v = operands(group=1, length=5, keys=40)

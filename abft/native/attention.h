@@ -1,0 +1,512 @@
+/* What attention's forward and backward share: products, packing, the exponentials, the comparison of sums. */
+#ifndef ABFT_ATTENTION_H
+#define ABFT_ATTENTION_H
+#include "vectors.h"
+
+enum { CHUNK = 128, PANEL = 16, COLUMN_OF_ONES = KINDS, BLOCK = 64, BLOCK_SCORES = 96 * 1024, AHEAD = 16 };
+enum { NO_MASK, SEEN, ADDED }; /* a mask: bool (true: seen), or fp32, added to the scores */
+enum { IN_SCORES = 1, IN_PROBABILITIES, IN_SUM, IN_OUT, IN_DP, IN_DELTA, IN_DX, IN_DQ, IN_DK, IN_DV };
+/* What one register holds: a vector that takes two lives on the stack, as compilers have it. Sixteen lanes are PIECES of them. */
+#ifdef __AVX512F__
+typedef v16 vn;
+enum { TALL = 8, BROAD = 3 }; /* rows and sixteens of an accumulator in registers */
+#else
+typedef v8 vn;
+enum { TALL = 4, BROAD = 1 };
+#endif
+enum { LANE = sizeof(vn) / sizeof(float), PIECES = 16 / LANE };
+typedef int32_t mn __attribute__((vector_size(sizeof(vn)), aligned(4), may_alias));
+typedef uint32_t un __attribute__((vector_size(sizeof(vn)), aligned(4), may_alias));
+typedef uint8_t bn __attribute__((vector_size(LANE), aligned(1), may_alias));
+typedef uint16_t hn __attribute__((vector_size(2 * LANE), aligned(2), may_alias));
+typedef double dn __attribute__((vector_size(sizeof(vn)), aligned(8), may_alias));
+typedef float fn __attribute__((vector_size(sizeof(vn) / 2), aligned(4), may_alias));
+enum { WIDE = LANE / 2 }; /* doubles of a register */
+typedef int64_t m4 __attribute__((vector_size(32)));
+#define EACH_PIECE(I) UNROLL for (int I = 0; I < PIECES; I++)
+
+/* How sums over a group of columns are weighted and judged: bound² = accumulate2 · (Σ y² + c² + noise) + absolute2. */
+typedef struct {
+    int64_t width;
+    const float *weights; /* (KINDS, padded width) */
+    double accumulate2[KINDS], absolute2[KINDS], share[KINDS];
+} abft_group;
+
+typedef struct {
+    int64_t row, product; /* row: of all heads' queries, or keys; product: IN_SCORES, IN_PROBABILITIES, IN_OUT, IN_DP, IN_DX … IN_DV */
+    double residual, bound;
+} abft_place;
+
+typedef struct {
+    int64_t batch, heads, members, length, keys, width, depth; /* q (batch, heads, members, length, width), v (…, keys, depth) */
+    int64_t dtype, mask_kind, checked, causal, offset, window;
+    int64_t qs[4], ks[3], vs[3], os[4], ms[4]; /* steps, in numbers; a row's numbers are adjacent */
+    const void *q, *k, *v, *mask;
+    float *out, *maxima, *sums; /* maxima, sums (batch, heads, members, length) */
+    double scale, softmax_bound, range, largest2;
+    abft_group keys_group, last_keys, columns;
+    int64_t strike, strike_row, strike_column; /* for tests: where `strike_value` takes a number's place */
+    double strike_value;
+    double worst2[2]; /* found: (residual / bound)² of S; of the softmax and O */
+    int64_t count;    /* … and how many rows are suspect */
+    abft_place *places; /* (rows) */
+} abft_attended;
+
+static const int32_t COUNTED[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+
+INLINE vn pick(mn where, vn a, vn b) { return (vn)(((mn)a & where) | ((mn)b & ~where)); }
+
+/* The larger number; b where one of them is none. */
+INLINE vn larger(vn a, vn b) {
+#if defined(__AVX512F__)
+    return (vn)_mm512_max_ps((__m512)a, (__m512)b);
+#elif defined(__AVX__)
+    return (vn)_mm256_max_ps((__m256)a, (__m256)b);
+#else
+    return pick(a > b, a, b);
+#endif
+}
+
+/* a · b + c, rounded once wherever a processor can. */
+INLINE vn fma_of(vn a, vn b, vn c) {
+#if defined(__AVX512F__)
+    return (vn)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__FMA__)
+    return (vn)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+    return a * b + c;
+#endif
+}
+
+INLINE vn at(const float *p) { return *(const vn *)p; }
+INLINE vn first_numbers(const float *p, int64_t count) {
+    vn out = {0};
+    if (count > 0) memcpy(&out, p, (count < LANE ? count : LANE) * sizeof(float));
+    return out;
+}
+INLINE vn size_of_each(vn x) { return (vn)((un)x & 0x7fffffffu); }
+
+/* LANE numbers of any type, and fewer of them. */
+INLINE vn lane_of(const void *p, int64_t i, int dtype) {
+    if (dtype == FP32) return at((const float *)p + i);
+    const uint16_t *h = (const uint16_t *)p + i;
+    if (dtype == BF16) return (vn)(__builtin_convertvector(*(const hn *)h, un) << 16);
+#if defined(__AVX512F__)
+    return (vn)_mm512_cvtph_ps(_mm256_loadu_si256((const void *)h));
+#elif defined(__F16C__)
+    return (vn)_mm256_cvtph_ps(_mm_loadu_si128((const void *)h));
+#else
+    vn out;
+    for (int lane = 0; lane < LANE; lane++) out[lane] = one_of(h, lane, FP16);
+    return out;
+#endif
+}
+
+INLINE vn part_of_lane(const void *p, int64_t i, int64_t count, int dtype) {
+    if (count >= LANE) return lane_of(p, i, dtype);
+    if (dtype == FP32) return first_numbers((const float *)p + i, count);
+    vn out = {0};
+    for (int lane = 0; lane < count; lane++) out[lane] = one_of(p, i + lane, dtype);
+    return out;
+}
+
+/* Sixteen lanes added to four. */
+INLINE v4 folded(const vn *pieces) {
+#if defined(__AVX512F__)
+    const v8 a = (v8)_mm512_castps512_ps256((__m512)pieces[0]) + (v8)_mm256_castpd_ps(_mm512_extractf64x4_pd((__m512d)pieces[0], 1));
+    return (v4)_mm256_castps256_ps128((__m256)a) + (v4)_mm256_extractf128_ps((__m256)a, 1);
+#elif defined(__AVX__)
+    const v8 a = pieces[0] + pieces[1];
+    return (v4)_mm256_castps256_ps128((__m256)a) + (v4)_mm256_extractf128_ps((__m256)a, 1);
+#else
+    v16 whole;
+    EACH_PIECE(i) memcpy((float *)&whole + i * LANE, pieces + i, sizeof(vn));
+    return fold(whole);
+#endif
+}
+
+/* … and to one, in the order of sum16. */
+INLINE double total_of(const vn *pieces) {
+    const v4 b = folded(pieces);
+    return (double)((b[0] + b[2]) + (b[1] + b[3]));
+}
+
+/* The sums of four. */
+INLINE d4 totals_of(const vn *a, const vn *b, const vn *c, const vn *d) {
+    const v4 p = folded(a), q = folded(b), r = folded(c), s = folded(d);
+#ifdef __AVX__
+    return (d4)_mm256_cvtps_pd(_mm_hadd_ps(_mm_hadd_ps((__m128)p, (__m128)q), _mm_hadd_ps((__m128)r, (__m128)s)));
+#else
+    return (d4){(p[0] + p[1]) + (p[2] + p[3]), (q[0] + q[1]) + (q[2] + q[3]), (r[0] + r[1]) + (r[2] + r[3]), (s[0] + s[1]) + (s[2] + s[3])};
+#endif
+}
+
+INLINE float largest_of(const vn *pieces) {
+    float m = pieces[0][0];
+    for (int i = 0; i < 16; i++) m = pieces[i / LANE][i % LANE] > m ? pieces[i / LANE][i % LANE] : m;
+    return m;
+}
+
+/* exp of what is at most 88, within 2 ulp; 0 below the smallest normal number. Range reduction and coefficients: Cephes' expf (S. Moshier). */
+INLINE vn exp_of(vn x) {
+    const float magic = 12582912.0f; /* 1.5 · 2²³: adding it rounds to an integer, whose bits are the lowest */
+    const vn z = x * 1.44269504088896341f + magic, n = z - magic;
+    const vn r = x - n * 0.693359375f + n * 2.12194440e-4f;
+    vn y = r * 1.9875691500e-4f + 1.3981999507e-3f;
+    y = y * r + 8.3334519073e-3f;
+    y = y * r + 4.1665795894e-2f;
+    y = y * r + 1.6666665459e-1f;
+    y = y * r + 5.0000001201e-1f;
+    y = y * (r * r) + r + 1.0f;
+    const vn power = (vn)(((un)z << 23) + 0x3f800000u);
+    return pick(x < -87.33654f, (vn){0}, y * power);
+}
+
+/* exp(y)² = exp(2y) of what is at most 0: another polynomial (fitted to 1.2 · 10⁻⁷ of exp on ±ln 2 / 2, 1 at 0), of
+   another argument. Below exp(-87)² it is that: nothing beside a sum of 1. */
+INLINE vn square_of_exp(vn y) {
+    const float magic = 12582912.0f;
+    const vn x = larger(-87.0f - (vn){0}, y), z = x * 1.44269504088896341f + magic, r = x - (z - magic) * 0.69314718056f;
+    vn p = r * 8.3099640906e-3f + 4.1895508766e-2f;
+    p = p * r + 1.6667307913e-1f;
+    p = p * r + 4.9999168515e-1f;
+    p = p * r + 9.9999982119e-1f;
+    p = p * r + 1.0f;
+    p *= (vn)(((un)z << 23) + 0x3f800000u);
+    return p * p;
+}
+
+/* --- products --------------------------------------------------------------------------------------------- */
+
+/* c (R, N vectors) = a (R, depth) · b (depth, …), or added to what is there. */
+#define MULTIPLY(NAME, V, R, N)                                                                                            \
+    INLINE void NAME(const float *a, int64_t lda, const float *b, int64_t ldb, int64_t depth, float *c, int64_t ldc, int first) { \
+        V sum[R][N];                                                                                                       \
+        UNROLL for (int r = 0; r < R; r++) UNROLL for (int j = 0; j < N; j++) sum[r][j] = (V){0};                          \
+        for (int64_t k = 0; k < depth; k++) {                                                                              \
+            V p[N];                                                                                                        \
+            UNROLL for (int j = 0; j < N; j++) p[j] = *(const V *)(b + k * ldb + j * (int64_t)(sizeof(V) / 4));            \
+            UNROLL for (int r = 0; r < R; r++) UNROLL for (int j = 0; j < N; j++) sum[r][j] += a[r * lda + k] * p[j];      \
+        }                                                                                                                  \
+        UNROLL for (int r = 0; r < R; r++) UNROLL for (int j = 0; j < N; j++) {                                            \
+            V *to = (V *)(c + r * ldc + j * (int64_t)(sizeof(V) / 4));                                                     \
+            if (!first) sum[r][j] += *to;                                                                                  \
+            *to = sum[r][j];                                                                                               \
+        }                                                                                                                  \
+    }
+MULTIPLY(multiply_1, vn, TALL, PIECES)
+MULTIPLY(multiply_2, vn, TALL, 2 * PIECES)
+MULTIPLY(multiply_3, vn, TALL, 3 * PIECES)
+MULTIPLY(multiply_panel, v8, 8, 1)
+
+/* c (rows, n) = a (rows, depth) · b (depth, n), and panel (rows, PANEL) = a · the PANEL columns behind b's n. rows: a multiple of 8,
+   n of 16. */
+static __attribute__((noinline)) void product(const float *a, int64_t lda, int64_t rows, const float *b, int64_t ldb, int64_t n, int64_t depth,
+                                              float *c, int64_t ldc, float *panel, int64_t ldp, int first) {
+    for (int64_t k0 = 0; k0 < depth; k0 += CHUNK, first = 0) {
+        const int64_t deep = depth - k0 < CHUNK ? depth - k0 : CHUNK;
+        const float *right = b + k0 * ldb;
+        for (int64_t r = 0; r < rows; r += TALL) {
+            const float *left = a + r * lda + k0;
+            float *to = c + r * ldc;
+            int64_t j = 0;
+            for (; BROAD >= 3 && j + 48 <= n; j += 48) multiply_3(left, lda, right + j, ldb, deep, to + j, ldc, first);
+            for (; BROAD >= 2 && j + 32 <= n; j += 32) multiply_2(left, lda, right + j, ldb, deep, to + j, ldc, first);
+            for (; j < n; j += 16) multiply_1(left, lda, right + j, ldb, deep, to + j, ldc, first);
+        }
+        for (int64_t r = 0; panel && r < rows; r += 8) multiply_panel(a + r * lda + k0, lda, right + n, ldb, deep, panel + r * ldp, ldp, first);
+    }
+}
+
+/* Rows of a head lie far apart, a page or more: nobody but us knows which is next. */
+INLINE void soon(const void *p, int64_t i, int dtype) { __builtin_prefetch((const char *)p + i * (dtype == FP32 ? 4 : 2)); }
+
+INLINE int64_t sixteens(int64_t n) { return (n + 15) / 16 * 16; }
+INLINE int64_t at_most(int64_t a, int64_t b) { return a < b ? a : b; }
+INLINE int64_t at_least(int64_t a, int64_t b) { return a > b ? a : b; }
+
+/* Squares of less than this in sum may have underflowed, and would leave the bound too small: they are summed again in fp64. */
+#define TINY 1e-30
+
+/* Σ (a b)² and, without a b, Σ a². */
+static __attribute__((noinline, cold)) double in_full(const float *a, const float *b, int64_t count) {
+    double sum = 0;
+    for (int64_t n = 0; n < count; n++) {
+        const double z = (double)a[n] * (b ? b[n] : 1.0);
+        sum += z * z;
+    }
+    return sum;
+}
+
+/* Σ w_j y and Σ y² of a row: as rowsums.h's, in registers. */
+INLINE double sums_of_group(const void *y, int64_t start, int64_t width, const float *signs, int dtype, double *sums) {
+    vn e[PIECES], one[PIECES], hi[PIECES], squares[PIECES], low[PIECES];
+    EACH_PIECE(i) {
+        e[i] = one[i] = hi[i] = squares[i] = (vn){0};
+        for (int j = 0; j < LANE; j++) low[i][j] = 2 * (i * LANE + j) - 15;
+    }
+    float digit = -(float)((width + FRAGMENT - 1) / FRAGMENT - 1);
+    for (int64_t n = 0; n < width; n += FRAGMENT, digit += 2)
+        EACH_PIECE(i) {
+            const vn v = part_of_lane(y, start + n + i * LANE, width - n - i * LANE, dtype);
+            const vn signed_ = v * at(signs + n + i * LANE);
+            e[i] += signed_;
+            one[i] += v;
+            hi[i] = fma_of(signed_, digit - (vn){0}, hi[i]);
+            squares[i] = fma_of(v, v, squares[i]);
+        }
+    EACH_PIECE(i) low[i] *= e[i];
+    *(d4 *)sums = totals_of(e, one, hi, low);
+    return total_of(squares);
+}
+
+/* --- what is multiplied by, packed with its panel ------------------------------------------------------------- */
+
+/* Weighted sums over keys of 2 · WIDE columns, in fp64; `hi` is e weighted by the key's sixteen. */
+INLINE void sums_over_keys(const float *columns, int64_t ld, int64_t keys, const float *weights, int64_t table, double (*sums)[16]) {
+    const int64_t last = (keys + FRAGMENT - 1) / FRAGMENT - 1;
+    dn total[KINDS + 1][2];
+    for (int j = 0; j <= KINDS; j++) total[j][0] = total[j][1] = (dn){0};
+    for (int64_t n0 = 0; n0 < keys; n0 += FRAGMENT) {
+        dn e[2] = {{0}, {0}}, one[2] = {{0}, {0}}, lo[2] = {{0}, {0}}, squares[2] = {{0}, {0}};
+        for (int64_t n = n0; n < at_most(n0 + FRAGMENT, keys); n++) {
+            const double sign = weights[n], low = weights[LO * table + n];
+            UNROLL for (int i = 0; i < 2; i++) {
+                const dn x = __builtin_convertvector(*(const fn *)(columns + n * ld + i * WIDE), dn);
+                e[i] += sign * x;
+                one[i] += x;
+                lo[i] += low * x;
+                squares[i] += x * x;
+            }
+        }
+        UNROLL for (int i = 0; i < 2; i++) {
+            total[E][i] += e[i];
+            total[ONE][i] += one[i];
+            total[HI][i] += (double)(2 * (n0 / FRAGMENT) - last) * e[i];
+            total[LO][i] += lo[i];
+            total[KINDS][i] += squares[i];
+        }
+    }
+    for (int j = 0; j <= KINDS; j++) memcpy(sums[j], total[j], sizeof(total[j]));
+}
+
+/* Some keys, transposed: packed (width, ld) with their weighted sums behind `padded` keys; nu (padded width): the noise of each column. */
+INLINE void pack_keys(const void *k, int64_t step, int64_t keys, int64_t width, const abft_group *g, float *packed, int64_t padded,
+                      int64_t ld, float *nu, int checked, int dtype) {
+    for (int64_t e0 = 0; e0 < width; e0 += 16) {
+        const int64_t some = at_most(16, width - e0);
+        float columns[CHUNK][16] __attribute__((aligned(64)));
+        for (int64_t n = 0; n < keys; n++) {
+            if (n + AHEAD < keys) soon(k, (n + AHEAD) * step + e0, dtype);
+            EACH_PIECE(i) *(vn *)(columns[n] + i * LANE) = part_of_lane(k, n * step + e0 + i * LANE, some - i * LANE, dtype);
+        }
+        memset(columns[keys], 0, (padded - keys) * sizeof(columns[0]));
+        for (int64_t e = 0; e < some; e++)
+            for (int64_t n = 0; n < padded; n++) packed[(e0 + e) * ld + n] = columns[n][e];
+        if (!checked) continue;
+        double sums[16 / (2 * WIDE)][KINDS + 1][16];
+        for (int i = 0; i < 16 / (2 * WIDE); i++)
+            sums_over_keys(columns[0] + i * 2 * WIDE, 16, keys, g->weights, sixteens(g->width), sums[i]);
+        for (int64_t e = 0; e < 16; e++) {
+            double (*const mine)[16] = sums[e / (2 * WIDE)];
+            const int64_t at = e % (2 * WIDE);
+            double nu2 = mine[KINDS][at];
+            for (int j = 0; j < PANEL && e < some; j++) packed[(e0 + e) * ld + padded + j] = j < KINDS ? (float)mine[j][at] : 0.0f;
+            for (int j = 0; j < KINDS; j++) nu2 += mine[j][at] * mine[j][at] * g->share[j];
+            nu[e0 + e] = (float)sqrt(nu2);
+        }
+    }
+}
+
+/* Values as they lie: packed (keys, ld) with each row's weighted sums and a one behind `padded` columns; nu (keys): the noise of each. */
+INLINE void pack_values(const void *v, int64_t step, int64_t keys, int64_t depth, const abft_group *g, float *packed, int64_t padded,
+                        int64_t ld, float *nu, int checked, int dtype) {
+    for (int64_t t = 0; t < keys; t++) {
+        float *to = packed + t * ld;
+        for (int64_t d = 0; d < padded; d += 16) {
+            if (t + AHEAD < keys) soon(v, (t + AHEAD) * step + d, dtype);
+            EACH_PIECE(i) *(vn *)(to + d + i * LANE) = part_of_lane(v, t * step + d + i * LANE, depth - d - i * LANE, dtype);
+        }
+        if (!checked) continue;
+        /* Of the values themselves: their copy may be wrong. */
+        double sums[KINDS] __attribute__((aligned(32))), nu2 = sums_of_group(v, t * step, depth, g->weights, dtype, sums);
+        *(v16 *)(to + padded) = (v16){0};
+        if (__builtin_expect(nu2 < TINY, 0)) nu2 = in_full(to, NULL, depth);
+        for (int j = 0; j < KINDS; j++) {
+            to[padded + j] = (float)sums[j];
+            nu2 += sums[j] * sums[j] * g->share[j];
+        }
+        to[padded + COLUMN_OF_ONES] = 1.0f;
+        nu[t] = (float)sqrt(nu2);
+    }
+}
+
+/* --- the softmax of a row --------------------------------------------------------------------------------------- */
+
+/* The keys [first, last) that a row sees. */
+typedef struct {
+    int64_t first, last;
+    const char *mask; /* of the row */
+} seen_keys;
+
+/* LANE of a row's logits. */
+INLINE vn logits(const float *s, int64_t n, const seen_keys *w, int64_t keys, int mask_kind) {
+    const vn none = -INFINITY - (vn){0};
+    vn x = at(s + n);
+    if (mask_kind == SEEN) {
+        bn bytes = {0};
+        if (n + LANE <= keys)
+            bytes = *(const bn *)(w->mask + n);
+        else if (n < keys)
+            memcpy(&bytes, w->mask + n, keys - n);
+        x = pick(__builtin_convertvector(bytes, mn) != 0, x, none);
+    } else if (mask_kind == ADDED)
+        x += n + LANE <= keys ? at((const float *)w->mask + n) : first_numbers((const float *)w->mask + n, keys - n);
+    if (__builtin_expect(n < w->first || n + LANE > w->last, 0)) {
+        const mn key = *(const mn *)COUNTED + (int32_t)n;
+        x = pick((key >= (int32_t)w->first) & (key < (int32_t)w->last), x, none);
+    }
+    return x;
+}
+
+INLINE float maximum(const float *s, const seen_keys *w, int64_t keys, int mask_kind) {
+    vn m[PIECES];
+    EACH_PIECE(i) m[i] = -INFINITY - (vn){0};
+    for (int64_t n = w->first / 16 * 16; n < w->last; n += 16) EACH_PIECE(i) m[i] = larger(m[i], logits(s, n + i * LANE, w, keys, mask_kind));
+    const float found = largest_of(m);
+    return found == -INFINITY ? 0.0f : found;
+}
+
+/* Σ p, of each CHUNK, then of these. p = exp(x - m) is written to `p`; or, if that is NULL, is exp(½x - ½m)², and l must be its sum. */
+INLINE float exponentials(const float *s, float m, float *p, const seen_keys *w, int64_t keys, int mask_kind) {
+    vn total[PIECES] = {{0}};
+    for (int64_t c = w->first / CHUNK * CHUNK; c < w->last; c += CHUNK) {
+        vn sum[PIECES];
+        EACH_PIECE(i) sum[i] = (vn){0};
+        for (int64_t n = at_least(c, w->first / 16 * 16); n < at_most(c + CHUNK, w->last); n += 16)
+            EACH_PIECE(i) {
+                const vn x = logits(s, n + i * LANE, w, keys, mask_kind);
+                if (p) {
+                    const vn y = exp_of(x - m);
+                    *(vn *)(p + n + i * LANE) = y;
+                    sum[i] += y;
+                } else {
+                    sum[i] += square_of_exp(x * 0.5f - m * 0.5f);
+                }
+            }
+        EACH_PIECE(i) total[i] += sum[i];
+    }
+    return (float)total_of(total);
+}
+
+/* One function for each kind of mask. */
+#define WITH_MASK(NAME, KIND)                                                                                              \
+    static __attribute__((noinline)) float maximum_##NAME(const float *s, const seen_keys *w, int64_t keys) {              \
+        return maximum(s, w, keys, KIND);                                                                                  \
+    }                                                                                                                      \
+    static __attribute__((noinline)) float sum_##NAME(const float *s, float m, float *p, const seen_keys *w, int64_t keys) { \
+        return exponentials(s, m, p, w, keys, KIND);                                                                       \
+    }                                                                                                                      \
+    static __attribute__((noinline)) float squares_##NAME(const float *s, float m, const seen_keys *w, int64_t keys) {     \
+        return exponentials(s, m, NULL, w, keys, KIND);                                                                    \
+    }
+WITH_MASK(plain, NO_MASK)
+WITH_MASK(seen, SEEN)
+WITH_MASK(added, ADDED)
+
+typedef struct {
+    float (*maximum)(const float *, const seen_keys *, int64_t);
+    float (*sum)(const float *, float, float *, const seen_keys *, int64_t);
+    float (*squares)(const float *, float, const seen_keys *, int64_t);
+} softmax_of_row;
+static const softmax_of_row SOFTMAX[] = {
+    {maximum_plain, sum_plain, squares_plain}, {maximum_seen, sum_seen, squares_seen}, {maximum_added, sum_added, squares_added}};
+
+/* Σ (a b)² over `count` numbers of both, padded to sixteens. */
+INLINE double noise_of(const float *a, const float *b, int64_t count) {
+    vn sum[PIECES];
+    EACH_PIECE(i) sum[i] = (vn){0};
+    for (int64_t n = 0; n < count; n += 16)
+        EACH_PIECE(i) {
+            const vn z = at(a + n + i * LANE) * at(b + n + i * LANE);
+            sum[i] = fma_of(z, z, sum[i]);
+        }
+    return total_of(sum);
+}
+
+/* --- the comparison ------------------------------------------------------------------------------------------------ */
+
+static __attribute__((noinline, cold)) void suspect(abft_attended *x, int64_t row, int64_t what, double residual, double bound) {
+#pragma omp critical(abft_attended_places)
+    {
+        x->places[x->count++] = (abft_place){row, what, residual, bound};
+    }
+}
+
+INLINE int all_of(m4 true_) {
+#ifdef __AVX__
+    return _mm256_movemask_pd((__m256d)true_) == 15;
+#else
+    return (true_[0] & true_[1] & true_[2] & true_[3]) != 0;
+#endif
+}
+
+INLINE double most_of(d4 x) {
+#ifdef __AVX__
+    const __m128d two = _mm_max_pd(_mm256_castpd256_pd128((__m256d)x), _mm256_extractf128_pd((__m256d)x, 1));
+    return _mm_cvtsd_f64(_mm_max_sd(two, _mm_unpackhi_pd(two, two)));
+#else
+    double most = x[0];
+    for (int j = 1; j < KINDS; j++) most = x[j] > most ? x[j] : most;
+    return most;
+#endif
+}
+
+/* Whether a row's sums are what is predicted of them. */
+INLINE int agrees(abft_attended *x, const abft_group *g, const double *actual, const float *predicted, double squares, double noise,
+                  int64_t row, int what, double *worst2) {
+    const d4 c = __builtin_convertvector(*(const v4 *)predicted, d4), residual = *(const d4 *)actual - c;
+    const d4 tau2 = *(const d4 *)g->accumulate2 * (squares + noise + c * c) + *(const d4 *)g->absolute2;
+    const d4 ratio2 = residual * residual / tau2;
+    if (__builtin_expect(!all_of((ratio2 <= 1.0) & (tau2 < x->largest2)), 0)) {
+        int j = 0;
+        for (int i = 1; i < KINDS; i++)
+            if (!(ratio2[i] <= ratio2[j])) j = i;
+        suspect(x, row, what, fabs(residual[j]), sqrt(tau2[j]));
+        return 0;
+    }
+    const double most = most_of(ratio2);
+    *worst2 = most > *worst2 ? most : *worst2;
+    return 1;
+}
+
+/* Whether l is its other sum and in its range, and P sums to 1. */
+INLINE int softmax_agrees(abft_attended *x, float l, float again, float total, int64_t row, double *worst2) {
+    const double sum = l, other = again, scale = sum > other ? sum : other;
+    const double first = fabs(other - sum) / (scale == 0 ? 1.0 : scale), second = fabs((double)total - (other > 0));
+    const double residual = first > second ? first : second;
+    const int range = (sum >= 1 - x->range && sum <= (double)x->keys * (1 + x->range)) || (other == 0 && sum == 0);
+    if (__builtin_expect(!(first <= x->softmax_bound && second <= x->softmax_bound && range), 0)) {
+        suspect(x, row, IN_PROBABILITIES, first == first && second == second ? residual : NAN, x->softmax_bound);
+        return 0;
+    }
+    const double ratio = residual / x->softmax_bound;
+    *worst2 = ratio * ratio > *worst2 ? ratio * ratio : *worst2;
+    return 1;
+}
+
+/* --- where a row lies ---------------------------------------------------------------------------------------------- */
+
+INLINE int64_t padded_width(const abft_attended *x) { return sixteens(x->width); }
+
+INLINE seen_keys seen_by(const abft_attended *x, int64_t query, const char *mask) {
+    const int64_t position = query + x->offset;
+    const int64_t last = x->causal ? at_most(at_least(position + 1, 0), x->keys) : x->keys;
+    const int64_t first = x->window ? at_most(at_least(position - x->window + 1, 0), last) : 0;
+    return (seen_keys){first, last, mask};
+}
+
+INLINE void hit(const abft_attended *x, int place, int64_t row, float *values) {
+    if (__builtin_expect(x->strike == place && row == x->strike_row, 0)) values[x->strike_column] = (float)x->strike_value;
+}
+#endif

@@ -145,7 +145,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="demo", description="Two models under faults: with and without abft.")
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--quick", dest="plan", action="store_const", const=QUICK, help="under a minute on two cores")
-    size.add_argument("--full", dest="plan", action="store_const", const=FULL, help="5, 10 and 20 %% in both acts, several seeds")
+    size.add_argument("--full", dest="plan", action="store_const", const=FULL, help="5, 10 and 20 %% in the first two acts, several seeds")
     parser.add_argument("--out", type=Path, default=Path("demo-output"), help="folder for results.jsonl and plots (%(default)s)")
     parser.add_argument("--seed", type=_seed, default=0, help="of data, weights and faults (%(default)s)")
     parser.add_argument("--only", choices=("encoder", "gpt", "marginal"), help="one act alone: (a), (b), (c)")

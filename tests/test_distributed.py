@@ -120,9 +120,9 @@ def _peers(rank: int, rendezvous: str) -> None:
         for step in range(60):
             with torch.no_grad(), abft.inject.faults(fault) if step >= 20 and rank == 1 else nullcontext():
                 model(torch.randn(1024, 32))
-            found = peers.compare()
+            found += peers.compare()
             assert step >= 20 or not found
-            if found:
+            if any(f.alarm.quarantine for f in found):  # that outliers became frequent may be told before, and asks for none
                 break
         assert {(f.unit, f.name) for f in found} == {(1, "rank 1")} and any(f.alarm.quarantine for f in found)
         assert abft.report().detected == 0

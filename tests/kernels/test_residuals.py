@@ -117,7 +117,7 @@ def test_a_marginal_unit_is_found_named_and_quarantined(monkeypatch):
 
     With a short memory and a low threshold, for the interpreter is slow; those in force: tests/test_unmixing.py.
     """
-    monkeypatch.setattr(baseline, "WARM_UP", 5)
+    monkeypatch.setattr(monitor, "Baseline", functools.partial(baseline.Baseline, warm_up=5))
     monkeypatch.setattr(devices, "BATCH", 64)
     monkeypatch.setattr(monitor, "Cusum", functools.partial(monitor.Cusum, threshold=9.0))
     bad, m, n, k, tile = 3, 300, 256, 24, 128

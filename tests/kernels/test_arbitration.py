@@ -91,6 +91,7 @@ def test_a_panel_remembers_the_sums_of_its_own_bits(form, dtype):
 # --- one element of the weight ------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", ["frozen", "tracked"])
 @pytest.mark.parametrize("what", ["sign", "exponent", "mantissa", "inf", "nan", "zero"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=oracles.name_of)
@@ -345,6 +346,7 @@ def test_beyond_its_budget_the_repair_leaves_rows_uncorrected(monkeypatch):
 LARGE = 8192
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["weight", "edit", "check tile", "multiprocessor", "nan", "overflow", "panel"])
 def test_extra_work_is_bounded_by_one_product(what):
     """Tiles computed again, of M = 8192 rows: never more than a product has."""

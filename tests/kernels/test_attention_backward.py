@@ -215,6 +215,7 @@ STRUCK = [(*place, kind) for place in PLACES for kind in ("nullify", "bit 22", "
 STRUCK += [(*place, kind) for i, place in enumerate(PLACES) for kind in [("sign", "bit 30", "carry", "inf", "-inf")[i % 5]]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("place", "by_keys", "kind"), STRUCK)
 def test_a_fault_in_every_place_is_repaired_to_the_very_bits(struck, place, by_keys, kind):
     case, clean = struck

@@ -201,6 +201,7 @@ def one():
     return Struck()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", WHATS)
 @pytest.mark.parametrize("place", PLACES)
 def test_a_fault_in_every_place_is_repaired_to_the_very_bits(one, place, what):

@@ -22,6 +22,8 @@ from abft import checksum, ledger
 from abft.backends import triton as backend
 from abft.faults import BitOperation, Region, Strike
 
+pytestmark = pytest.mark.slow
+
 M, N, K = 150, 700, 60  # two row blocks, two groups of columns of which one is ragged
 #: Columns [384, 700) are the second group.
 SECOND = slice(384, 700)

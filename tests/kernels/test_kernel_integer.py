@@ -106,6 +106,7 @@ def test_the_widest_tile_of_the_heaviest_weights_fits_int32():
         assert tiles.max() * 2**16 < 2**31
 
 
+@pytest.mark.slow
 def test_every_bit_of_every_accumulator_is_found_and_repaired():
     a, w = numbers(128, 20), numbers(40, 20, seed=1)
     right = exact(a, w)
@@ -117,6 +118,7 @@ def test_every_bit_of_every_accumulator_is_found_and_repaired():
         assert result.said() == ("RECOMPUTED", 128, 31, first, "transient")  # the worst: the first top bit
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("col", [0, 127, 128, 299])
 def test_every_bit_is_located(col):
     a, w = numbers(3, 20), numbers(300, 20, seed=1)

@@ -78,11 +78,20 @@ class Case:
 
 def exact(case: Case) -> tuple[list[Tensor], list[Tensor]]:
     """Gradients in fp64, and what an element of them may be wrong by: twice the error of an independent backward in the operands' type
-    that rounds O, P and dS as flash attention does, by its largest in the tensor, and one rounding."""
+    that rounds O, P and dS as flash attention does, by its largest in the tensor, and one rounding; and what exponents of base two add.
+
+    Those are rounded twice more than natural ones (times log₂e, less a maximum that was converted), each time by half a unit in the last
+    place, and an exponent that is off by δ makes its probability wrong by δ."""
     p, dtype = case.problem, case.d_out.dtype
     wide = _reference(p, case.d_out, torch.float64, None)
     low = _reference(p, case.d_out, torch.float32, dtype)
-    allowed = [2 * (a.double() - b).abs().amax() + oracles.ROUNDOFF[dtype] * b.abs() for a, b in zip(low, wide, strict=True)]
+    x = (p.q.double() @ p.k.double().unsqueeze(2).mT) * p.options.scale
+    if p.mask is not None and p.mask.dtype != torch.bool:
+        x = x + p.mask.double()
+    base_two = 2 * oracles.ROUNDOFF[torch.float32] * x[x.isfinite()].abs().max() if x.isfinite().any() else 0.0
+    allowed = [
+        2 * (a.double() - b).abs().amax() + oracles.ROUNDOFF[dtype] * b.abs() + base_two * b.abs().amax() for a, b in zip(low, wide, strict=True)
+    ]
     return wide, allowed
 
 

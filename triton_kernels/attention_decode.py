@@ -271,7 +271,9 @@ def _part(q, pages, tables, weights, limits, parts, unit, split, FAULT, CHECKED:
     tl.store(to + M_AT * q.rows, m, mask=inside)
     tl.store(to + L_AT * q.rows, l, mask=inside)
     if CHECKED:
-        qk = _judge_scores(queries, signed, squares, m, first, known, known_squares, tl.max(missing, 0), q, limits, n, unit, rows, FAULT)
+        qk = _judge_sums_of_scores(
+            queries, signed, squares, m, first, known, known_squares, tl.max(missing, 0), q, limits, n, unit, rows, FAULT
+        )
         pv = _judge_part(l, m, first, fall, wrong, n, end - begin)
         tl.store(to + M_COPY * q.rows, m, mask=inside)
         tl.store(to + ONES * q.rows, tl.sum(ones, 1), mask=inside)
@@ -292,7 +294,7 @@ def _strike_rows(values, faults, PLACE: tl.constexpr, unit, rows, col):
 
 
 @triton.jit
-def _judge_scores(queries, signed, squares, m, first, known, known_squares, missing, q, limits, n, unit, rows, FAULT):
+def _judge_sums_of_scores(queries, signed, squares, m, first, known, known_squares, missing, q, limits, n, unit, rows, FAULT):
     """(1) of every row of a part."""
     wide = queries.to(tl.float32)
     predicted = tl.sum(wide * known[None, :], 1)

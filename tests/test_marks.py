@@ -109,7 +109,9 @@ def test_dropped_marks_are_forgotten_and_their_maxima_are_not(device, read_betwe
     module, hard = layer(Policy()), torch.randn(400, 24)
     module(hard)
     worst = abft.report(reset=True).worst
+    gc.collect()
     start = reporting.mark()
+    held = len(reporting._windows)  # this one's, and those of marks that other tests left alive
     module(hard)
     for i in range(100):
         reporting.mark()
@@ -119,7 +121,7 @@ def test_dropped_marks_are_forgotten_and_their_maxima_are_not(device, read_betwe
     gc.collect()
     middle = reporting.mark()
     module(torch.zeros(1, 24))
-    assert len(reporting._windows) <= 4 and sum(bool(window.frozen) for window in reporting._windows) <= 4
+    assert len(reporting._windows) <= held + 1 and sum(bool(window.frozen) for window in reporting._windows) <= held + 1
     assert len(reporting._boundaries) <= 1
     assert device.transfers == 1 + read_between
     assert (reporting.since(start).worst, reporting.since(middle).worst) == (worst, 0)

@@ -1,6 +1,7 @@
 """Fault-free attention: the largest residual of every check, in units of its bound, over shapes and distributions.
 
     python -m bench attention-clean
+    python -m bench attention-clean --backend triton --dtype bf16      the kernels, on a GPU
 
 The checks of the softmax and of its gradient are given in units of 2⁻²³, in which their constants are (attention/softmax.py, scoregrad.py).
 """
@@ -8,6 +9,9 @@ The checks of the softmax and of its gradient are given in units of 2⁻²³, in
 from __future__ import annotations
 
 import argparse
+import math
+import time
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -15,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+import abft
 from abft.attention import backward, keysums, scoregrad, softmax
 from abft.attention.backward import Given
 from abft.attention.forward import attend
@@ -22,10 +27,15 @@ from abft.attention.problem import Options, Problem
 from abft.attention.softmax import UNIT
 from abft.attention.tally import Tally
 from abft.policy import Policy
-from bench.results import Results
+from bench.results import UNFINISHED, Results
 
 WIDTH, HEADS = 64, 2
-#: (queries, keys)
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+#: Of the kernels, (queries, keys, columns of a head).
+ON_GPU = ((2048, 2048, 128), (4096, 4096, 64), (333, 8192, 128), (1000, 1000, 96), (1, 8192, 128))
+HEADS_ON_GPU = (4, 16)
+INTERPRETED = ((33, 40, 16),)
+#: Of the reference, (queries, keys).
 SHAPES = ((64, 64), (512, 512), (128, 2048), (64, 8192), (2048, 128))
 
 
@@ -103,11 +113,42 @@ def measure(family: str, queries: int, keys: int, causal: bool) -> dict[str, Any
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench attention-clean", description=__doc__)
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="python -m bench attention-clean", description=__doc__, formatter_class=raw)
+    parser.add_argument("--backend", default="reference", choices=["reference", "interpreted", "triton"], help="triton: on a GPU")
+    parser.add_argument("--dtype", default="fp32", choices=DTYPES, help="of the kernels; the reference computes in fp32")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="begin nothing new after so long")
+    parser.add_argument("--out", type=Path, help="folder of the result (default: bench/results)")
     parser.add_argument("--fresh", action="store_true")
     options = parser.parse_args(argv)
     torch.set_num_threads(1)
-    results = Results("attention-clean", fresh=options.fresh, width=WIDTH, heads=HEADS)
+    return of_kernels(options) if options.backend != "reference" else of_reference(options)
+
+
+def of_kernels(options: argparse.Namespace) -> int:
+    """Fault-free rows through the kernels, whose checks have one site: alarms, and the largest residual over bound of them all."""
+    from bench import forms, kernel_rows
+
+    results = Results(f"attention-clean-{options.backend}-{options.dtype}", fresh=options.fresh, folder=options.out)
+    policy = abft.Policy(backend=forms.backend_of(options.backend), on_uncorrected="record")  # type: ignore[arg-type]
+    shapes, heads, device = (ON_GPU, HEADS_ON_GPU, "cuda") if options.backend == "triton" else (INTERPRETED, (1, 1), "cpu")
+    families = kernel_rows.families_of(DTYPES[options.dtype])
+    todo = [(s, f, causal) for s in shapes for f in families for causal in (False, True)]
+    deadline = time.monotonic() + options.seconds
+    for i, (shape, family, causal) in enumerate(todo):
+        key = f"{family} {'x'.join(map(str, shape))}{' causal' if causal else ''}"
+        if results.find(key) is None:
+            if time.monotonic() > deadline:
+                return UNFINISHED
+            found = kernel_rows.measure("attention", family, shape, causal, DTYPES[options.dtype], policy, heads=heads, device=device)
+            results.add("cell", key=key, product="attention", family=family, shape=list(shape), causal=causal, **found)
+        results.progress(i + 1, len(todo), key)
+    print(kernel_rows.summarise(results))
+    return 0
+
+
+def of_reference(options: argparse.Namespace) -> int:
+    results = Results("attention-clean", fresh=options.fresh, folder=options.out, width=WIDTH, heads=HEADS)
     todo = [(f, q, k, causal) for f in FAMILIES for q, k in SHAPES for causal in (False, True)]
     for i, (family, queries, keys, causal) in enumerate(todo):
         key = f"{family} {queries}x{keys}{' causal' if causal else ''}"

@@ -23,13 +23,17 @@ import pytest
 from bench.results import UNFINISHED, Results
 from bench.stamp import ROOT
 
-#: What is worth most first: silence, bits, sums, faults.
+#: What is worth most first: silence, bits, sums, faults; then attention; then what surrounds them.
 FILES = (
     "test_kernel_clean", "test_twin", "test_kernel_sums", "test_kernel_faults", "test_kernel_backend", "test_decode",
-    "test_kernel_deferred", "test_descriptors", "test_arbitration", "test_kernel_integer", "test_record", "test_waves",
+    "test_attention_forward", "test_attention_backward", "test_attention_decode", "test_varlen_kernels",
+    "test_kernel_deferred", "test_descriptors", "test_arbitration", "test_independent", "test_kernel_integer", "test_residuals",
+    "test_tile_choice", "test_record", "test_waves", "test_kernel_plans",
 )  # fmt: skip
+#: Which say nothing about a device: emulated units, and the search for launch shapes without one.
+NOT_NATIVE = ("test_tensor_cores", "test_tuning")
 #: Under the sanitizer everything is some fifty times slower.
-SANITIZED = ("test_twin.py", "test_kernel_faults.py")
+SANITIZED = ("test_twin.py", "test_kernel_faults.py", "test_attention_forward.py")
 TOOLS = ("memcheck", "racecheck")
 MESSAGE = 2000  # characters of a failure that are kept
 

@@ -177,6 +177,12 @@ def test_the_summary_names_launch_shapes_that_were_faster(tmp_path) -> None:
     assert gpu_summary.measured(tmp_path)
 
 
+def test_every_test_of_the_kernels_runs_on_a_gpu_or_says_why_not() -> None:
+    files = {path.stem for path in (ROOT / "tests" / "kernels").glob("test_*.py")}
+    assert {*kernel_tests.FILES, *kernel_tests.NOT_NATIVE} == files
+    assert len(kernel_tests.FILES) + len(kernel_tests.NOT_NATIVE) == len(files)
+
+
 def test_kernel_tests_go_on_where_they_died(tmp_path) -> None:
     """A recorder that finds a test begun and never ended writes it down, and begins it no more."""
     first = Results("kernel-tests", folder=tmp_path)

@@ -78,7 +78,8 @@ class Rows(NamedTuple):
 
 
 class Bounds(NamedTuple):
-    """In units of what they are relative to: U κ of S and dP; of dQ, of dK, of dV; 48 U; of Σ P = 1; of δ; of one score, ‖q‖ ‖k‖."""
+    """In units of what they are relative to: U κ of S and dP; of dQ, of dK, of dV; 48 U; of Σ P = 1; of δ; of one score, ‖q‖ ‖k‖; of none;
+    of ‖dO‖, what δ has from elements of O below the normal numbers of its type."""
 
     s: Any
     dp: Any
@@ -90,6 +91,7 @@ class Bounds(NamedTuple):
     delta: Any
     score: Any
     absolute: Any
+    below_normal: Any
     dq_slope: Any = None  # of packed sequences dq is of no key, dk and dv of no query; these are added for each that a sequence has
     dk_slope: Any = None
     dv_slope: Any = None
@@ -202,7 +204,7 @@ def bounds_of(bounds, one):
     keys, depth = one.keys.to(tl.float32), (one.group * one.length).to(tl.float32)
     return Bounds(bounds.s, bounds.dp, bounds.dq + bounds.dq_slope * keys, bounds.dk + bounds.dk_slope * depth,
                   bounds.dv + bounds.dv_slope * depth, bounds.vanishing, bounds.total, bounds.delta, bounds.score, bounds.absolute,
-                  bounds.dq_slope, bounds.dk_slope, bounds.dv_slope)  # fmt: skip
+                  bounds.below_normal, bounds.dq_slope, bounds.dk_slope, bounds.dv_slope)  # fmt: skip
 
 
 @triton.jit
@@ -281,7 +283,7 @@ def of_queries(at_q, at_k, at_v, at_do, at_o, x, scores, k_panel, v_panel, w_key
         )  # fmt: skip
         # δ is wrong by as much as the rounding of O and of the P that multiplied V explains.
         known = reach + 2.0 * tl.abs(delta) + size
-        limit = tl.fma(known, bounds.delta + of_exponents, TINY)
+        limit = tl.fma(known, bounds.delta + of_exponents, tl.fma(o_norm, bounds.below_normal, TINY))
         pv, poisoned = _compare(pv, poisoned, vanishing, tl.where(may, vanishing, 0.0), limit, may)
         qk, poisoned = _judge_sums(qk, poisoned, acc, side, w_e, E, bounds.dq, bounds.absolute, BE, PARTS)
         _write_down(status, words, site, index, at, status.rows, qk, pv, poisoned, inside)

@@ -62,6 +62,9 @@ from .verify import CALM, POISONED, SUSPECT
 UNIT = tl.constexpr(2.0**-23)
 #: Below these a sum of scores, or of probabilities, has nothing to say.
 TINY = tl.constexpr(1e-30)
+#: By as much an fp16 number may be rounded that is below the normal ones (half of the smallest); of other types it is below TINY.
+BELOW_NORMAL = tl.constexpr(2.0**-25)
+NORMS_AT_ONCE = tl.constexpr(256)
 #: Places of faults, and the kernel they strike (a fault's eighth word): S, P, dP and dX exist in both.
 S_PLACE, P_PLACE, DP_PLACE, DS_PLACE, DQ_PLACE, DK_PLACE, DV_PLACE = (tl.constexpr(i) for i in range(16, 23))
 BY_QUERIES, BY_KEYS = tl.constexpr(0), tl.constexpr(1)
@@ -78,8 +81,7 @@ class Rows(NamedTuple):
 
 
 class Bounds(NamedTuple):
-    """In units of what they are relative to: U κ of S and dP; of dQ, of dK, of dV; 48 U; of Σ P = 1; of δ; of one score, ‖q‖ ‖k‖; of none;
-    of ‖dO‖, what δ has from elements of O below the normal numbers of its type."""
+    """In units of what they are relative to: U κ of S and dP; of dQ, of dK, of dV; 48 U; of Σ P = 1; of δ; of one score, ‖q‖ ‖k‖."""
 
     s: Any
     dp: Any
@@ -91,7 +93,6 @@ class Bounds(NamedTuple):
     delta: Any
     score: Any
     absolute: Any
-    below_normal: Any
     dq_slope: Any = None  # of packed sequences dq is of no key, dk and dv of no query; these are added for each that a sequence has
     dk_slope: Any = None
     dv_slope: Any = None
@@ -204,7 +205,7 @@ def bounds_of(bounds, one):
     keys, depth = one.keys.to(tl.float32), (one.group * one.length).to(tl.float32)
     return Bounds(bounds.s, bounds.dp, bounds.dq + bounds.dq_slope * keys, bounds.dk + bounds.dk_slope * depth,
                   bounds.dv + bounds.dv_slope * depth, bounds.vanishing, bounds.total, bounds.delta, bounds.score, bounds.absolute,
-                  bounds.below_normal, bounds.dq_slope, bounds.dk_slope, bounds.dv_slope)  # fmt: skip
+                  bounds.dq_slope, bounds.dk_slope, bounds.dv_slope)  # fmt: skip
 
 
 @triton.jit
@@ -278,12 +279,20 @@ def of_queries(at_q, at_k, at_v, at_do, at_o, x, scores, k_panel, v_panel, w_key
         may = ~is_finite(m2) | ~is_finite(inverse) | ~is_finite(delta)
         # Two evaluations of a score, the forward's and today's, differ by its rounding: an exponent of 3,600 by more than Σ P is known to.
         of_exponents = tl.fma(longest, tl.abs(scores.scale) * bounds.score, tl.abs(m2) * (2.0 * UNIT))
-        pv, poisoned = _compare(
-            pv, poisoned, total, tl.where(may, total, tl.where(l2 > 0, 1.0, 0.0)), of_exponents + bounds.total, may
-        )  # fmt: skip
+        of_total, of_delta = of_exponents + bounds.total, zero + TINY
+        if SCALED:
+            # fp16: a P beside a much larger one, or an O, below the normal numbers is rounded to a multiple of the smallest. That moves
+            # l by up to Σ_t 2⁻²⁵, and δ by 2⁻²⁵ (Σ_d |dO_d| + Σ_t |dP_t| / l), both by Cauchy and Schwarz.
+            keys = scores.keys.to(tl.float32)
+            values = _squared(v_panel, key_panel(scores, plane_of(scores, batch, head), first, BN), end - first)
+            if scores.dropped is not None:
+                values *= scores.undropped * scores.undropped
+            of_total += keys * BELOW_NORMAL * inverse
+            of_delta += o_norm * BELOW_NORMAL * tl.fma(tl.sqrt(values * keys), inverse, D**0.5)
+        pv, poisoned = _compare(pv, poisoned, total, tl.where(may, total, tl.where(l2 > 0, 1.0, 0.0)), of_total, may)
         # δ is wrong by as much as the rounding of O and of the P that multiplied V explains.
         known = reach + 2.0 * tl.abs(delta) + size
-        limit = tl.fma(known, bounds.delta + of_exponents, tl.fma(o_norm, bounds.below_normal, TINY))
+        limit = tl.fma(known, bounds.delta + of_exponents, of_delta)
         pv, poisoned = _compare(pv, poisoned, vanishing, tl.where(may, vanishing, 0.0), limit, may)
         qk, poisoned = _judge_sums(qk, poisoned, acc, side, w_e, E, bounds.dq, bounds.absolute, BE, PARTS)
         _write_down(status, words, site, index, at, status.rows, qk, pv, poisoned, inside)
@@ -294,6 +303,17 @@ def of_queries(at_q, at_k, at_v, at_do, at_o, x, scores, k_panel, v_panel, w_key
         start = dq
         out = result_rows(scores, plane, rows)[:, None] * E + e[None, :]
     tl.store(start + out, (acc * scores.scale).to(dq.dtype.element_ty), mask=inside[:, None] & (e[None, :] < E))
+
+
+@triton.jit
+def _squared(panel, first, blocks):
+    """‖X‖² of some blocks of rows."""
+    found = tl.zeros((NORMS_AT_ONCE,), tl.float32)
+    for start in tl.range(0, blocks, NORMS_AT_ONCE, num_stages=1):
+        at = start + tl.arange(0, NORMS_AT_ONCE)
+        norms = tl.load(panel.norms + first + at, mask=at < blocks, other=0.0)
+        found = tl.fma(norms, norms, found)
+    return tl.sum(found, 0)
 
 
 @triton.jit

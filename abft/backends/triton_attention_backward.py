@@ -67,11 +67,7 @@ def _bounds(arithmetic: threshold.Arithmetic, dtype: torch.dtype, keys: int, dep
     # Of ‖q‖ ‖k‖. Products that add up coherently: additions round by U/2/√3 of sums that grow to it, so by U √e/6 rms, and two
     # evaluations differ by √2 of it: 1.5 √e U is six of those. A unit that cuts off is wrong by at most U a step.
     of_score = max(1.5 * math.sqrt(e), e / arithmetic.depth)
-    # Below the normal numbers of its type O is rounded to a multiple of the smallest: by up to half of that, in D elements. With the
-    # exponents of fp32 that is below everything that is judged.
-    info = torch.finfo(dtype)
-    below_normal = 0.5 * info.smallest_normal * info.eps * math.sqrt(d) if dtype == torch.float16 else 0.0
-    sums = vanishing, rounding + vanishing, rounding + vanishing, arithmetic.unit * of_score, arithmetic.floor_abs, below_normal
+    sums = vanishing, rounding + vanishing, rounding + vanishing, arithmetic.unit * of_score, arithmetic.floor_abs
     none, one = (
         (of(keys, width=e), of(depth, width=e), of(depth, of_probabilities, width=d)) for keys, depth in ((0, 0), (1, 1))
     )

@@ -186,6 +186,23 @@ def test_no_distribution_raises_an_alarm(spread, dtype):
     assert run.worst < 0.7
 
 
+@pytest.mark.parametrize("fall", [10, 16, 20, 23, 25])
+def test_a_sink_of_no_value_hides_no_other_key_and_raises_no_alarm(fall):
+    """fp16: beside it the probabilities of all other keys, which make the output alone, are 2**-fall and less, below the normal numbers."""
+    g = torch.Generator().manual_seed(fall)
+    q, k = torch.zeros(1, 1, 32, 16), torch.randn(1, 1, 200, 16, generator=g) * 0.3
+    k[..., 0] = -fall * math.log(2) - torch.rand(200, generator=g)  # q · k / 4
+    q[..., 0], k[:, :, 0] = 4.0, 0.0
+    v = torch.randn(1, 1, 200, 16, generator=g)
+    v[:, :, 0] = 0.0
+    leaves = [t.to(harness.DEVICE, torch.float16).requires_grad_() for t in (q, k, v)]
+    abft.report(reset=True)
+    out = abft.scaled_dot_product_attention(*leaves, policy=Policy(backend="triton", on_uncorrected="record"))
+    torch.autograd.grad(out, leaves, torch.randn(out.shape, generator=g).to(out))
+    report = abft.report()
+    assert (report.detected, report.false_alarms, report.bypassed) == (0, 0, {}) and 0 < report.worst < 0.7
+
+
 # --- faults ---------------------------------------------------------------------------------------
 
 

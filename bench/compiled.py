@@ -24,12 +24,13 @@ from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from abft import ledger, policy, threshold
+from abft.attention.pages import Pages
 from abft.backends import triton as backend
-from abft.backends import triton_attention, triton_attention_backward, triton_integer
+from abft.backends import triton_attention, triton_attention_backward, triton_decode, triton_integer
 from abft.backends.call import Call
 from abft.checksum import Panel
 from abft.faults import BitOperation, Region, Strike
-from bench import twin
+from bench import kernel_text, twin
 
 #: Operand types of products, as the audit names them.
 OPERANDS = {"bf16": torch.bfloat16, "fp16": torch.float16, "tf32": torch.float32, "ieee": torch.float32, "int8": torch.int8}
@@ -173,6 +174,33 @@ def attention_gradient_launches(operands: str, architecture: int, *, columns: in
     return launches
 
 
+#: What may be asked of decoding besides: (tokens of a page, window, soft-cap).
+ASKED_OF_DECODING: dict[str, tuple[int, int | None, float | None]] = {"": (64, None, None), "everything": (32, 1024, 30.0)}
+
+
+def decoding_launches(operands: str, architecture: int, *, columns: int = 128, group: int = 8, asked: str = "", strike: bool = False,
+                      numbered: bool = True) -> list[Launch]:  # fmt: skip
+    """The launches of one checked attention of 4 sequences over pages, 2 heads of keys with ``group`` queries each, after those of its
+    unchecked twin: the same kernels without checks; and of appending to the pages. numbered: all the same to them."""
+    from abft.triton_kernels import attention_decode
+
+    dtype, (length, window, softcap) = OPERANDS[operands], ASKED_OF_DECODING[asked]
+    strikes = tuple((role, Strike("accumulator", Region(0, 1, 0, 1), BitOperation(flip=1))) for role in ("qk", "pv")) if strike else ()
+    call = triton_decode.DecodeCall(
+        torch.empty(4, 2, group, 1, columns, dtype=dtype), Pages.empty(16, length, 2, columns, columns, dtype, torch.device("cpu")).tensors(),
+        torch.zeros(4, 512, dtype=torch.int32), torch.zeros(4, dtype=torch.int32), columns**-0.5, window, softcap, policy.Policy(),
+        frozenset({"qk", "pv"}), strikes,
+    )  # fmt: skip
+    new = torch.empty(4, 2, 1, columns, dtype=dtype)
+    arithmetic = backend.ARITHMETIC.get((architecture, "ieee" if operands == "ieee" else "16-bit"), threshold.FMA_32)
+    words, site = torch.zeros(ledger.WORDS, dtype=torch.int64), torch.zeros((), dtype=torch.int64)
+    with recorded() as launches, mock.patch.object(triton_decode, "_arithmetic", lambda *_: arithmetic):
+        attention_decode.unchecked(triton_decode.plan(call))
+        triton_decode.attend(call, words, site)
+        triton_decode.append(call.pages, new, new, call.table, call.lengths, None)
+    return launches
+
+
 def _attention(operands: str, columns: int, length: int, form: str, causal: bool, asked: str) -> triton_attention.AttentionCall:
     dtype, (masked, window, softcap, dropout) = OPERANDS[operands], ASKED[asked]
     q, k = torch.empty(2, 4, 2, length, columns, dtype=dtype), torch.empty(2, 4, length, columns, dtype=dtype)
@@ -207,6 +235,16 @@ def given(launch: Launch, architecture: int) -> str:
 def given_for_amd(launch: Launch, name: str) -> str:
     """The same of one of AMD's GPUs."""
     return _given(_as_amd_takes_it(launch), _amd(name))
+
+
+def text(launch: Launch, architecture: int) -> str:
+    """What that follows from (kernel_text.py): found at once."""
+    return _text(launch, _nvidia(architecture))
+
+
+def text_for_amd(launch: Launch, name: str) -> str:
+    """The same of one of AMD's GPUs."""
+    return _text(_as_amd_takes_it(launch), _amd(name))
 
 
 def _nvidia(architecture: int) -> GPUTarget:
@@ -245,6 +283,12 @@ def _given(launch: Launch, target: GPUTarget) -> str:
     module = source.make_ir(target, parsed, compiler.get_codegen_implementation(parsed), compiler.get_module_map(), context)
     compiler.add_stages(stages, parsed, source.language)
     return f"{stages['ttir'](module, {}).str_nodebug()}\n{target}\n{parsed.hash()}"
+
+
+def _text(launch: Launch, target: GPUTarget) -> str:
+    compiler, source, options = _specialised(launch, target)
+    parsed = compiler.parse_options(options | source.parse_options())
+    return f"{kernel_text.text_of(launch.kernel)}\n{kernel_text.specialised(source)}\n{target}\n{parsed.hash()}"
 
 
 def sass(compiled: Any) -> str:

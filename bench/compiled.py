@@ -186,8 +186,9 @@ def decoding_launches(operands: str, architecture: int, *, columns: int = 128, g
 
     dtype, (length, window, softcap) = OPERANDS[operands], ASKED_OF_DECODING[asked]
     strikes = tuple((role, Strike("accumulator", Region(0, 1, 0, 1), BitOperation(flip=1))) for role in ("qk", "pv")) if strike else ()
+    pages = Pages.empty(16, length, 2, columns, columns, dtype, torch.device("cpu"))
     call = triton_decode.DecodeCall(
-        torch.empty(4, 2, group, 1, columns, dtype=dtype), Pages.empty(16, length, 2, columns, columns, dtype, torch.device("cpu")).tensors(),
+        torch.empty(4, 2, group, 1, columns, dtype=dtype), pages.tensors(),
         torch.zeros(4, 512, dtype=torch.int32), torch.zeros(4, dtype=torch.int32), columns**-0.5, window, softcap, policy.Policy(),
         frozenset({"qk", "pv"}), strikes,
     )  # fmt: skip

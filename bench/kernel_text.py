@@ -80,8 +80,9 @@ def _is_kernel(value: Any) -> bool:
 
 def _read(tree: ast.Module, function: FunctionType) -> Iterator[tuple[str, Any]]:
     """What a function reads outside of itself, each with a name, in a fixed order."""
-    names = [node for node in ast.walk(tree) if isinstance(node, ast.Name)]
-    own = {node.id for node in names if isinstance(node.ctx, ast.Store)} | {node.arg for node in ast.walk(tree) if isinstance(node, ast.arg)}
+    nodes = list(ast.walk(tree))
+    names = [node for node in nodes if isinstance(node, ast.Name)]
+    own = {node.id for node in names if isinstance(node.ctx, ast.Store)} | {node.arg for node in nodes if isinstance(node, ast.arg)}
     outside = dict(function.__globals__)
     outside.update(inspect.getclosurevars(function).nonlocals)
     for name in sorted({node.id for node in names} - own):

@@ -210,6 +210,16 @@ def test_an_element_of_a_page_that_changed_is_named_and_put_back(role, dtype):
     silent()
 
 
+def test_an_element_put_back_mends_rows_that_were_within_their_bounds_too():
+    one = Decoding(heads=1, length=1, lengths=[40])
+    one.query[0, :, 0] = one.keys[0, 0, 37] * torch.tensor([[3.0], [-0.7]])  # one looks there, the other away from there
+    fault = abft.inject.Fault("bitflip", "weight", role="pv", bit=23, index=(_position(one, 0), 3))
+    told = struck(one, fault, policy=QUIET.replace(level="detect"))
+    assert [(e.row, e.rows) for e in told[2].events] == [(0, 1)] and (told[1] != told[0]).any(-1).all()
+    clean, out, r, _ = struck(one, fault)
+    assert torch.equal(out, clean) and r.reconstructed == r.detected == 1
+
+
 def test_two_elements_of_a_token_cannot_be_put_back_and_are_said():
     one = Decoding()
     one.cache.k.view(torch.int32)[_position(one) // 16, 37 % 16, 1, 2:4] ^= 1 << 29

@@ -134,14 +134,17 @@ def _integer_launches(call: Call, architecture: int) -> list[Launch]:
 #: What a model may ask of attention besides: (dtype of a mask, window, soft-cap, dropout). What the interpreter runs need not compile.
 ASKED: dict[str, tuple[torch.dtype | None, int | None, float | None, float]] = {
     "": (None, None, None, 0.0), "everything": (torch.bool, 1024, 30.0, 0.1), "added": (torch.float32, None, None, 0.0),
+    "packed": (None, None, None, 0.0),
 }  # fmt: skip
+#: Of "packed": sequences, and tokens of the longest.
+PACKED, LONGEST = 7, 1024
 
 
 def attention_launches(operands: str, architecture: int, *, columns: int = 128, length: int = 4096, form: str = "full", causal: bool = True,
                        asked: str = "", strike: bool = False, numbered: bool = True) -> list[Launch]:  # fmt: skip
     """The launches of one checked attention of 2 × 8 heads, two to each of keys, and before it its unchecked twin.
 
-    columns: of every head. asked: of ASKED. numbered: as in ``launches_of``.
+    columns: of every head. asked: of ASKED; "packed": sequences one after the other, without a twin. numbered: as in ``launches_of``.
     """
     from abft.triton_kernels import attention_forward, configs
 
@@ -153,7 +156,8 @@ def attention_launches(operands: str, architecture: int, *, columns: int = 128, 
     words, site = torch.zeros(ledger.WORDS, dtype=torch.int64), torch.zeros((), dtype=torch.int64)
     on_the_device = mock.patch.object(backend, "_numbered", lambda device: numbered)
     with recorded() as launches, on_the_device, mock.patch.object(triton_attention, "_choice", lambda *_: choice):
-        twin.attend(triton_attention.plan(call))
+        if call.sequences is None:
+            twin.attend(triton_attention.plan(call))
         triton_attention.attend(call, words, site)
     return launches
 
@@ -169,7 +173,7 @@ def attention_gradient_launches(operands: str, architecture: int, *, columns: in
     )
     words, site = torch.zeros(ledger.WORDS, dtype=torch.int64), torch.zeros((), dtype=torch.int64)
     with recorded() as launches, mock.patch.object(backend, "family_of", lambda device: architecture), _as_if_on_a_gpu():
-        for roles in (frozenset(), call.roles):
+        for roles in (frozenset(), call.roles) if call.sequences is None else (call.roles,):
             triton_attention_backward.gradients(replace(call, roles=roles), given, words, site, hits)
     return launches
 
@@ -204,11 +208,13 @@ def decoding_launches(operands: str, architecture: int, *, columns: int = 128, g
 
 def _attention(operands: str, columns: int, length: int, form: str, causal: bool, asked: str) -> triton_attention.AttentionCall:
     dtype, (masked, window, softcap, dropout) = OPERANDS[operands], ASKED[asked]
-    q, k = torch.empty(2, 4, 2, length, columns, dtype=dtype), torch.empty(2, 4, length, columns, dtype=dtype)
+    batch = 1 if asked == "packed" else 2
+    q, k = torch.empty(batch, 4, 2, length, columns, dtype=dtype), torch.empty(batch, 4, length, columns, dtype=dtype)
     mask = None if masked is None else torch.empty(2, 1, 1, length, length, dtype=masked)
+    cu = torch.zeros(PACKED + 1, dtype=torch.int32)
     return triton_attention.AttentionCall(
         q, k, torch.empty_like(k), mask, 2**40, columns**-0.5, causal, 0, window, softcap, dropout, policy.Policy(panel=form),  # type: ignore[arg-type]
-        frozenset({"qk", "pv"}),
+        frozenset({"qk", "pv"}), sequences=triton_attention.Sequences(cu, cu, LONGEST, LONGEST) if asked == "packed" else None,
     )  # fmt: skip
 
 

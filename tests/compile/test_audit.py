@@ -216,16 +216,17 @@ NARROW = [(arch, f"{what}{size}", kind) for arch in ("sm_80", "sm_90") for what 
 
 @pytest.mark.parametrize("case", ["attention", "gradient"])
 def test_whatever_a_model_asks_of_attention_compiles(table, case):
-    """Masks of either kind, a window, a soft-cap, dropout: what the interpreter runs need not (attention_scores.mask)."""
-    for asked in ("", " whole", " everything", " added"):
+    """Masks of either kind, a window, a soft-cap, dropout, packed sequences: what the interpreter runs need not (attention_scores.mask)."""
+    for asked in ("", " whole", " everything", " added", " packed"):
         assert {r["kernel"] for r in select(table, "sm_90", case + asked, "bf16")} == (ATTENTION if case == "attention" else GRADIENT)
 
 
-@pytest.mark.parametrize("case", ["attention 64", "attention", "gradient 64", "gradient"])
+@pytest.mark.parametrize("case", ["attention 64", "attention", "attention packed", "gradient 64", "gradient", "gradient packed"])
 def test_what_every_attention_launches_does_not_spill_on_hopper(table, case):
     """Repetitions may: they are rarely more than an early exit. Their spills are in the audit."""
     rows = select(table, "sm_90", case, "bf16", ["checked_attention", "attention_dq", "attention_dkv"])
-    assert len(rows) == (2 if "attention" in case else 4)  # unchecked and checked
+    of_each = 1 if "packed" in case else 2  # unchecked and checked
+    assert len(rows) == of_each * (1 if "attention" in case else 2)
     for r in rows:
         assert r["spills"] == r["local"] == 0 and r["registers"] <= 255 and r["blocks"] >= 1, r
 

@@ -51,7 +51,8 @@ class Launch:
     @property
     def config(self) -> dict[str, Any]:
         """What the launch was compiled with, but for types and alignments."""
-        return {k: v for k, v in self.kwargs.items() if k.isupper() or k in ("num_warps", "num_stages")}
+        asked = {k: v for k, v in self.kwargs.items() if k.isupper() or k in ("num_warps", "num_stages")}
+        return {k: v if v is None or isinstance(v, (int, float, str)) else type(v).__name__ for k, v in asked.items()}
 
 
 @contextlib.contextmanager

@@ -15,8 +15,9 @@ from abft import policy as policies
 from abft.nn.checked import Checked, InterfacedForward, ScopedForward
 from abft.ops.attention import attention, attention_backward
 from abft.ops.checked import product
-from abft.ops.flops import attention_parts, int_product_flops, varlen_parts
+from abft.ops.flops import attention_parts, int_product_flops, paged_parts, varlen_parts
 from abft.ops.integer import int_product
+from abft.ops.paged import paged_attention
 from abft.ops.varlen import varlen_attention, varlen_attention_backward
 
 
@@ -186,7 +187,7 @@ class _FlopShare(TorchDispatchMode):
 
 def _shares(func: Any, args: tuple[Any, ...], flops: int) -> list[int]:
     """The checked parts of a checked operator's FLOPs."""
-    if func not in (product, int_product, attention, attention_backward, varlen_attention, varlen_attention_backward):
+    if func not in (product, int_product, attention, attention_backward, varlen_attention, varlen_attention_backward, paged_attention):
         return []
     last = max(i for i, a in enumerate(args) if isinstance(a, str))  # of a backward an output of the forward may follow
     policy = plans.planned(policies.decode(args[last]), sites.index_of(args[last - 1 if func is not product else last - 2]))
@@ -197,7 +198,7 @@ def _shares(func: Any, args: tuple[Any, ...], flops: int) -> list[int]:
         return []
     if func in (product, int_product):
         return [flops] if (args[-2] if func is product else "fprop") in policy.roles else []
-    direction = "fprop" if func in (attention, varlen_attention) else "dgrad"
+    direction = "fprop" if func in (attention, varlen_attention, paged_attention) else "dgrad"
     parts = _parts(func, args, direction == "dgrad")
     return [part // policy.every for role, part in parts.items() if policy.roles & {role, direction}]
 
@@ -208,6 +209,8 @@ def _parts(func: Any, args: tuple[Any, ...], backward: bool) -> dict[str, int]:
         return varlen_parts(*args[:7], backward=backward)
     if func is varlen_attention_backward:
         return varlen_parts(*args[1:6], *args[7:9], backward=backward)  # between them: the forward's statistics
+    if func is paged_attention:
+        return paged_parts(*args[:3], *args[8:10])
     query, key, value = args[2:5] if backward else args[:3]
     return attention_parts(query.shape, key.shape, value.shape, backward=backward)
 

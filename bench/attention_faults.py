@@ -2,6 +2,7 @@
 
     python -m bench attention-faults [--trials N]
     python -m bench attention-faults --emulated bf16        the Triton kernels, interpreted on emulated tensor cores (emulated_units.py)
+    python -m bench attention-faults --decode …             attention over pages instead (decoding_faults.py)
 
 Kinds: nullification, flips of one and two random bits, ±2^k, non-finite; single elements, warp strides, fragments, rows. Harmful: the
 worst row of the struck product (of P and l: of O, or in the backward dV; of dS: of dS itself) changes by 1e-3 of its L2 norm or more.
@@ -12,6 +13,7 @@ whose bounds begin there).
 from __future__ import annotations
 
 import argparse
+import sys
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -103,16 +105,26 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--trials", type=int, default=500, help="per place")
     parser.add_argument("--fresh", action="store_true")
     parser.add_argument("--emulated", choices=["bf16", "fp16"], help="the kernels, on emulated tensor cores of an H100")
+    parser.add_argument("--decode", action="store_true", help="attention over pages: of the step, of the pages, of what they remember")
     options = parser.parse_args(argv)
+    from bench import decoding_faults  # which reads this module
+
     torch.set_num_threads(1)
-    case, unit, name = ON_THE_HOST, nullcontext(), "attention-faults"
+    which: Any = decoding_faults if options.decode else sys.modules[__name__]
+    case, unit, places = which.ON_THE_HOST, nullcontext(), list(which.PLACES)
+    name = "attention-faults" + "-decode" * options.decode
     if options.emulated:
-        case = emulated({"bf16": torch.bfloat16, "fp16": torch.float16}[options.emulated])
-        unit, name = emulated_units.tensor_cores(tensor_core.load(), 90), f"attention-faults-emulated-{options.emulated}"
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[options.emulated]
+        case = decoding_faults.emulated(dtype, forms.backend_of("interpreted")) if options.decode else emulated(dtype)
+        places += decoding_faults.IN_LAUNCHES if options.decode else ()
+        unit, name = emulated_units.tensor_cores(tensor_core.load(), 90), f"{name}-emulated-{options.emulated}"
     results = Results(name, fresh=options.fresh, trials=options.trials)
-    with unit:
-        for i, place in enumerate(PLACES):
+    parts = decoding_faults.in_two_parts() if options.decode and options.emulated else nullcontext()
+    with unit, parts:
+        for i, place in enumerate(places):
             if results.find(place) is None:
-                print(results.add("place", key=place, role=PLACES[place], **of_place(case, place, options.trials)))
-            results.progress(i + 1, len(PLACES), place)
+                role = which.PLACES.get(place, "pv")
+                role = role[-1] if options.decode and place in which.PLACES else role
+                print(results.add("place", key=place, role=role, **which.of_place(case, place, options.trials)), flush=True)
+            results.progress(i + 1, len(places), place)
     return 0

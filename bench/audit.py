@@ -15,10 +15,11 @@ A kernel enters the audit when a case launches it. A row is one launch of a case
                  of a product what one step in K takes and what one tile takes besides, of attention what one block of keys takes
                  (or of queries), where some are hidden and where none is
     source       a hash of the kernel in Triton's IR, of its options, and of what reads these numbers (compiled.py, anatomy.py)
+    text         a hash of the kernel's text and of what its launch was specialised for, which that IR follows from (kernel_text.py)
 
-Counts are of instructions as they stand: one that is skipped or repeated at run time counts once. A kernel whose source stands in the
-committed audit of the same Triton has its numbers from there: what the compiler is given is what it was given then. ``--afresh``
-compiles everything. What was stopped goes on where it was.
+Counts are of instructions as they stand: one that is skipped or repeated at run time counts once. A kernel whose text or, of another
+text, whose source stands in the committed audit of the same Triton has its numbers from there: what the compiler is given is what it was
+given then. ``--afresh`` compiles everything. What was stopped goes on where it was.
 """
 
 from __future__ import annotations
@@ -64,6 +65,7 @@ class Case:
 #: Attention is left to torch on Blackwell (docs/decisions/0048); AMD's GPUs were not tried.
 ATTENTION = {"launches": compiled.attention_launches, "arches": ("80", "90")}
 GRADIENT = {"launches": compiled.attention_gradient_launches, "arches": ("80", "90")}
+DECODING = {"launches": compiled.decoding_launches, "arches": ("80", "90", "100")}
 #: Types of attention's operands, of its commonest cases and of others.
 THREE, TWO, ONE = ("bf16", "fp16", "ieee"), ("bf16", "ieee"), ("bf16",)
 #: What is audited; a new kernel takes one line here. m = n = k = 4096 with bias unless said otherwise. A short N has a narrow panel
@@ -98,6 +100,7 @@ CASES = (
     Case("attention whole", {"causal": False}, ONE, **ATTENTION),
     Case("attention everything", {"asked": "everything"}, ONE, **ATTENTION),
     Case("attention added", {"asked": "added"}, ONE, **ATTENTION),
+    Case("attention packed", {"columns": 64, "asked": "packed"}, ONE, **ATTENTION),
     Case("gradient 64", {"columns": 64}, THREE, **GRADIENT),
     Case("gradient 96", {"columns": 96}, ONE, **GRADIENT),
     Case("gradient", {}, THREE, **GRADIENT),
@@ -105,12 +108,16 @@ CASES = (
     Case("gradient whole", {"causal": False}, ONE, **GRADIENT),
     Case("gradient everything", {"asked": "everything"}, ONE, **GRADIENT),
     Case("gradient added", {"asked": "added"}, ONE, **GRADIENT),
+    Case("gradient packed", {"columns": 64, "asked": "packed"}, ONE, **GRADIENT),
+    Case("decode 64", {"columns": 64, "group": 1}, ONE, **DECODING),
+    Case("decode", {}, TWO, **DECODING),
+    Case("decode everything", {"asked": "everything", "group": 17}, ONE, **DECODING),
 )
 #: Hopper is audited in full, other GPUs in the commonest cases.
 IN_FULL = "90"
 ELSEWHERE = {
     "full": OPERANDS, "half": ("bf16", "fp16"), "deferred": FLOATS, "second": ("bf16", "tf32"), "third": ("bf16",),
-    "attention 64": THREE, "attention": THREE, "gradient 64": THREE, "gradient": THREE,
+    "attention 64": THREE, "attention": THREE, "gradient 64": THREE, "gradient": THREE, "decode": ONE,
 }  # fmt: skip
 #: For AMD only that the kernels build, with the configs of older GPUs: nothing is claimed of their arithmetic.
 AMD_CASES, AMD_OPERANDS = ("full",), ("bf16", "ieee")
@@ -119,31 +126,40 @@ AMD_CASES, AMD_OPERANDS = ("full",), ("bf16", "ieee")
 # --- the table ------------------------------------------------------------------------------------
 
 
-#: source → numbers, in every process.
+#: Hash of a text or of a source → numbers, in every process.
 _known: dict[str, Row] = {}
 
 
 def known(table: Iterable[Row]) -> dict[str, Row]:
-    """The numbers of kernels by their source."""
-    return {row["source"]: {key: value for key, value in row.items() if key not in NAMES} for row in table if "source" in row}
+    """The numbers of kernels by their text and by their source."""
+    numbers = [{key: value for key, value in row.items() if key not in NAMES} for row in table]
+    return {one[key]: one for one in numbers for key in ("text", "source") if key in one}
 
 
-def rows(arch: str, operands: str, case: Case) -> list[Row]:
-    """The launches of a case, in stream order."""
+def rows(arch: str, operands: str, case: Case, kernels: list[str] | None = None) -> list[Row]:
+    """The launches of a case, in stream order; ``kernels``: only these."""
     amd = not arch.isdecimal()
     found = []
     for launch in case.launches(operands, 80 if amd else int(arch), **case.shape, numbered=not amd):
+        if kernels is not None and launch.name not in kernels:
+            continue
         name = {"kernel": launch.name, "case": case.name, "operands": operands, "arch": arch if amd else f"sm_{arch}"}
         found.append({**name, "config": launch.config, **_numbers(launch, arch, amd)})
     return found
 
 
 def _numbers(launch: Launch, arch: str, amd: bool) -> Row:
-    given = compiled.given_for_amd(launch, arch) if amd else compiled.given(launch, int(arch))
-    source = hashlib.sha256((given + anatomy.method()).encode()).hexdigest()[:16]
-    if source not in _known:
-        _known[source] = (anatomy.amd_row(launch, arch) if amd else anatomy.nvidia_row(launch, int(arch))) | {"source": source}
-    return _known[source]
+    text = _hash(compiled.text_for_amd(launch, arch) if amd else compiled.text(launch, int(arch)))
+    if text not in _known:
+        source = _hash(compiled.given_for_amd(launch, arch) if amd else compiled.given(launch, int(arch)))
+        if source not in _known:
+            _known[source] = (anatomy.amd_row(launch, arch) if amd else anatomy.nvidia_row(launch, int(arch))) | {"source": source}
+        _known[text] = _known[source] | {"text": text}
+    return _known[text]
+
+
+def _hash(of: str) -> str:
+    return hashlib.sha256((of + anatomy.method()).encode()).hexdigest()[:16]
 
 
 def work(arches: Iterable[str], names: Iterable[str], operands: Iterable[str]) -> Iterator[tuple[str, str, Case]]:
@@ -157,10 +173,12 @@ def work(arches: Iterable[str], names: Iterable[str], operands: Iterable[str]) -
                 yield arch, kind, case
 
 
-def compile_all(todo: list[tuple[str, str, Case]], jobs: int, have: dict[str, Row]) -> Iterator[Row]:
-    """The rows, in order; ``have``: numbers that need not be found again."""
+def compile_all(
+    todo: list[tuple[str, str, Case]], jobs: int, have: dict[str, Row], kernels: list[str] | None = None
+) -> Iterator[Row]:
+    """The rows, in order; ``have``: numbers that need not be found again; ``kernels``: only these."""
     with concurrent.futures.ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), _known.update, (have,)) as pool:
-        for found in pool.map(rows, *zip(*todo, strict=True)):
+        for found in pool.map(rows, *zip(*todo, strict=True), itertools.repeat(kernels)):
             yield from found
 
 
@@ -182,6 +200,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--arch", action="append", choices=ARCHITECTURES, help="only these; default: all")
     parser.add_argument("--case", action="append", choices=[case.name for case in CASES], help="only these; default: all")
     parser.add_argument("--operands", action="append", choices=OPERANDS, help="only these; default: all")
+    parser.add_argument("--kernel", action="append", metavar="NAME", help="with --compare only these; default: all")
     parser.add_argument("--compare", action="store_true", help="write nothing; say what differs from the committed audit")
     parser.add_argument("--afresh", action="store_true", help="compile what the committed audit knows, too")
     parser.add_argument("--out", type=Path, help="folder of the result; needed for a part of the table")
@@ -190,6 +209,8 @@ def main(argv: list[str]) -> int:
     partial = options.arch or options.case or options.operands
     if partial and not options.compare and options.out is None:
         parser.error("a part of the table would take the place of the whole: name another folder with --out, or --compare")
+    if options.kernel and not options.compare:
+        parser.error("--kernel needs --compare: a case is written with all of its kernels")
     todo = list(work(options.arch or ARCHITECTURES, options.case or [case.name for case in CASES], options.operands or OPERANDS))
     if not todo:
         parser.error(f"nothing is audited for this choice (on AMD only cases {AMD_CASES} and operands {AMD_OPERANDS})")
@@ -197,7 +218,7 @@ def main(argv: list[str]) -> int:
     unfinished = (options.out or committed.parent) / f"unfinished-{committed.name}"  # of a run that was stopped
     have = {} if options.afresh else known(audited.rows(committed)) | known(audited.rows(unfinished))
     if options.compare:
-        return _compare([json.loads(dump(row)) for row in compile_all(todo, options.jobs, have)])
+        return _compare([json.loads(dump(row)) for row in compile_all(todo, options.jobs, have, options.kernel)], options.kernel)
     results = Results(unfinished.stem, fresh=True, folder=options.out, triton=triton.__version__, kernels=sources(),
                       shape="m = n = k = 4096 with bias; attention 2 × 8 heads of 4096 × 128; unless the case says otherwise",
                       cases={case.name: case.shape for case in CASES})  # fmt: skip
@@ -207,8 +228,8 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def _compare(fresh: list[Row]) -> int:
-    committed = audited.rows(audited.path(triton.__version__))
+def _compare(fresh: list[Row], kernels: list[str] | None) -> int:
+    committed = [row for row in audited.rows(audited.path(triton.__version__)) if kernels is None or row["kernel"] in kernels]
     if not committed:
         print(f"Triton {triton.__version__} was never audited: {audited.ADVICE}", file=sys.stderr)
         return 1

@@ -24,12 +24,13 @@ from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from abft import ledger, policy, threshold
+from abft.attention.pages import Pages
 from abft.backends import triton as backend
-from abft.backends import triton_attention, triton_attention_backward, triton_integer
+from abft.backends import triton_attention, triton_attention_backward, triton_decode, triton_integer
 from abft.backends.call import Call
 from abft.checksum import Panel
 from abft.faults import BitOperation, Region, Strike
-from bench import twin
+from bench import kernel_text, twin
 
 #: Operand types of products, as the audit names them.
 OPERANDS = {"bf16": torch.bfloat16, "fp16": torch.float16, "tf32": torch.float32, "ieee": torch.float32, "int8": torch.int8}
@@ -50,7 +51,8 @@ class Launch:
     @property
     def config(self) -> dict[str, Any]:
         """What the launch was compiled with, but for types and alignments."""
-        return {k: v for k, v in self.kwargs.items() if k.isupper() or k in ("num_warps", "num_stages")}
+        asked = {k: v for k, v in self.kwargs.items() if k.isupper() or k in ("num_warps", "num_stages")}
+        return {k: v if v is None or isinstance(v, (int, float, str)) else type(v).__name__ for k, v in asked.items()}
 
 
 @contextlib.contextmanager
@@ -133,14 +135,17 @@ def _integer_launches(call: Call, architecture: int) -> list[Launch]:
 #: What a model may ask of attention besides: (dtype of a mask, window, soft-cap, dropout). What the interpreter runs need not compile.
 ASKED: dict[str, tuple[torch.dtype | None, int | None, float | None, float]] = {
     "": (None, None, None, 0.0), "everything": (torch.bool, 1024, 30.0, 0.1), "added": (torch.float32, None, None, 0.0),
+    "packed": (None, None, None, 0.0),
 }  # fmt: skip
+#: Of "packed": sequences, and tokens of the longest.
+PACKED, LONGEST = 7, 1024
 
 
 def attention_launches(operands: str, architecture: int, *, columns: int = 128, length: int = 4096, form: str = "full", causal: bool = True,
                        asked: str = "", strike: bool = False, numbered: bool = True) -> list[Launch]:  # fmt: skip
     """The launches of one checked attention of 2 × 8 heads, two to each of keys, and before it its unchecked twin.
 
-    columns: of every head. asked: of ASKED. numbered: as in ``launches_of``.
+    columns: of every head. asked: of ASKED; "packed": sequences one after the other, without a twin. numbered: as in ``launches_of``.
     """
     from abft.triton_kernels import attention_forward, configs
 
@@ -152,7 +157,8 @@ def attention_launches(operands: str, architecture: int, *, columns: int = 128, 
     words, site = torch.zeros(ledger.WORDS, dtype=torch.int64), torch.zeros((), dtype=torch.int64)
     on_the_device = mock.patch.object(backend, "_numbered", lambda device: numbered)
     with recorded() as launches, on_the_device, mock.patch.object(triton_attention, "_choice", lambda *_: choice):
-        twin.attend(triton_attention.plan(call))
+        if call.sequences is None:
+            twin.attend(triton_attention.plan(call))
         triton_attention.attend(call, words, site)
     return launches
 
@@ -168,18 +174,48 @@ def attention_gradient_launches(operands: str, architecture: int, *, columns: in
     )
     words, site = torch.zeros(ledger.WORDS, dtype=torch.int64), torch.zeros((), dtype=torch.int64)
     with recorded() as launches, mock.patch.object(backend, "family_of", lambda device: architecture), _as_if_on_a_gpu():
-        for roles in (frozenset(), call.roles):
+        for roles in (frozenset(), call.roles) if call.sequences is None else (call.roles,):
             triton_attention_backward.gradients(replace(call, roles=roles), given, words, site, hits)
+    return launches
+
+
+#: What may be asked of decoding besides: (tokens of a page, window, soft-cap).
+ASKED_OF_DECODING: dict[str, tuple[int, int | None, float | None]] = {"": (64, None, None), "everything": (32, 1024, 30.0)}
+
+
+def decoding_launches(operands: str, architecture: int, *, columns: int = 128, group: int = 8, asked: str = "", strike: bool = False,
+                      numbered: bool = True) -> list[Launch]:  # fmt: skip
+    """The launches of one checked attention of 4 sequences over pages, 2 heads of keys with ``group`` queries each, after those of its
+    unchecked twin: the same kernels without checks; and of appending to the pages. numbered: all the same to them."""
+    from abft.triton_kernels import attention_decode
+
+    dtype, (length, window, softcap) = OPERANDS[operands], ASKED_OF_DECODING[asked]
+    strikes = tuple((role, Strike("accumulator", Region(0, 1, 0, 1), BitOperation(flip=1))) for role in ("qk", "pv")) if strike else ()
+    pages = Pages.empty(16, length, 2, columns, columns, dtype, torch.device("cpu"))
+    call = triton_decode.DecodeCall(
+        torch.empty(4, 2, group, 1, columns, dtype=dtype), pages.tensors(),
+        torch.zeros(4, 512, dtype=torch.int32), torch.zeros(4, dtype=torch.int32), columns**-0.5, window, softcap, policy.Policy(),
+        frozenset({"qk", "pv"}), strikes,
+    )  # fmt: skip
+    new = torch.empty(4, 2, 1, columns, dtype=dtype)
+    arithmetic = backend.ARITHMETIC.get((architecture, "ieee" if operands == "ieee" else "16-bit"), threshold.FMA_32)
+    words, site = torch.zeros(ledger.WORDS, dtype=torch.int64), torch.zeros((), dtype=torch.int64)
+    with recorded() as launches, mock.patch.object(triton_decode, "_arithmetic", lambda *_: arithmetic):
+        attention_decode.unchecked(triton_decode.plan(call))
+        triton_decode.attend(call, words, site)
+        triton_decode.append(call.pages, new, new, call.table, call.lengths, None)
     return launches
 
 
 def _attention(operands: str, columns: int, length: int, form: str, causal: bool, asked: str) -> triton_attention.AttentionCall:
     dtype, (masked, window, softcap, dropout) = OPERANDS[operands], ASKED[asked]
-    q, k = torch.empty(2, 4, 2, length, columns, dtype=dtype), torch.empty(2, 4, length, columns, dtype=dtype)
+    batch = 1 if asked == "packed" else 2
+    q, k = torch.empty(batch, 4, 2, length, columns, dtype=dtype), torch.empty(batch, 4, length, columns, dtype=dtype)
     mask = None if masked is None else torch.empty(2, 1, 1, length, length, dtype=masked)
+    cu = torch.zeros(PACKED + 1, dtype=torch.int32)
     return triton_attention.AttentionCall(
         q, k, torch.empty_like(k), mask, 2**40, columns**-0.5, causal, 0, window, softcap, dropout, policy.Policy(panel=form),  # type: ignore[arg-type]
-        frozenset({"qk", "pv"}),
+        frozenset({"qk", "pv"}), sequences=triton_attention.Sequences(cu, cu, LONGEST, LONGEST) if asked == "packed" else None,
     )  # fmt: skip
 
 
@@ -207,6 +243,16 @@ def given(launch: Launch, architecture: int) -> str:
 def given_for_amd(launch: Launch, name: str) -> str:
     """The same of one of AMD's GPUs."""
     return _given(_as_amd_takes_it(launch), _amd(name))
+
+
+def text(launch: Launch, architecture: int) -> str:
+    """What that follows from (kernel_text.py): found at once."""
+    return _text(launch, _nvidia(architecture))
+
+
+def text_for_amd(launch: Launch, name: str) -> str:
+    """The same of one of AMD's GPUs."""
+    return _text(_as_amd_takes_it(launch), _amd(name))
 
 
 def _nvidia(architecture: int) -> GPUTarget:
@@ -245,6 +291,12 @@ def _given(launch: Launch, target: GPUTarget) -> str:
     module = source.make_ir(target, parsed, compiler.get_codegen_implementation(parsed), compiler.get_module_map(), context)
     compiler.add_stages(stages, parsed, source.language)
     return f"{stages['ttir'](module, {}).str_nodebug()}\n{target}\n{parsed.hash()}"
+
+
+def _text(launch: Launch, target: GPUTarget) -> str:
+    compiler, source, options = _specialised(launch, target)
+    parsed = compiler.parse_options(options | source.parse_options())
+    return f"{kernel_text.text_of(launch.kernel)}\n{kernel_text.specialised(source)}\n{target}\n{parsed.hash()}"
 
 
 def sass(compiled: Any) -> str:

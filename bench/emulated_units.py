@@ -33,7 +33,7 @@ def tensor_cores(core: TensorCore, architecture: int) -> Iterator[None]:
     from triton.runtime.interpreter import InterpreterBuilder
 
     from abft.backends import triton as backend
-    from abft.backends import triton_attention, triton_attention_backward
+    from abft.backends import triton_attention, triton_attention_backward, triton_decode
 
     builder: dict[str, Any] = {
         "create_dot": _dot_of(core, ARCHITECTURES[architecture]),
@@ -55,11 +55,13 @@ def tensor_cores(core: TensorCore, architecture: int) -> Iterator[None]:
         stack.enter_context(mock.patch.object(triton_attention, "_choice", choice))
         stack.enter_context(mock.patch.object(attention_gradients, "config_for", config_for))
         stack.enter_context(mock.patch.dict(backend.ARITHMETIC, {(None, "16-bit"): arithmetic}))
+        triton_decode._arithmetic.cache_clear()
         triton_attention_backward._bounds.cache_clear()
         backend.plan.cache_clear()
         try:
             yield
         finally:
+            triton_decode._arithmetic.cache_clear()
             triton_attention_backward._bounds.cache_clear()
             backend.plan.cache_clear()
 

@@ -191,6 +191,7 @@ def _found(s: Record) -> str:
 def attention_faults(page: str) -> str:
     def row(f: File, r: Record) -> tuple[object, ...]:
         where = f"kernels, {f.arithmetic} on emulated tensor cores" if "emulated" in f.name else "CPU, fp32"
+        where = f"over pages: {where}" if "decode" in f.name else where
         return (
             where, r["key"], f"{r['trials']:,}", f"{r['harmful']:,}", _found(r), small(r["largest_missed"]),
             f"{share(r['repaired_bit_equal'], r['detected'])} of {r['detected']:,}", r["false_alarms"], f.link(page),
@@ -620,7 +621,10 @@ def _products() -> Iterator[tuple[File, Record, Record]]:
 
 
 #: A kernel of attention, and the one that computes its suspect blocks again.
-AGAIN = {"checked_attention": "settle_attention", "attention_dq": "attention_dq_again", "attention_dkv": "attention_dkv_again"}
+AGAIN = {
+    "checked_attention": "settle_attention", "attention_dq": "attention_dq_again", "attention_dkv": "attention_dkv_again",
+    "decode_part": "part_again",
+}  # fmt: skip
 
 
 def attention_audit(page: str) -> str:
@@ -632,10 +636,10 @@ def attention_audit(page: str) -> str:
             found.setdefault((r["arch"], r["case"], r["operands"], r["kernel"]), []).append(r)
         for (arch, case, operands, kernel), launches in found.items():
             if kernel in AGAIN:
-                twin, r = launches
+                twin, r = launches if len(launches) == 2 else ({}, *launches)  # packed sequences have none
                 (again,) = found[arch, case, operands, AGAIN[kernel]]
-                steps = " → ".join(str(one["tiles"][0]["step"]["issued"]) if one["tiles"] else "–" for one in (twin, r))
-                tile = f"{r['config']['BM']} × {r['config']['BN']}"
+                steps = " → ".join(str(one["tiles"][0]["step"]["issued"]) if one.get("tiles") else "–" for one in (twin, r))
+                tile = f"{r['config']['BM']} × {r['config'].get('BN') or r['config']['LENGTH']}"
                 rows.append((arch, case, operands, kernel, tile, _beside(twin, r, "registers"), r["local"], again["local"],
                              _beside(twin, r, "blocks"), steps, _triton(f), f.link(page)))  # fmt: skip
     header = (
@@ -646,7 +650,7 @@ def attention_audit(page: str) -> str:
 
 
 def _beside(twin: Record, r: Record, what: str) -> str:
-    return f"{twin[what]} → {r[what]}" if what in r else "–"
+    return f"{twin.get(what, '–')} → {r[what]}" if what in r else "–"
 
 
 def _triton(f: File) -> str:

@@ -8,6 +8,7 @@ import platform
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ import torch
 
 import abft
 from abft import checksum, threshold
-from bench import campaign, clean, emulated, emulated_faults, emulator, families, intervals, results, stamp
+from bench import campaign, clean, decoding_faults, emulated, emulated_faults, emulator, families, intervals, results, stamp
 
 ROOT = Path(__file__).resolve().parents[1]
 DTYPES = ("fp32", "bf16", "fp16")
@@ -315,3 +316,17 @@ def test_equal_rows_of_a_weight_raise_no_alarm(width: int) -> None:
     report = abft.report(reset=True)
     assert report.false_alarms == report.detected == 0
     assert report.worst < 0.9
+
+
+# --- attention over pages --------------------------------------------------------------------------------
+
+
+def test_the_campaign_over_pages_finds_what_is_checked_and_misses_what_is_not() -> None:
+    checked = decoding_faults.ON_THE_HOST
+    for struck in ("O", "V in pages"):
+        found = decoding_faults.of_place(checked, struck, 10)
+        assert found["harmful_detected"] == found["harmful"] > 0 and found["false_alarms"] == 0 and found["largest_missed"] < 1e-3
+        assert found == decoding_faults.of_place(checked, struck, 10)
+    blind = replace(checked, policy=checked.policy.replace(level="off"))
+    missed = decoding_faults.of_place(blind, "O", 10)
+    assert missed["harmful"] > 0 == missed["detected"] and missed["largest_missed"] > 1e-3

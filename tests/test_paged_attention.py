@@ -8,9 +8,11 @@ import warnings
 import oracles
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 import abft
 from abft.attention import decode, pages
+from abft.ops import flops
 
 QUIET = abft.Policy(on_uncorrected="record")
 LENGTHS = [1, 5, 16, 40, 61]
@@ -208,6 +210,16 @@ def test_an_element_of_a_page_that_changed_is_named_and_put_back(role, dtype):
     silent()
 
 
+def test_an_element_put_back_mends_rows_that_were_within_their_bounds_too():
+    one = Decoding(heads=1, length=1, lengths=[40])
+    one.query[0, :, 0] = one.keys[0, 0, 37] * torch.tensor([[3.0], [-0.7]])  # one looks there, the other away from there
+    fault = abft.inject.Fault("bitflip", "weight", role="pv", bit=23, index=(_position(one, 0), 3))
+    told = struck(one, fault, policy=QUIET.replace(level="detect"))
+    assert [(e.row, e.rows) for e in told[2].events] == [(0, 1)] and (told[1] != told[0]).any(-1).all()
+    clean, out, r, _ = struck(one, fault)
+    assert torch.equal(out, clean) and r.reconstructed == r.detected == 1
+
+
 def test_two_elements_of_a_token_cannot_be_put_back_and_are_said():
     one = Decoding()
     one.cache.k.view(torch.int32)[_position(one) // 16, 37 % 16, 1, 2:4] ^= 1 << 29
@@ -320,3 +332,37 @@ def test_clean_residuals_stay_far_below_their_bounds():
         request = decode.Request((many.query * q).unflatten(1, (2, 2)), cache.pages, cache.table(2), many.lengths, 0.25)
         computed = decode.attend(request)
         assert computed.qk.fine.all() and computed.pv.fine.all() and max(computed.qk.ratio.max(), computed.pv.ratio.max()) < 0.5
+
+
+# --- counting ---------------------------------------------------------------------------------------------
+
+
+class Decoder(torch.nn.Module):
+    """Attention over pages, and attention of torch's that nobody checks."""
+
+    def __init__(self, one, policy):
+        super().__init__()
+        self.one, self.policy, self.weight = one, policy, torch.nn.Parameter(torch.zeros(()))
+
+    def forward(self, q):
+        return self.one(self.policy), torch.nn.functional.scaled_dot_product_attention(q, q, q)
+
+
+def test_flops_are_those_of_the_tokens_that_are_there_and_coverage_knows_which_are_checked(one):
+    rows, tokens, apart = 2 * 2 * 2, sum(LENGTHS), torch.randn(1, 1, 8, 16)
+    qk, pv, beside = 2 * rows * tokens * 16, 2 * rows * tokens * 12, 2 * 2 * 8 * 8 * 16
+    with FlopCounterMode(display=False) as counter:
+        one()
+    assert counter.get_total_flops() == qk + pv
+    for policy, checked in (
+        (QUIET, qk + pv), (QUIET.replace(roles=frozenset({"qk"})), qk), (QUIET.replace(level="off"), 0),
+        (QUIET.replace(level="off", redundancy="dmr"), qk + pv),
+    ):  # fmt: skip
+        assert abft.coverage(Decoder(one, policy), apart).flop_share == checked / (qk + pv + beside)
+
+
+def test_lengths_that_cannot_be_read_count_as_what_the_table_has_room_for():
+    on_meta = lambda *shape: torch.empty(shape, device="meta")  # noqa: E731
+    k = on_meta(20, 16, 2, 16)
+    parts = flops.paged_parts(on_meta(4, 2, 2, 1, 16), k, k, on_meta(4, 5), on_meta(4))
+    assert parts == {"qk": 2 * 4 * (2 * 2) * (5 * 16) * 16, "pv": 2 * 4 * (2 * 2) * (5 * 16) * 16}

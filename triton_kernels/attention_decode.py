@@ -498,7 +498,9 @@ def conclude_parts(q, pages, tables, weights, limits, parts, out, words, site, s
             tl.atomic_add(words + HEADER + tl.load(site) * COUNTERS + WEIGHT_FAULTS, tl.load(state.new + unit).to(tl.int64))
             y, qk, pv = _combine(q, pages, tables, weights, limits, parts, unit, FAULT, True, BM, BD)
             to = out + row[:, None] * pages.D + d[None, :]
-            mine = (inside & (was > 0))[:, None] & (d < pages.D)[None, :]
+            # An element that was put back changed every row of the unit, those within their bounds, too.
+            reached = tl.where((found & RESTORED) > 0, 1, was)
+            mine = (inside & (reached > 0))[:, None] & (d < pages.D)[None, :]
             again = y.to(out.dtype.element_ty)
             apart = again.to(tl.float32) != tl.load(to, mask=mine, other=0.0).to(tl.float32)
             same = tl.max((apart & mine).to(tl.int32), 1) == 0

@@ -37,7 +37,8 @@ def settle(request: Request, tally: Tally, first: Computed) -> Tensor:
     out = first.out.clone()
     poisoned = _poisoned(request)
     for (b, h), found in mended.items():
-        rows = np.zeros(request.rows, bool)
+        # An element that was put back changed every row of the unit, those within their bounds, too.
+        rows = np.full(request.rows, tally.repairs and found.restored > 0)
         for name in suspects:
             rows |= suspects[name][b, h]
             tally.outcome(name).executions += tally.repairs

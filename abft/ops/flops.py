@@ -63,9 +63,24 @@ def varlen_parts(q: Any, k: Any, v: Any, cu_seq_q: Any, cu_seq_k: Any, max_q: in
 
 
 def _lengths(cumulative: Any, longest: int) -> list[int]:
-    if isinstance(cumulative, (FakeTensor, FunctionalTensor)) or cumulative.device.type == "meta":
-        return [longest] * (cumulative.shape[0] - 1)
-    return cumulative.diff().tolist()
+    return cumulative.diff().tolist() if _can_be_read(cumulative) else [longest] * (cumulative.shape[0] - 1)
+
+
+def _can_be_read(numbers: Any) -> bool:
+    return not isinstance(numbers, (FakeTensor, FunctionalTensor)) and numbers.device.type != "meta"
+
+
+def paged_parts(q: Any, k: Any, v: Any, table: Any, lengths: Any) -> dict[str, int]:
+    """The same over pages: every query of a sequence, q (B, H, G, L, E), by the tokens that the sequence holds, seen or not, as torch
+    counts what is masked. Lengths that cannot be read are what the table has room for."""
+    tokens = sum(lengths.tolist()) if _can_be_read(lengths) else table.numel() * k.shape[1]
+    queries = math.prod(q.shape[1:-1])
+    return {"qk": 2 * queries * tokens * q.shape[-1], "pv": 2 * queries * tokens * v.shape[-1]}
+
+
+def paged_flops(q: Any, k: Any, v: Any, *args: Any, **kwargs: Any) -> int:
+    table, lengths = args[5:7]  # behind what the pages remember
+    return sum(paged_parts(q, k, v, table, lengths).values())
 
 
 def varlen_flops(q: Any, k: Any, v: Any, cu_seq_q: Any, cu_seq_k: Any, max_q: int, max_k: int, *args: Any, **kwargs: Any) -> int:
@@ -85,6 +100,7 @@ def _register(counter: ModuleType) -> None:
     counter.register_flop_formula(torch.ops.abft.attention_backward)(attention_backward_flops)
     counter.register_flop_formula(torch.ops.abft.varlen_attention, get_raw=True)(varlen_flops)
     counter.register_flop_formula(torch.ops.abft.varlen_attention_backward, get_raw=True)(varlen_backward_flops)
+    counter.register_flop_formula(torch.ops.abft.paged_attention, get_raw=True)(paged_flops)
 
 
 class _AtImport(importlib.abc.MetaPathFinder):

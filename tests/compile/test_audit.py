@@ -24,10 +24,8 @@ INT_PRODUCTS = ("checked_int_product", "recompute_exactly")
 #: Left to torch on Blackwell: Triton 3.6 does not compile them there (docs/decisions/0048).
 ATTENTION = {"sum_keys_and_values", "checked_attention", "settle_attention"}
 GRADIENT = {"encode", "attention_dq", "attention_dq_again", "attention_dkv", "attention_dkv_again", "conclude"}
-#: The cases of the other architectures: they launch every kernel.
-ELSEWHERE = ("full", "deferred", "attention 64", "attention", "gradient 64", "gradient")
-#: Compiled without an audit by test_decode_forms.py.
-UNAUDITED = {"decode_part", "combine_parts", "part_again", "conclude_parts", "append_tokens"}
+#: Attention over pages, which Blackwell has as well.
+DECODING = {"decode_part", "combine_parts", "part_again", "conclude_parts", "append_tokens"}
 #: The matrix instruction of every generation and kind, and that of the two shapes of tile.
 MATRIX = {
     "sm_80": {"bf16": "HMMA.16816.F32.BF16", "fp16": "HMMA.16816.F32", "tf32": "HMMA.1688.F32.TF32"},
@@ -54,9 +52,9 @@ def finish(process: subprocess.Popen[str]) -> str:
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Everything the tests below look at: one architecture in full, of the others what launches every kernel. Once for all workers.
+    """Everything the tests below look at. Once for all workers.
 
-    Kernels whose source is that of the committed audit are not compiled again (bench/audit.py).
+    Kernels whose text is that of the committed audit are not made again (bench/audit.py): with nothing new this takes seconds.
     """
     folder = tmp_path_factory.getbasetemp()
     folder = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "compiled"
@@ -64,20 +62,17 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with (folder / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not (folder / "done").exists():
-            audit = ("-m", "bench", "audit", "--out")
-            finish(start(*audit, str(folder / "hopper"), "--arch", "90"))
-            others = ("--arch", "80", "--arch", "100", "--arch", "gfx942")
-            finish(start(*audit, str(folder / "others"), *others, *(word for case in ELSEWHERE for word in ("--case", case))))
-            twins = str(Path(__file__).with_name("twins.py"))
-            for what in ("as-is", "stripped"):
-                finish(start(twins, what, str(folder / what)))
+            twins = [start(str(Path(__file__).with_name("twins.py")), what, str(folder / what)) for what in ("as-is", "stripped")]
+            for process in twins:
+                finish(process)
+            finish(start("-m", "bench", "audit", "--out", str(folder)))
             (folder / "done").touch()
     return folder
 
 
 @pytest.fixture(scope="module")
 def table(compiled: Path) -> list[dict]:
-    return [row for part in ("hopper", "others") for row in audited.rows(next((compiled / part).glob("*.jsonl")))]
+    return audited.rows(next(compiled.glob("audit-*.jsonl")))
 
 
 CASES = [("sm_90", v) for v in ("full", "lean", "transposed", "short", "narrow", "fine", "ones")] + [("sm_80", "full"), ("sm_100", "full")]
@@ -104,7 +99,7 @@ def test_every_kernel_that_is_launched_is_audited(table):
     """Kernels are what the sources launch: name[grid](…)."""
     trees = [ast.parse(path.read_text()) for path in [*(ROOT / "triton_kernels").glob("*.py"), ROOT / "bench" / "twin.py"]]
     calls = [node.func for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Call)]
-    launched = {f.value.id for f in calls if isinstance(f, ast.Subscript) and isinstance(f.value, ast.Name)} - UNAUDITED
+    launched = {f.value.id for f in calls if isinstance(f, ast.Subscript) and isinstance(f.value, ast.Name)}
     assert {"checked_product", "unchecked_product", "settle"} <= launched
     for arch in ("sm_80", "sm_90", "sm_100"):
         here = launched - (ATTENTION | GRADIENT if arch == "sm_100" else set())
@@ -203,8 +198,13 @@ def test_the_kernels_build_for_gfx942(table):
 def test_injection_leaves_no_trace_when_it_is_off(compiled):
     as_is, stripped = (json.loads((compiled / what).read_text()) for what in ("as-is", "stripped"))
     assert stripped["blocks"] >= 6 and as_is["given"] == stripped["given"]
-    changed = {name.split()[-1] for name, given in as_is["given"].items() if as_is["struck"][name] != given}  # the comparison can tell
-    assert changed >= {"checked_product", "checked_int_product", "deferred_product", "checked_attention", "attention_dq", "attention_dkv"}
+    trees = [ast.parse(path.read_text()) for path in (ROOT / "triton_kernels").glob("*.py")]
+    launched = {node.value.id for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Subscript) and isinstance(node.value, ast.Name)}
+    functions = [node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+    struck = {f.name for f in functions if "FAULT" in {a.arg for a in f.args.args}} & launched
+    assert {name.split()[-1] for name in as_is["given"]} == struck, "a kernel with faults needs a call in twins.py"
+    changed = {name.split()[-1] for name, given in as_is["struck"].items() if as_is["given"][name] != given}  # the comparison can tell
+    assert changed >= {"checked_product", "checked_int_product", "deferred_product", "checked_attention", "attention_dq", "attention_dkv", "decode_part"}
 
 
 # --- attention --------------------------------------------------------------------------------------
@@ -216,16 +216,17 @@ NARROW = [(arch, f"{what}{size}", kind) for arch in ("sm_80", "sm_90") for what 
 
 @pytest.mark.parametrize("case", ["attention", "gradient"])
 def test_whatever_a_model_asks_of_attention_compiles(table, case):
-    """Masks of either kind, a window, a soft-cap, dropout: what the interpreter runs need not (attention_scores.mask)."""
-    for asked in ("", " whole", " everything", " added"):
+    """Masks of either kind, a window, a soft-cap, dropout, packed sequences: what the interpreter runs need not (attention_scores.mask)."""
+    for asked in ("", " whole", " everything", " added", " packed"):
         assert {r["kernel"] for r in select(table, "sm_90", case + asked, "bf16")} == (ATTENTION if case == "attention" else GRADIENT)
 
 
-@pytest.mark.parametrize("case", ["attention 64", "attention", "gradient 64", "gradient"])
+@pytest.mark.parametrize("case", ["attention 64", "attention", "attention packed", "gradient 64", "gradient", "gradient packed"])
 def test_what_every_attention_launches_does_not_spill_on_hopper(table, case):
     """Repetitions may: they are rarely more than an early exit. Their spills are in the audit."""
     rows = select(table, "sm_90", case, "bf16", ["checked_attention", "attention_dq", "attention_dkv"])
-    assert len(rows) == (2 if "attention" in case else 4)  # unchecked and checked
+    of_each = 1 if "packed" in case else 2  # unchecked and checked
+    assert len(rows) == of_each * (1 if "attention" in case else 2)
     for r in rows:
         assert r["spills"] == r["local"] == 0 and r["registers"] <= 255 and r["blocks"] >= 1, r
 
@@ -237,6 +238,16 @@ def test_attention_multiplies_on_matrix_units_with_one_kind_of_instruction(table
     kinds = {instruction for _, *instructions in found for instruction in instructions}
     unit = {"sm_80": "HMMA.", "sm_90": "HGMMA."}[arch]
     assert kinds == set() if operands == "ieee" else len(kinds) == 1 and all(kind.startswith(unit) for kind in kinds), found
+
+
+@pytest.mark.parametrize(("arch", "case"), [("sm_80", "decode"), ("sm_90", "decode 64"), ("sm_90", "decode"), ("sm_90", "decode everything"), ("sm_100", "decode")])
+def test_attention_over_pages_does_not_spill_and_multiplies_with_one_kind_of_instruction(table, arch, case):
+    """Sixteen rows are too few for the units of a warpgroup, and for Blackwell's tensor memory."""
+    rows = select(table, arch, case, "bf16")
+    assert {r["kernel"] for r in rows} == DECODING
+    for r in rows:
+        assert r["spills"] == r["local"] == 0 and r["registers"] <= 255 and r["blocks"] >= 1, r
+    assert {m for r in rows for m in r["matrix"]} == {"HMMA.16816.F32.BF16"}
 
 
 # --- as audited -------------------------------------------------------------------------------------
@@ -255,8 +266,9 @@ def test_the_kernels_are_as_audited(table, committed):
     assert not changed, "\n" + "\n".join(changed)
 
 
-@pytest.mark.parametrize("case", ["full", "attention 64"])
-def test_what_is_compiled_afresh_is_as_audited(committed, case):
-    """That the same source gives the same code, and the file tells it."""
-    output = finish(start("-m", "bench", "audit", "--compare", "--afresh", "--arch", "90", "--case", case, "--operands", "bf16"))
-    assert "kernels as audited" in output
+def test_what_is_compiled_afresh_is_as_audited(committed):
+    """That the same source gives the same code, and the file tells it: of a product and of an attention."""
+    which = [word for case in ("full", "attention 64") for word in ("--case", case)]
+    which += [word for kernel in ("checked_product", "checked_attention") for word in ("--kernel", kernel)]
+    output = finish(start("-m", "bench", "audit", "--compare", "--afresh", "--arch", "90", "--operands", "bf16", *which))
+    assert "3 kernels as audited" in output

@@ -2,7 +2,7 @@
 
 Triton's IR, inlined and simplified, without lines and names, and the options: PTX follows from it.
 
-    python twins.py as-is|stripped FILE          as-is: and with a fault in every call
+    python twins.py as-is|stripped FILE          as-is: and of each kernel one launch with a fault
 
 Run in a process of its own: the copy takes the place of abft.triton_kernels.
 """
@@ -14,7 +14,9 @@ import importlib.util
 import json
 import sys
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 NAME = "FAULT"
@@ -47,16 +49,17 @@ class Stripper(ast.NodeTransformer):
         return node
 
 
+def parsed(source: Path) -> tuple[dict[str, ast.Module], dict[str, int]]:
+    """(file → its tree, function that knows of faults → position of the parameter)"""
+    trees = {path.name: ast.parse(path.read_text()) for path in source.glob("*.py")}
+    functions = [node for tree in trees.values() for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+    arguments = {node.name: [a.arg for a in node.args.args] for node in functions}
+    return trees, {name: names.index(NAME) for name, names in arguments.items() if NAME in names}
+
+
 def strip(source: Path, target: Path) -> int:
     """Write a copy of the kernels without injection; returns how many blocks were cut."""
-    trees = {path.name: ast.parse(path.read_text()) for path in source.glob("*.py")}
-    takes_fault = {}
-    for tree in trees.values():
-        for node in ast.walk(tree):
-            if isinstance(node, ast.FunctionDef):
-                names = [a.arg for a in node.args.args]
-                if NAME in names:
-                    takes_fault[node.name] = names.index(NAME)
+    trees, takes_fault = parsed(source)
     stripper = Stripper(takes_fault)
     for name, tree in trees.items():
         (target / name).write_text(ast.unparse(ast.fix_missing_locations(stripper.visit(tree))))
@@ -72,23 +75,31 @@ def load(folder: Path) -> None:
     spec.loader.exec_module(module)
 
 
-def given(strike: bool) -> dict[str, str]:
-    """What the compiler is given, by call, place in the stream, and kernel; ``strike``: with a fault in every call. Not the unchecked
-    product: it never heard of faults, and lies outside of the kernels' folder."""
+def launches(strike: bool) -> dict[str, Any]:
+    """Launches of the kernels that know of faults, by call, place in the stream and kernel; ``strike``: with a fault in every call."""
     from bench import compiled
 
-    few = {"m": 64, "n": 8192}
-    calls = {"": {}, " few": few, " deferred": few | {"timing": "deferred"}}
-    launches = {}
-    for kind in ("fp16", "ieee", "int8"):
-        for name, shape in calls.items() if kind != "int8" else [("", {})]:
-            launches[kind + name] = compiled.launches_of(kind, 90, strike=strike, **shape)
-    for asked in ("", "everything"):
-        of = {"columns": 64, "asked": asked, "strike": strike}
-        launches[f"fp16 attention {asked}"] = compiled.attention_launches("fp16", 90, **of)
-        launches[f"fp16 gradient {asked}"] = compiled.attention_gradient_launches("fp16", 90, **of)
-    named = {f"{name} {i} {one.name}": one for name, all_ in launches.items() for i, one in enumerate(all_)}
-    return {name: compiled.given(one, 90) for name, one in named.items() if one.name != "unchecked_product"}
+    few, everything = {"m": 64, "n": 8192, "timing": "deferred"}, {"columns": 64, "asked": "everything", "strike": strike}
+    calls = {
+        "product": compiled.launches_of("fp16", 90, strike=strike), "deferred": compiled.launches_of("fp16", 90, strike=strike, **few),
+        "int8": compiled.launches_of("int8", 90, strike=strike), "attention": compiled.attention_launches("fp16", 90, **everything),
+        "gradient": compiled.attention_gradient_launches("fp16", 90, **everything),
+        "decoding": compiled.decoding_launches("fp16", 90, **everything),
+    }  # fmt: skip
+    _, struck = parsed(ROOT / "triton_kernels")
+    return {f"{call} {i} {one.name}": one for call, all_ in calls.items() for i, one in enumerate(all_) if one.name in struck}
+
+
+def given(launches: Iterable[tuple[str, Any]]) -> dict[str, str]:
+    """What the compiler is given of each."""
+    from bench import compiled
+
+    return {name: compiled.given(one, 90) for name, one in launches}
+
+
+def one_of_each(launches: dict[str, Any]) -> list[tuple[str, Any]]:
+    """The last launch of every kernel: where it is compiled without checks, too, that comes first."""
+    return list({one.name: (name, one) for name, one in launches.items()}.values())
 
 
 def main() -> None:
@@ -101,9 +112,9 @@ def main() -> None:
             blocks = strip(ROOT / "triton_kernels", Path(folder))
             load(Path(folder))
             assert abft.triton_kernels.__file__.startswith(folder) if hasattr(abft, "triton_kernels") else True
-            out.write_text(json.dumps({"blocks": blocks, "given": given(False)}))
+            out.write_text(json.dumps({"blocks": blocks, "given": given(launches(False).items())}))
     else:
-        out.write_text(json.dumps({"given": given(False), "struck": given(True)}))
+        out.write_text(json.dumps({"given": given(launches(False).items()), "struck": given(one_of_each(launches(True)))}))
 
 
 if __name__ == "__main__":

@@ -265,6 +265,20 @@ def test_an_element_of_a_page_that_changed_is_put_back(dtype, which):
     silent()
 
 
+def test_an_element_put_back_mends_rows_that_were_within_their_bounds_too():
+    one = Decoding(heads=1, length=1, lengths=[40])
+    one.query[0, :, 0] = one.keys[0, 0, 21] * torch.tensor([[3.0], [-0.7]], device=DEVICE)  # one looks there, the other away from there
+    clean, place = one(), (int(one.table[0, 1]), 5, 0, 3)
+    for policy, equal in ((KERNELS.replace(level="detect"), [False, False]), (KERNELS, [True, True])):
+        one.cache.v.view(torch.int32)[place] ^= 1 << 23
+        silent()
+        out = one(policy)
+        r = abft.report(reset=True)
+        assert (r.events[0].row, r.detected) == (0, 1) and (out == clean).all(-1).flatten().tolist() == equal
+        if policy is not KERNELS:
+            one.cache.v.view(torch.int32)[place] ^= 1 << 23
+
+
 def test_two_elements_of_a_token_are_lost_and_said_and_counted_once():
     one = Decoding(heads=1, lengths=[40])
     one.cache.k.view(torch.int32)[one.table[0, 1], 5, 0, 2:4] ^= 1 << 29

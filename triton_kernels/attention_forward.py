@@ -91,6 +91,8 @@ QK, PV = tl.constexpr(1), tl.constexpr(2)
 #: (4) to (7): design of the checks, docs/explanation/attention.md.
 RANGE_L, RATIO_ALPHA, RATIO_EXP, FLOOR_EXP, RANGE_P = (tl.constexpr(x) for x in (2.0**-9, 3e-5, 3e-5, -30.0, 2.0**-20))
 UNIT = tl.constexpr(2.0**-23)
+#: Columns of queries at a time, where they are read once more.
+NARROW = tl.constexpr(16)
 #: exp2 of less is no number that matters.
 VANISHED = tl.constexpr(2.0**-100)
 
@@ -262,7 +264,7 @@ def attend_block(q, k, v, sums, weights, scores, limits, number, block, E, D, FA
         l = _strike_rows(l, FAULT, L, scores, number, rows, 0)
     y = acc * (1.0 / tl.where(l == 0, 1.0, l))[:, None]
     if CHECKED:
-        qk = _judge_scores(queries, signed, m, first, sums, weights, scores, limits, way, begin, end, E, FAULT, SCALED, PARTS, BN, BE,
+        qk = _judge_scores(q, queries, signed, m, first, sums, weights, scores, limits, way, begin, end, E, FAULT, SCALED, PARTS, BN, BE,
                            PRECISION)  # fmt: skip
         pv = _judge_values(y, l, m, check, first, fall, wrong, held, left, weights, scores, limits, way, end - begin, D, FAULT, PARTS, BD)
     else:  # nobody asks
@@ -382,7 +384,7 @@ def _strike_rows(values, faults, PLACE: tl.constexpr, scores, number, rows, col)
 
 
 @triton.jit
-def _judge_scores(queries, signed, m, first, sums, weights, scores, limits, way, begin, end, E, FAULT, SCALED: tl.constexpr,
+def _judge_scores(q, queries, signed, m, first, sums, weights, scores, limits, way, begin, end, E, FAULT, SCALED: tl.constexpr,
                   PARTS: tl.constexpr, BN: tl.constexpr, BE: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """(1) and (1') of every row."""
     columns, undo = _sketches(sums, weights, scores, way, begin, end, E, PARTS, BN, BE, queries.dtype)
@@ -402,20 +404,25 @@ def _judge_scores(queries, signed, m, first, sums, weights, scores, limits, way,
     if SCALED:
         # Zero where nothing is shifted: m is then no number.
         shifted = tl.where(m == float("-inf"), 0.0, tl.maximum(tl.abs(m), tl.abs(first)))
-        reach = scores.scale2 * _reach(queries, size, sums, scores, way, end, E, BN, BE) + 1.0
+        reach = scores.scale2 * _reach(q, size, sums, scores, way, end, E, BN, BE) + 1.0
         tau = tl.where(shifted <= reach, tau + limits.shift * shifted, reach)
         residual = tl.where(shifted <= reach, residual, shifted)
     return Finding(explained(residual, tau), residual, tau)
 
 
 @triton.jit
-def _reach(queries, size, sums, scores, way, end, E, BN: tl.constexpr, BE: tl.constexpr):
+def _reach(q, size, sums, scores, way, end, E, BN: tl.constexpr, BE: tl.constexpr):
     """What no score of a row exceeds: ‖q‖ ‖K‖ over the keys before ``end``, with room for rounding; where squares underflow, what the
     sketches know of its size."""
-    k, wide = tl.arange(0, BE), queries.to(tl.float32)
+    k = tl.arange(0, BE)
     at = (first_prefix(scores, way.plane, BN) + end) * PREFIX_ROWS * E + SQUARES * E + k
     squares = tl.sum(tl.load(sums.prefix + at, mask=k < E, other=0.0), 0)
-    return 1.01 * (tl.sqrt(tl.sum(wide * wide, 1)) * tl.sqrt(squares)) + 4.0 * size
+    start = start_of_queries(scores, q, way.batch, way.head, way.member)
+    own = tl.zeros(size.shape, tl.float32)
+    for first in tl.range(0, E, NARROW):  # a few columns at a time, read anew: registers of whole queries are not there
+        x = rectangle(start, q, way.rows, first + tl.arange(0, NARROW), scores.length, E).to(tl.float32)
+        own += tl.sum(x * x, 1)
+    return 1.01 * (tl.sqrt(own) * tl.sqrt(squares)) + 4.0 * size
 
 
 @triton.jit

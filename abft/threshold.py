@@ -198,7 +198,8 @@ def decode(arithmetic: Arithmetic, e: int, d: int, kinds: tuple[Kind, ...]) -> D
     at_none, at_one = (coefficients(of_probabilities(arithmetic), n, kinds, d).accumulate for n in (0, arithmetic.depth))
     return DecodeCoefficients(
         keyweights.LARGEST * arithmetic.unit * arithmetic.base, keyweights.LARGEST * arithmetic.unit * KAPPA_SLOPE * e / arithmetic.depth,
-        keyweights.RMS * arithmetic.unit * KAPPA_SHIFT, at_none, tuple((b - a) / arithmetic.depth for a, b in zip(at_none, at_one, strict=True)),
+        keyweights.RMS * arithmetic.unit * KAPPA_SHIFT,
+        at_none, tuple((b - a) / arithmetic.depth for a, b in zip(at_none, at_one, strict=True)),
         SUM_BASE, SUM_PER_STEP * arithmetic.unit / arithmetic.depth,
     )  # fmt: skip
 

@@ -2,6 +2,7 @@
 
     python -m bench attention-faults [--trials N]
     python -m bench attention-faults --emulated bf16        the Triton kernels, interpreted on emulated tensor cores (emulated_units.py)
+    python -m bench attention-faults --places S dQ          only these, measured anew
 
 Kinds: nullification, flips of one and two random bits, ±2^k, non-finite; single elements, warp strides, fragments, rows. Harmful: the
 worst row of the struck product (of P and l: of O, or in the backward dV; of dS: of dS itself) changes by 1e-3 of its L2 norm or more.
@@ -103,6 +104,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--trials", type=int, default=500, help="per place")
     parser.add_argument("--fresh", action="store_true")
     parser.add_argument("--emulated", choices=["bf16", "fp16"], help="the kernels, on emulated tensor cores of an H100")
+    parser.add_argument("--places", nargs="+", choices=PLACES, help="only these, anew; default: what has no record yet")
     options = parser.parse_args(argv)
     torch.set_num_threads(1)
     case, unit, name = ON_THE_HOST, nullcontext(), "attention-faults"
@@ -110,9 +112,12 @@ def main(argv: list[str]) -> int:
         case = emulated({"bf16": torch.bfloat16, "fp16": torch.float16}[options.emulated])
         unit, name = emulated_units.tensor_cores(tensor_core.load(), 90), f"attention-faults-emulated-{options.emulated}"
     results = Results(name, fresh=options.fresh, trials=options.trials)
+    places = options.places or list(PLACES)
     with unit:
-        for i, place in enumerate(PLACES):
-            if results.find(place) is None:
-                print(results.add("place", key=place, role=PLACES[place], **of_place(case, place, options.trials)))
-            results.progress(i + 1, len(PLACES), place)
+        for i, place in enumerate(places):
+            if options.places or results.find(place) is None:
+                found = of_place(case, place, options.trials)
+                results.forget(place)
+                print(results.add("place", key=place, role=PLACES[place], **found))
+            results.progress(i + 1, len(places), place)
     return 0

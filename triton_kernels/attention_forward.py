@@ -92,7 +92,7 @@ QK, PV = tl.constexpr(1), tl.constexpr(2)
 RANGE_L, RATIO_ALPHA, RATIO_EXP, FLOOR_EXP, RANGE_P = (tl.constexpr(x) for x in (2.0**-9, 3e-5, 3e-5, -30.0, 2.0**-20))
 UNIT = tl.constexpr(2.0**-23)
 #: Columns of queries at a time, where they are read once more.
-NARROW = tl.constexpr(16)
+NARROW = tl.constexpr(8)
 #: exp2 of less is no number that matters.
 VANISHED = tl.constexpr(2.0**-100)
 

@@ -4,8 +4,8 @@
     panel[t]   = Σ_d w_d v_td for the kinds e, hi, lo of w, in parts;   ν_t u_t (four);   1      16 columns of V's dtype
 
 A row of scores must sum to Σ_t w_t s_it = q_i · Σ_t w_t k_t over the blocks of keys that a query visits, which are consecutive: two
-prefixes tell. w: abft.keyweights, which equal errors of neighbours do not cancel in. The ±_i sums give Σ s² without an operation per score: (q_i · Σ_t ±_i k_t)² has that mean. Scores that add up coherently
-are larger than the sketches of k² alone would allow.
+prefixes tell. In w (abft.keyweights) equal errors of neighbours do not cancel. The ±_i sums give Σ s² without an operation per score:
+(q_i · Σ_t ±_i k_t)² has that mean. Scores that add up coherently are larger than the sketches of k² alone would allow.
 
 The panel of V rides in the product P V as 16 more columns. Of V alone, ν_t² = Σ_d v² + Σ_w (Σ_d w v / w̄)² as in panel.py; the column of
 ones sums the very probabilities that multiply. fp16 columns are divided by a power of two for each block of keys, undone when the

@@ -2,10 +2,9 @@
 
     python -m bench attention-scores [--launches N]
 
-Rows are judged one by one, so a launch is as many trials as it has rows: the kinds and patterns of ``attention-faults``, in the forward. What
-is not finite is one number in four of its kind; the largest finite one, equal in all struck scores, is what signs ±1 let pass. Harmful: the
-row of O changes by 1e-3 of its L2 norm or more, or is no longer finite. Repaired: the bits of O, m and l after the suspect blocks were computed
-again.
+Rows are judged one by one, so a launch is as many trials as it has rows: the kinds and patterns of ``attention-faults``, in the
+forward. "nonfinite" includes the largest finite number, equal in all struck scores: what signs ±1 let pass. Harmful: the row of O
+changes by 1e-3 of its L2 norm or more, or is no longer finite. Repaired: the bits of O, m and l after suspect blocks were computed again.
 """
 
 from __future__ import annotations
@@ -90,9 +89,10 @@ def trials(number: int) -> list[dict[str, Any]]:
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench attention-scores", description=__doc__)
-    parser.add_argument("--launches", type=int, default=20)
+    parser.add_argument("--launches", type=int, default=10, help="of 128 rows each")
     options = parser.parse_args(argv)
     torch.set_num_threads(1)
+    forms.backend_of("interpreted")  # before anything imports a kernel
     results = Results("attention-faults-emulated-bf16", launches=options.launches)
     found: list[dict[str, Any]] = []
     with emulated_units.tensor_cores(tensor_core.load(), 90):

@@ -31,6 +31,7 @@ PATTERNS = ("element", "warp", "fragment", "fragment", "row", "tile")
 #: (keys, the last query's place among them or None: not causal): one, two and five blocks of keys.
 FORMS = ((64, None), (80, None), (80, 16), (300, None), (300, 236))
 GROUP, LENGTH, WIDTH = 2, 64, 64
+KEY = "S, forward"
 
 
 def call_of(keys: int, offset: int | None, seed: int) -> AttentionCall:
@@ -98,15 +99,21 @@ def main(argv: list[str]) -> int:
     with emulated_units.tensor_cores(tensor_core.load(), 90):
         for number in range(options.launches):
             found += trials(number)
+            results.forget(KEY)  # of fewer launches: what is stopped has told what it found
+            record = results.add("place", key=KEY, role="qk", **summary(found))
             results.progress(number + 1, options.launches)
+    print(record)
+    return 0
+
+
+def summary(found: list[dict[str, Any]]) -> dict[str, Any]:
     harmful, severe = ([t for t in found if t["effect"] >= least] for least in (HARMFUL, SEVERE))
     detected, seen = [t for t in found if t["detected"]], sum(t["detected"] for t in harmful)
-    results.forget("S, forward")
-    print(results.add(
-        "place", key="S, forward", role="qk", trials=len(found), harmful=len(harmful), harmful_detected=seen,
-        lower_limit=intervals.lower_limit(seen, len(harmful)), severe=len(severe), severe_detected=sum(t["detected"] for t in severe),
-        harmful_detected_by_scores=sum(t["by_scores"] for t in harmful), detected=len(detected),
-        repaired_bit_equal=sum(t["equal"] for t in detected),
-        largest_missed=max((t["effect"] for t in found if not t["detected"]), default=0.0), false_alarms=sum(t["alarm"] for t in found),
-    ))  # fmt: skip
-    return 0
+    return {
+        "trials": len(found), "harmful": len(harmful), "harmful_detected": seen, "lower_limit": intervals.lower_limit(seen, len(harmful)),
+        "severe": len(severe), "severe_detected": sum(t["detected"] for t in severe),
+        "harmful_detected_by_scores": sum(t["by_scores"] for t in harmful), "detected": len(detected),
+        "repaired_bit_equal": sum(t["equal"] for t in detected),
+        "largest_missed": max((t["effect"] for t in found if not t["detected"]), default=0.0),
+        "false_alarms": sum(t["alarm"] for t in found),
+    }  # fmt: skip

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from abft import floating
+from abft import floating, keyweights
 from abft.checksum import Groups, Kind, Sums, weight_rms
 
 KAPPA_BASE = 16.0
@@ -40,7 +40,7 @@ KAPPA_PER_COLUMN_ONE = 1.0 / 16.0
 #: Scores of a query and this many keys sum within the base (emulated: 512 … 8,192 keys, largest 4.3 of 20); their sum over more grows as
 #: the root of the number of blocks that are added one by one.
 KAPPA_KEYS = 8192
-#: Of exponents x = s - m, whose m should drop out of a balanced sum: largest clean 1.7 of 20 (emulated).
+#: Of exponents x = s - m, whose m drops out of their sum: largest clean 1.7 of 20 (emulated, with signs).
 KAPPA_SHIFT = 20.0
 #: Sums of probabilities, by the unit that multiplies and beside it: relative, per accumulation step, and for the sum beside it.
 SUM_PER_STEP, SUM_BASE = 3.0, 1e-6
@@ -155,7 +155,7 @@ def coefficients(arithmetic: Arithmetic, k: int, kinds: tuple[Kind, ...], width:
 
 @dataclass(frozen=True)
 class AttentionCoefficients:
-    """Bounds of a fused attention forward: |Σ ε x - c| <= scores · S + shift · |m|; |Σ w O - c_w| <= output_w · S; |ℓ - ℓ'| <= sums · ℓ."""
+    """Bounds of a fused attention forward: |Σ w x - c| <= scores · S + shift · |m|; |Σ w O - c_w| <= output_w · S; |ℓ - ℓ'| <= sums · ℓ."""
 
     scores: float
     shift: float
@@ -169,14 +169,17 @@ def attention(arithmetic: Arithmetic, e: int, d: int, keys: int, kinds: tuple[Ki
     own = arithmetic.base * max(1.0, math.sqrt(keys / KAPPA_KEYS)) + KAPPA_SLOPE * e / arithmetic.depth
     output = coefficients(of_probabilities(arithmetic), keys, kinds, d).accumulate
     sums = SUM_PER_STEP * arithmetic.unit * keys / arithmetic.depth + SUM_BASE
-    return AttentionCoefficients(arithmetic.unit * own, arithmetic.unit * KAPPA_SHIFT * math.sqrt(keys), output, sums)
+    # κ was found with signs. Weights w make of errors e_t of the scores Σ w e, at most max|w| times as large whichever of them dominates;
+    # what the shift rounds is as large for every key, so there their root mean square counts.
+    shift = arithmetic.unit * KAPPA_SHIFT * keyweights.RMS * math.sqrt(keys)
+    return AttentionCoefficients(arithmetic.unit * own * keyweights.LARGEST, shift, output, sums)
 
 
 @dataclass(frozen=True)
 class DecodeCoefficients:
     """Bounds of an attention whose number of keys n only the device knows:
 
-    |Σ ε x - c| <= (scores · max(1, √(n / 8192)) + slope) · S + shift · √n · |m|;  |Σ w O - c_w| <= (output_w + n · output_slope_w) · S;
+    |Σ w x - c| <= (scores · max(1, √(n / 8192)) + slope) · S + shift · √n · |m|;  |Σ w O - c_w| <= (output_w + n · output_slope_w) · S;
     |ℓ - ℓ'| <= (sums + n · sums_slope) · ℓ.
     """
 
@@ -194,7 +197,8 @@ def decode(arithmetic: Arithmetic, e: int, d: int, kinds: tuple[Kind, ...]) -> D
     """``attention`` with its number of keys left open."""
     at_none, at_one = (coefficients(of_probabilities(arithmetic), n, kinds, d).accumulate for n in (0, arithmetic.depth))
     return DecodeCoefficients(
-        arithmetic.unit * arithmetic.base, arithmetic.unit * KAPPA_SLOPE * e / arithmetic.depth, arithmetic.unit * KAPPA_SHIFT,
+        keyweights.LARGEST * arithmetic.unit * arithmetic.base, keyweights.LARGEST * arithmetic.unit * KAPPA_SLOPE * e / arithmetic.depth,
+        keyweights.RMS * arithmetic.unit * KAPPA_SHIFT,
         at_none, tuple((b - a) / arithmetic.depth for a, b in zip(at_none, at_one, strict=True)),
         SUM_BASE, SUM_PER_STEP * arithmetic.unit / arithmetic.depth,
     )  # fmt: skip

@@ -16,6 +16,7 @@ COMMANDS = {
     "activations": "a real sentence encoder's activations and gradients, fault-free",
     "attention-clean": "fault-free attention: the largest residual of every check",
     "attention-faults": "random faults in every place inside attention: detected, repaired, missed",
+    "attention-scores": "the same in the scores of the interpreted kernels, a fault in every row of a launch",
     "adaptive": "the adaptive policy against fixed levels at several rates of real faults, and through a step of the rate",
     "prediction": "uncorrected faults predicted on simulated fleets that the predictor has not seen",
     "training-faults": "trainings with 5, 10 and 20 % of the steps struck, protected and not, beside the spread of fault-free seeds",
@@ -46,6 +47,7 @@ MODULES = {
     "emulated-kernels": "emulated_kernels",
     "kernel-tests": "kernel_tests",
     "attention-faults": "attention_faults",
+    "attention-scores": "attention_scores",
     "attention-clean": "attention_clean",
 }
 

@@ -2,6 +2,7 @@
 
     python -m bench attention-faults [--trials N]
     python -m bench attention-faults --emulated bf16        the Triton kernels, interpreted on emulated tensor cores (emulated_units.py)
+    python -m bench attention-faults --places S dQ          only these, measured anew
     python -m bench attention-faults --decode …             attention over pages instead (decoding_faults.py)
 
 Kinds: nullification, flips of one and two random bits, ±2^k, non-finite; single elements, warp strides, fragments, rows. Harmful: the
@@ -106,6 +107,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--fresh", action="store_true")
     parser.add_argument("--emulated", choices=["bf16", "fp16"], help="the kernels, on emulated tensor cores of an H100")
     parser.add_argument("--decode", action="store_true", help="attention over pages: of the step, of the pages, of what they remember")
+    parser.add_argument("--places", nargs="+", metavar="PLACE", help="only these, anew; default: what has no record yet")
     options = parser.parse_args(argv)
     from bench import decoding_faults  # which reads this module
 
@@ -120,11 +122,16 @@ def main(argv: list[str]) -> int:
         unit, name = emulated_units.tensor_cores(tensor_core.load(), 90), f"{name}-emulated-{options.emulated}"
     results = Results(name, fresh=options.fresh, trials=options.trials)
     parts = decoding_faults.in_two_parts() if options.decode and options.emulated else nullcontext()
+    if unknown := set(options.places or ()) - set(places):
+        parser.error(f"there is no place {', '.join(sorted(unknown))}; there are {', '.join(places)}")
+    places = options.places or places
     with unit, parts:
         for i, place in enumerate(places):
-            if results.find(place) is None:
+            if options.places or results.find(place) is None:
                 role = which.PLACES.get(place, "pv")
                 role = role[-1] if options.decode and place in which.PLACES else role
-                print(results.add("place", key=place, role=role, **which.of_place(case, place, options.trials)), flush=True)
+                found = which.of_place(case, place, options.trials)
+                results.forget(place)
+                print(results.add("place", key=place, role=role, **found), flush=True)
             results.progress(i + 1, len(places), place)
     return 0

@@ -48,7 +48,14 @@ class Results:
 
     def drop(self, *kinds: str) -> None:
         """Forget earlier records of these kinds: they are about to be made anew."""
-        self.records = [r for r in self.records if r["kind"] not in kinds]
+        self._keep([r for r in self.records if r["kind"] not in kinds])
+
+    def forget(self, key: str) -> None:
+        """The same of the records of one piece of work."""
+        self._keep([r for r in self.records if r.get("key") != key])
+
+    def _keep(self, records: list[dict[str, Any]]) -> None:
+        self.records = records
         self.path.write_text("".join(dump(r) + "\n" for r in self.records), encoding="utf-8")
 
     def _write(self, record: dict[str, Any]) -> None:

@@ -135,7 +135,7 @@ def test_tokens_that_were_never_appended_are_not_read_as_zeros():
 
 def test_what_is_remembered_by_its_definition():
     one = Decoding(torch.float16)
-    p, eps = one.cache.pages, pages.signs(16)
+    p, eps = one.cache.pages, pages.weights(16)
     page = int(one.table[4, 1])
     k, v = one.keys[4, :, 16:32].double(), one.values[4, :, 16:32].double()
     torch.testing.assert_close(p.sums[page, :, 0].double(), (k * eps[:, None]).sum(1), rtol=1e-5, atol=1e-5)

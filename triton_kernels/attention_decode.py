@@ -8,7 +8,7 @@
 The rows of a tile are the queries that share a head of keys, so every key is read once. Lengths and the table of pages are read here. What
 K and V must sum to lies with the pages (attention_pages.py); nothing is added up over them but what multiplies.
 
-    qk  (1) Σ ε x₂ = scale · q · Σ_pages Σ ε k        per part, from the registers that enter exp2, over all tokens that its pages hold
+    qk  (1) Σ w x₂ = scale · q · Σ_pages Σ w k        per part, from the registers that enter exp2, over all tokens that its pages hold
             and no token missing that the sequence has
     pv  (2) Σ_d w O = Σ_t p w·v_t / ℓ                 at the end, kinds e, hi, lo, by CUDA cores beside the matrix unit's P V
         (3) ℓ = P · 1, the matrix unit's; (4) 1 - 2⁻⁹ <= ℓ <= keys (1 + 2⁻⁹)          at the end and, (4), per part
@@ -216,16 +216,16 @@ def _part(q, pages, tables, weights, limits, parts, unit, split, FAULT, CHECKED:
         new = tl.maximum(m, tl.max(tl.where(seen, x, float("-inf")), 1))
         shift = tl.where(new == float("-inf"), 0.0, new)
         if CHECKED:
-            eps = tl.where(written, tl.load(weights.signs + tokens), 0.0)
+            own_weights = tl.where(written, tl.load(weights.keys + tokens), 0.0)
             squares += tl.sum(s * s, 1)
             missing += (filled < tl.minimum(n - place * LENGTH, LENGTH)).to(tl.int32)
         if q.cap is None:
             x -= shift[:, None]
-            if CHECKED:  # ε balances in a full page: there the shift drops out, and adds zero
-                signed += tl.sum(x * eps[None, :], 1) + shift * tl.sum(eps, 0)
+            if CHECKED:  # what the shift has taken is given back
+                signed += tl.sum(x * own_weights[None, :], 1) + shift * tl.sum(own_weights, 0)
         else:
             if CHECKED:
-                signed += tl.sum(s * eps[None, :], 1) * q.scale2
+                signed += tl.sum(s * own_weights[None, :], 1) * q.scale2
             x -= shift[:, None]
         x = tl.where(seen, x, float("-inf"))
         p = tl.exp2(x)

@@ -6,8 +6,9 @@
 
 What must hold, per row, before O is rounded:
 
-    qk  (1) Σ ε x₂ = scale · q · Σ ε k      from the registers that enter exp2 where no key of the block is hidden, else from the scores;
-                                            ε balances in a block: m drops out
+    qk  (1) Σ w x₂ = scale · q · Σ w k      from the registers that enter exp2 where no key of the block is hidden, and then m Σ w is given
+                                            back; else from the scores. Equal errors of neighbours do not cancel (abft.keyweights)
+        (1') |m| <= scale ‖q‖ ‖K‖           where x₂ are shifted scores: what shifts a row so far rounds away what (1) compares
     pv  (2) Σ_d w O = C_w / ℓ               kinds e, hi, lo of w: V as it was read, the accumulator, α, the division
         (3) ℓ = C_1                         the column of ones: P as it multiplied, ℓ, α
         (4) 1 - 2⁻⁹ <= ℓ <= keys (1 + 2⁻⁹)  or no key is seen: a maximum that is none
@@ -36,7 +37,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .attention_panel import KINDS, PANEL, PREFIX_ROWS, SIGNED, SPREAD, SPREADS, SQUARES, Sums, Weights, build
+from .attention_panel import (
+    KINDS,
+    PANEL,
+    PREFIX_ROWS,
+    SIGNED,
+    SPREAD,
+    SPREADS,
+    SQUARES,
+    Sums,
+    Weights,
+    build,
+    weight_of_block,
+    weights_of_block,
+)
 from .attention_scores import (
     Scores,
     dropout_base,
@@ -47,7 +61,6 @@ from .attention_scores import (
     kept,
     natural,
     rectangle,
-    sign_of_block,
     visited,
 )
 from .attention_sequences import (
@@ -78,6 +91,8 @@ QK, PV = tl.constexpr(1), tl.constexpr(2)
 #: (4) to (7): design of the checks, docs/explanation/attention.md.
 RANGE_L, RATIO_ALPHA, RATIO_EXP, FLOOR_EXP, RANGE_P = (tl.constexpr(x) for x in (2.0**-9, 3e-5, 3e-5, -30.0, 2.0**-20))
 UNIT = tl.constexpr(2.0**-23)
+#: Columns of queries at a time, where they are read once more.
+NARROW = tl.constexpr(8)
 #: exp2 of less is no number that matters.
 VANISHED = tl.constexpr(2.0**-100)
 
@@ -249,7 +264,8 @@ def attend_block(q, k, v, sums, weights, scores, limits, number, block, E, D, FA
         l = _strike_rows(l, FAULT, L, scores, number, rows, 0)
     y = acc * (1.0 / tl.where(l == 0, 1.0, l))[:, None]
     if CHECKED:
-        qk = _judge_scores(queries, signed, m, first, sums, weights, scores, limits, way, begin, end, E, FAULT, PARTS, BN, BE, PRECISION)
+        qk = _judge_scores(q, queries, signed, m, first, sums, weights, scores, limits, way, begin, end, E, FAULT, SCALED, PARTS, BN, BE,
+                           PRECISION)  # fmt: skip
         pv = _judge_values(y, l, m, check, first, fall, wrong, held, left, weights, scores, limits, way, end - begin, D, FAULT, PARTS, BD)
     else:  # nobody asks
         qk = Finding(l == l, l, l)
@@ -271,19 +287,17 @@ def _step(m, l, acc, check, signed, first, fall, wrong, held, left, queries, k, 
         s = strike(s, FAULT, S, way.plane, own, cols, 0, 1)
         m = _strike_rows(m, FAULT, M, scores, way.plane * scores.group + way.member, way.rows, block * BN)
     if CHECKED:
-        # From where no compiler knows that it is the same for all blocks (they are fewer than 2³⁰): else they stay in registers.
-        signs = tl.load(weights.signs + (block >> 30) + tl.arange(0, BN))[None, :]
-        sign = sign_of_block(block)
+        own_weights = weights_of_block(weights, block, BN)[None, :]
     if SCALED and not HIDES:
         new = tl.maximum(m, tl.max(s, 1) * scores.scale2)
         shift = tl.where(new == float("-inf"), 0.0, new)
         x = s * scores.scale2 - shift[:, None]
         if CHECKED:
-            signed += sign * tl.sum(x * signs, 1)
+            signed += tl.sum(x * own_weights, 1) + shift * weight_of_block(weights, block, BN)
     else:
         x = exponents(s, scores, way.rows, cols, way.batch, way.head, way.member)
         if CHECKED:
-            signed += sign * tl.sum(x * signs, 1) if SCALED else (sign * scores.scale2) * tl.sum(s * signs, 1)
+            signed += tl.sum(x * own_weights, 1) if SCALED else scores.scale2 * tl.sum(s * own_weights, 1)
         if HIDES:
             x = tl.where(hidden(scores, way.rows, cols, way.batch, way.head, way.member, CAUSAL), float("-inf"), x)
         new = tl.maximum(m, tl.max(x, 1))
@@ -370,9 +384,9 @@ def _strike_rows(values, faults, PLACE: tl.constexpr, scores, number, rows, col)
 
 
 @triton.jit
-def _judge_scores(queries, signed, m, first, sums, weights, scores, limits, way, begin, end, E, FAULT, PARTS: tl.constexpr,
-                  BN: tl.constexpr, BE: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """(1) of every row."""
+def _judge_scores(q, queries, signed, m, first, sums, weights, scores, limits, way, begin, end, E, FAULT, SCALED: tl.constexpr,
+                  PARTS: tl.constexpr, BN: tl.constexpr, BE: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """(1) and (1') of every row."""
     columns, undo = _sketches(sums, weights, scores, way, begin, end, E, PARTS, BN, BE, queries.dtype)
     raw = tl.dot(queries, columns, input_precision=PRECISION) * undo[None, :]
     which = tl.arange(0, PANEL)
@@ -386,11 +400,29 @@ def _judge_scores(queries, signed, m, first, sums, weights, scores, limits, way,
     unit = tl.where(largest > 0, largest, 1.0)
     parts, c = raw / unit[:, None], predicted / unit
     size = tl.sqrt(tl.sum(parts * parts * share[None, :], 1) + c * c) * unit
-    # Zero where nothing is shifted: m is then no number.
-    shifted = tl.where(m == float("-inf"), 0.0, tl.maximum(tl.abs(m), tl.abs(first)))
-    tau = tl.abs(scores.scale2) * limits.scores * size + limits.shift * shifted + TINY
-    residual = signed - predicted * scores.scale2
+    residual, tau = signed - predicted * scores.scale2, tl.abs(scores.scale2) * limits.scores * size + TINY
+    if SCALED:
+        # Zero where nothing is shifted: m is then no number.
+        shifted = tl.where(m == float("-inf"), 0.0, tl.maximum(tl.abs(m), tl.abs(first)))
+        reach = scores.scale2 * _reach(q, size, sums, scores, way, end, E, BN, BE) + 1.0
+        tau = tl.where(shifted <= reach, tau + limits.shift * shifted, reach)
+        residual = tl.where(shifted <= reach, residual, shifted)
     return Finding(explained(residual, tau), residual, tau)
+
+
+@triton.jit
+def _reach(q, size, sums, scores, way, end, E, BN: tl.constexpr, BE: tl.constexpr):
+    """What no score of a row exceeds: ‖q‖ ‖K‖ over the keys before ``end``, with room for rounding; where squares underflow, what the
+    sketches know of its size."""
+    k = tl.arange(0, BE)
+    at = (first_prefix(scores, way.plane, BN) + end) * PREFIX_ROWS * E + SQUARES * E + k
+    squares = tl.sum(tl.load(sums.prefix + at, mask=k < E, other=0.0), 0)
+    start = start_of_queries(scores, q, way.batch, way.head, way.member)
+    own = tl.zeros(size.shape, tl.float32)
+    for first in tl.range(0, E, NARROW):  # a few columns at a time, read anew: registers of whole queries are not there
+        x = rectangle(start, q, way.rows, first + tl.arange(0, NARROW), scores.length, E).to(tl.float32)
+        own += tl.sum(x * x, 1)
+    return 1.01 * (tl.sqrt(own) * tl.sqrt(squares)) + 4.0 * size
 
 
 @triton.jit

@@ -1,6 +1,6 @@
 """Pages of a key/value cache as device code sees them: written with what is remembered of them, and put back when they have changed.
 
-    sums     (P, H, 2, E)            Σ_t ε_t k_t,  Σ_t k_t²       over the tokens of a page, in their order
+    sums     (P, H, 2, E)            Σ_t w_t k_t,  Σ_t k_t²       over the tokens of a page, in their order
     columns  (P, H, 4, L)            Σ_d w_d v_td for e, hi, lo;  ν_t
     prints   (P, H, 2, planes, L)    of k and of v, over columns: for each half of the patterns plain, weighted, squared (fingerprint.py)
     filled   (P, H)                  tokens that the sums are of
@@ -52,9 +52,9 @@ class Tables(NamedTuple):
 
 
 class Weights(NamedTuple):
-    """signs (L,) of the tokens of a page; columns (3, D) of kinds e, hi, lo, and their w̄."""
+    """keys (L,): weights of the tokens of a page; columns (3, D) of kinds e, hi, lo, and their w̄."""
 
-    signs: Any
+    keys: Any
     columns: Any
     rms_e: Any
     rms_hi: Any
@@ -147,7 +147,7 @@ def _add_tokens(signed, squares, at, stride, weights, begin, end, cols, E):
     """Sums with the keys of slots [begin, end) added one by one; at: the address of that of slot 0."""
     for slot in range(begin, end):
         x = tl.load(at + tl.cast(slot, tl.int64) * stride + cols, mask=cols < E, other=0.0).to(tl.float32)
-        signed += x * tl.load(weights.signs + slot)
+        signed += x * tl.load(weights.keys + slot)
         squares += x * x
     return signed, squares
 

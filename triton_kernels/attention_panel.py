@@ -1,11 +1,11 @@
 """What a checked attention knows of its keys and values beforehand: sums of K over keys, and of V over columns, in one launch.
 
-    prefix[j]  = Σ_{t < j BN} of  ε_t k_t,   k_t²,   ±_i k_t (i < 8)             fp32, (rows of E numbers)
+    prefix[j]  = Σ_{t < j BN} of  w_t k_t,   k_t²,   ±_i k_t (i < 8)             fp32, (rows of E numbers)
     panel[t]   = Σ_d w_d v_td for the kinds e, hi, lo of w, in parts;   ν_t u_t (four);   1      16 columns of V's dtype
 
-A row of scores must sum to Σ_t ε_t s_it = q_i · Σ_t ε_t k_t over the blocks of keys that a query visits, which are consecutive: two
-prefixes tell. The ±_i sums give Σ s² without an operation per score: (q_i · Σ_t ±_i k_t)² has that mean. Scores that add up coherently
-are larger than the sketches of k² alone would allow.
+A row of scores must sum to Σ_t w_t s_it = q_i · Σ_t w_t k_t over the blocks of keys that a query visits, which are consecutive: two
+prefixes tell. In w (abft.keyweights) equal errors of neighbours do not cancel. The ±_i sums give Σ s² without an operation per score:
+(q_i · Σ_t ±_i k_t)² has that mean. Scores that add up coherently are larger than the sketches of k² alone would allow.
 
 The panel of V rides in the product P V as 16 more columns. Of V alone, ν_t² = Σ_d v² + Σ_w (Σ_d w v / w̄)² as in panel.py; the column of
 ones sums the very probabilities that multiply. fp16 columns are divided by a power of two for each block of keys, undone when the
@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .attention_scores import Scores, heads, rectangle, sign_of_block, sign_of_key, start_of
+from .attention_scores import Scores, heads, rectangle, sign_of_key, start_of
 from .attention_sequences import first_prefix, key_block, key_blocks, sequence_of, start_of_keys
 from .judgement import SKETCHES, is_finite
 from .panel import power_of_two
@@ -32,6 +32,8 @@ from .summary import clear
 #: Rows of a prefix: the signed sum, the squares, and the sketches of Σ s².
 SIGNED, SQUARES, SPREADS, SPREAD = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(8)
 PREFIX_ROWS = tl.constexpr(10)
+#: Keys after which their weights repeat; a multiple of every block.
+PERIOD = tl.constexpr(256)
 #: Columns of V's panel: kinds × parts checksums, then sketches, then ones, then nothing.
 PANEL = tl.constexpr(16)
 KINDS = tl.constexpr(3)
@@ -40,10 +42,12 @@ SLICE = tl.constexpr(32)
 
 
 class Weights(NamedTuple):
-    """What is counted how: signs (BN,) of the keys of a block; columns (3, D) of kinds e, hi, lo; coefficients of V's sketches (4, S) and
+    """What is counted how: keys, the weights (PERIOD,) of as many keys, which then repeat, and blocks (PERIOD / BN,) their sums over blocks
+    of BN; columns (3, D) of kinds e, hi, lo; coefficients of V's sketches (4, S) and
     of K's (4, E), with their row strides; w̄ of the kinds."""
 
-    signs: Any
+    keys: Any
+    blocks: Any
     columns: Any
     sketch: Any
     sketch_row: Any
@@ -104,7 +108,6 @@ def _values_of_head(v, weights, panel, scales, plane, heads_each, block, blocks,
 def _sum_keys(start, k, weights, prefix, first, S, E, BN: tl.constexpr):
     cols, blocks = first + tl.arange(0, SLICE), tl.cdiv(S, BN)
     inside = cols < E
-    signs = tl.load(weights.signs + tl.arange(0, BN))
     which, sums = tl.arange(0, 16), tl.zeros((16, SLICE), tl.float32)
     at = prefix + which[:, None] * E + cols[None, :]
     for block in range(0, blocks):
@@ -112,12 +115,25 @@ def _sum_keys(start, k, weights, prefix, first, S, E, BN: tl.constexpr):
         at += PREFIX_ROWS * E
         keys = block * BN + tl.arange(0, BN)
         x = rectangle(start, k, keys, cols, S, E).to(tl.float32)
-        sums += tl.where(which[:, None] == SIGNED, tl.sum(x * (signs * sign_of_block(block))[:, None], 0)[None, :], 0.0)
+        own = weights_of_block(weights, block, BN)
+        sums += tl.where(which[:, None] == SIGNED, tl.sum(x * own[:, None], 0)[None, :], 0.0)
         sums += tl.where(which[:, None] == SQUARES, tl.sum(x * x, 0)[None, :], 0.0)
         for i in tl.static_range(SPREAD):
             part = tl.sum(x * sign_of_key(keys, i)[:, None], 0)
             sums += tl.where(which[:, None] == SPREADS + i, part[None, :], 0.0)
     tl.store(at, sums, mask=(which[:, None] < PREFIX_ROWS) & inside[None, :])
+
+
+@triton.jit
+def weights_of_block(weights, block, BN: tl.constexpr):
+    """w of a block's keys."""
+    return tl.load(weights.keys + tl.cast(block, tl.int32) % (PERIOD // BN) * BN + tl.arange(0, BN))
+
+
+@triton.jit
+def weight_of_block(weights, block, BN: tl.constexpr):
+    """Their sum."""
+    return tl.load(weights.blocks + tl.cast(block, tl.int32) % (PERIOD // BN))
 
 
 @triton.jit

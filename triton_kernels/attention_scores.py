@@ -210,12 +210,6 @@ def _mix(x):
 
 
 @triton.jit
-def sign_of_block(block):
-    """±1: blocks of keys repeat their signs, times this."""
-    return 1.0 - 2.0 * ((_mix(tl.cast(block, tl.uint32)) >> 8) & 1).to(tl.float32)
-
-
-@triton.jit
 def sign_of_key(cols, BIT: tl.constexpr):
     """±1 of every key, one of 24 independent patterns: coefficients of the sketches that estimate Σ s²."""
     return 1.0 - 2.0 * ((_mix(cols.to(tl.uint32)) >> BIT) & 1).to(tl.float32)

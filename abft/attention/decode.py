@@ -2,7 +2,7 @@
 
     S = (scale · q) Kᵀ,  x = logits(S),  m = max x,  p = exp(x - m),  l = Σ p,  P = p / l,  O = P V
 
-    qk  (1) Σ ε s = (scale · q) · Σ_pages sums           over all tokens that the pages hold, also those that a query does not see
+    qk  (1) Σ w s = (scale · q) · Σ_pages sums           over all tokens that the pages hold, also those that a query does not see
     pv  (2) l = Σ exp(½x - ½m)²   (3) Σ P = 1   (4) 1 - 2⁻⁹ <= l <= keys (1 + 2⁻⁹)      as softmax.py
         (5) Σ_d w O = Σ_t P_t columns_t                  for the kinds e, hi, lo of w
 
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from abft import checksum, threshold
 from abft.attention import softmax
-from abft.attention.pages import COLUMNS, KINDS, SIGNED, SQUARES, Pages, signs
+from abft.attention.pages import COLUMNS, KINDS, SIGNED, SQUARES, Pages, weights
 from abft.attention.softmax import KAPPA_SOFTMAX, RANGE, UNIT
 from abft.faults import Strike
 
@@ -137,8 +137,8 @@ def _seen(request: Request, g: _Gathered) -> Tensor:
 
 
 def _judge_scores(request: Request, g: _Gathered, q: Tensor, s: Tensor, strikes: Strikes) -> Judged:
-    eps = signs(request.pages.length).repeat(request.table.shape[1])
-    actual = (s * eps * g.written[:, :, None]).sum(-1)
+    own = weights(request.pages.length).repeat(request.table.shape[1])
+    actual = (s * own * g.written[:, :, None]).sum(-1)
     predicted = (q @ g.sums[:, :, SIGNED].unsqueeze(-1)).squeeze(-1)
     _strike(predicted.unsqueeze(-1), strikes, "qk", "checksum")
     noise = ((q * q) @ (g.sums[:, :, SQUARES] + g.sums[:, :, SIGNED].square()).unsqueeze(-1)).squeeze(-1)

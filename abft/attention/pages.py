@@ -1,6 +1,6 @@
 """Pages of a key/value cache, and what is remembered of each, written when its tokens are.
 
-    sums[page, head]     Σ_t ε_t k_t  and  Σ_t k_t²             over the tokens written so far, in their order
+    sums[page, head]     Σ_t w_t k_t  and  Σ_t k_t²             over the tokens written so far, in their order
     columns[…, token]    Σ_d w_d v_td for the kinds e, hi, lo of w, and ν_t, the norm of v_t and of these
     prints[…, token]     Σ_d h, Σ_d (d+1) h, Σ_d (d+1)² h      modulo 2³², for every 16-bit half h of the patterns of k_t and of v_t
     filled[page, head]   how many tokens the sums are of
@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from abft import bits, checksum
+from abft import bits, checksum, keyweights
 from abft.checksum import Kind
 
 #: Kinds of sums of a value's columns.
@@ -97,17 +97,17 @@ def _wrapped(x: Tensor) -> Tensor:
     return (x + _WORD // 2) % _WORD - _WORD // 2
 
 
-def signs(length: int) -> Tensor:
-    """ε (L,) of the tokens of a page."""
-    return torch.from_numpy(checksum.column_weights("e", length).copy())
+def weights(length: int) -> Tensor:
+    """w (L,) of the tokens of a page."""
+    return torch.from_numpy(keyweights.of_keys(length))
 
 
 def add_tokens(sums: Tensor, k: Tensor, begin: Tensor, end: Tensor) -> Tensor:
     """sums (n, H, 2, E) with the tokens [begin, end) (n,) of k (n, L, H, E) added, one after the other."""
-    eps = signs(k.shape[1])
+    own = weights(k.shape[1])
     for slot in range(int(begin.min()), int(end.max())) if len(k) else ():
         x = k[:, slot].float()
-        more = torch.stack([sums[:, :, SIGNED] + x * eps[slot], sums[:, :, SQUARES] + x * x], 2)
+        more = torch.stack([sums[:, :, SIGNED] + x * own[slot], sums[:, :, SQUARES] + x * x], 2)
         sums = torch.where(((begin <= slot) & (slot < end))[:, None, None, None], more, sums)
     return sums
 

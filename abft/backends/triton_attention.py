@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from abft import checksum, floating, ledger, sites, threshold
+from abft import checksum, floating, keyweights, ledger, sites, threshold
 from abft.backends import triton as products
 from abft.checksum import Kind
 from abft.faults import Strike
@@ -169,11 +169,12 @@ def weights(block: int, e: int, d: int, keys: int, device: torch.device) -> Any:
     """What the sums of K and V count; tables of the host's, copied once."""
     from abft.triton_kernels.attention_panel import Weights
 
-    signs = torch.from_numpy(checksum.column_weights("e", block).copy()).to(device)
+    table = keyweights.of_keys(keyweights.PERIOD)
+    of_keys, of_blocks = (torch.from_numpy(t).to(device) for t in (table, table.reshape(-1, block).sum(1)))
     columns = torch.from_numpy(np.stack([checksum.column_weights(kind, d) for kind in KINDS])).to(device)
     sketch, keys_sketch = checksum.sketch_coefficients(keys, device), checksum.sketch_coefficients(e, device)
     rms = [checksum.weight_rms(kind, d) for kind in KINDS]
-    return Weights(signs, columns, sketch, sketch.stride(0), keys_sketch, keys_sketch.stride(0), *rms)
+    return Weights(of_keys, of_blocks, columns, sketch, sketch.stride(0), keys_sketch, keys_sketch.stride(0), *rms)
 
 
 def labels(call: AttentionCall) -> tuple[Any, Any]:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from abft import checksum, floating, ledger, sites, threshold
+from abft import checksum, floating, keyweights, ledger, sites, threshold
 from abft.backends import triton as backend
 from abft.backends.triton_attention import AttentionCall, by_heads, laden
 from abft.faults import Strike
@@ -49,6 +49,12 @@ def _weights(width: int, count: int, device: torch.device) -> Tensor:
     rng = np.random.default_rng(0xAB47)
     signs = [checksum.signs(width)] + [rng.permutation(checksum.signs(width)) for _ in range(count - 1)]
     return torch.from_numpy((np.stack(signs) * rng.uniform(0.5, 1.5, (count, width)) / 1.041).astype(np.float32)).to(device)
+
+
+@lru_cache(maxsize=64)
+def _of_keys(count: int, device: torch.device) -> Tensor:
+    """What the rows of a block count for in its one sum: equal errors of neighbours do not cancel."""
+    return torch.from_numpy(keyweights.of_keys(count)).to(device)
 
 
 @lru_cache(maxsize=1024)
@@ -99,7 +105,7 @@ def _judge(call: AttentionCall, config: Any, architecture: int | None) -> Any:
     told = Verdict.OBSERVED if policy.level == "detect" else Verdict.UNCORRECTED
     return Judge(
         _bounds(arithmetic, q.dtype, keys, depth, e, d, call.sequences is not None),
-        _weights(config.dkv.step, 1, device), _weights(config.dq.step, 1, device), _weights(e, 2, device), _weights(d, 2, device), sketch,
+        _of_keys(config.dkv.step, device), _of_keys(config.dq.step, device), _weights(e, 2, device), _weights(d, 2, device), sketch,
         _labels(call), policy.level == "correct" and policy.timing == "immediate", list(Verdict).index(told),
     )  # fmt: skip
 

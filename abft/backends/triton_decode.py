@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from abft import checksum, ledger, sites, threshold
+from abft import checksum, keyweights, ledger, sites, threshold
 from abft.backends import triton as products
 from abft.faults import Strike
 from abft.policy import Policy
@@ -124,9 +124,9 @@ def weights(length: int, d: int, device: torch.device) -> Any:
     """What the sums of pages count; tables of the host's, copied once."""
     from abft.triton_kernels.attention_pages import Weights
 
-    signs = torch.from_numpy(checksum.column_weights("e", length).copy()).to(device)
+    of_keys = torch.from_numpy(keyweights.of_keys(length)).to(device)
     columns = torch.from_numpy(np.stack([checksum.column_weights(kind, d) for kind in KINDS])).to(device)
-    return Weights(signs, columns, *(checksum.weight_rms(kind, d) for kind in KINDS))
+    return Weights(of_keys, columns, *(checksum.weight_rms(kind, d) for kind in KINDS))
 
 
 def labels(call: DecodeCall) -> tuple[Any, Any]:

@@ -11,7 +11,7 @@ import torch
 from abft.triton_kernels import attention_forward, attention_settle
 
 import abft
-from abft import ledger
+from abft import keyweights, ledger
 from abft.attend import More, attention_at
 from abft.attention import forward as reference
 from abft.attention.problem import Options, Problem
@@ -298,6 +298,26 @@ def test_rows_fragments_and_whole_blocks(struck, place):
     for rows, cols in ((1, 40), (8, 16), (16, 40)):
         results, words = one.run(_descriptors(place, WHATS["nullify"], 0, 0, rows, cols))
         assert one.is_clean(results) and counted(words)["recomputed"] == rows
+
+
+NEAR_INF = BitOperation(keep=0, flip=0x7F7FFFFF)
+
+
+@pytest.mark.parametrize("value", [NEAR_INF, BitOperation(keep=0, flip=0x40400000)], ids=["near inf", "3"])
+def test_equal_scores_of_neighbours_do_not_cancel(struck, value):
+    """A run of eight in every row, each from another key on: of signs ±1 such runs cancel once in four."""
+    one = struck[torch.float32]
+    results, words = one.run(torch.cat([_descriptors("S", value, row, row, cols=8) for row in range(20)]))
+    assert one.is_clean(results) and counted(words)["recomputed"] == 20 and counted(words)["uncorrected"] == 0
+
+
+def test_what_no_score_reaches_is_seen_where_its_weights_cancel(struck):
+    """Two scores whose weights are opposite, and a whole row: what shifts a row by so much rounds away what its sum would tell."""
+    one, w = struck[torch.float32], keyweights.of_keys(32)
+    pair = next((i, j) for i in range(32) for j in range(i) if w[i] == -w[j])
+    for faults in ([_descriptors("S", NEAR_INF, 13, key) for key in pair], [_descriptors("S", NEAR_INF, 13, 0, cols=40)]):
+        results, words = one.run(torch.cat(faults))
+        assert one.is_clean(results) and counted(words)["recomputed"] == 1 and ledger.ROLE_NAMES[record(words)["role"]] == "qk"
 
 
 @pytest.mark.parametrize("place", ["S", "P", "l", "O", "alpha"])

@@ -33,7 +33,7 @@ class _Plan(ctypes.Structure):
     ]
 
 
-#: A product as judge.c wants it: panel, bias, its noise, y, a; ldy, rs, ks, rows; statistics; of a fresh panel layout, W, its order, threads.
+#: A product as judge.c wants it: panel, bias, its noise, y, a; ldy, rs, ks, rows; statistics; of a fresh panel layout, W, order, threads.
 _PRODUCT = struct.Struct("@5P4q3P3q")
 
 

@@ -86,7 +86,8 @@ def find(a: Tensor, b: Tensor, transposed: bool, bias: Tensor | None, role: str,
         kept = entry.bias
         if not lane.biased or kept is None or kept.shape != bias.shape or kept.owner.source != id(bias):
             return None
-        if bias.__dict__.get(panels.ATTRIBUTE) is not kept.owner:
+        its_own = bias.__dict__.get(panels.ATTRIBUTE) is kept.owner
+        if not its_own:
             return None
         bias_now = panels.validity(bias, kept.owner, lane.frozen)
         as_remembered = entry.validity == now and kept.validity == bias_now

@@ -7,7 +7,7 @@ Every step of a training run makes a new version of every weight; of a narrow on
 from __future__ import annotations
 
 import ctypes
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -113,5 +113,5 @@ def renew(
             entry.integrity, entry.validity = renewal.remembered.integrity, now
         if bias_address:
             assert kept is not None and bias_now is not None
-            entry.bias = replace(kept, validity=bias_now)
+            entry.bias = panels.RememberedBias(kept.owner, bias_now, kept.values, kept.shape, kept.sums)
         return True

@@ -40,6 +40,11 @@ class Renewal:
     large: bool  # … the fingerprint
     kept: tuple[object, ...]  # what the addresses lead to
 
+    def leads_to(self, entry: panels.Entry, quick: object) -> bool:
+        panel, print_, values, judgement, *_ = self.kept
+        of_bias = None if entry.bias is None else entry.bias.values
+        return panel is entry.panel and print_ is entry.fingerprint and values is of_bias and judgement is quick
+
 
 def prepare(entry: panels.Entry, quick: object, source: Tensor, transposed: bool) -> Renewal | None:
     """How to fill an entry anew; None where that takes the whole way: without a compiler, of a weight in no order, or a cast."""
@@ -76,7 +81,7 @@ def prepare(entry: panels.Entry, quick: object, source: Tensor, transposed: bool
     )  # fmt: skip
     return Renewal(
         functions.abft_renew, remembered, ctypes.addressof(remembered), source.stride(), encoding.wants_threads(n, k),
-        bits.wants_threads(n * k), (panel, print_, bias, quick, encoder, bias_encoder),
+        bits.wants_threads(n * k), (panel, print_, bias and bias.values, quick, encoder, bias_encoder),
     )  # fmt: skip
 
 
@@ -91,18 +96,21 @@ def renew(
     """
     with panels.lock:
         renewal = entry.renewal
-        if renewal is None or renewal.kept[3] is not quick or renewal.kept[0] is not entry.panel:
+        if renewal is None or not renewal.leads_to(entry, quick):
             renewal = entry.renewal = prepare(entry, quick, source, transposed)
         if renewal is None or renewal.strides != source.stride() or not bits.readable(source):
             return False
         weight_address, bias_address, kept = 0, 0, entry.bias
         if entry.validity != now:
             weight_address = source.data_ptr()
-        if bias is not None:
-            if kept is None or bias.dtype is not kept.values.dtype or not bias.is_contiguous() or not bits.readable(bias):
+            if not weight_address:
+                return False  # nothing lies there now (FSDP2 between its products)
+        if bias is not None and kept is None:
+            return False  # another thread has another bias
+        if bias is not None and kept is not None and kept.validity != bias_now:
+            bias_address = bias.data_ptr()
+            if not bias_address or bias.dtype is not kept.values.dtype or not bias.is_contiguous() or not bits.readable(bias):
                 return False
-            if kept.validity != bias_now:
-                bias_address = bias.data_ptr()
         threads = torch.get_num_threads()
         if renewal.run(
             renewal.address, weight_address, bias_address, threads if renewal.wide else 1, threads if renewal.large else 1

@@ -135,9 +135,14 @@ def _fingerprint_compiled(matrix: Tensor) -> Fingerprint | None:
         return None
     plain, weighted = torch.empty((2, size // 2, columns), dtype=torch.int32, device="cpu").unbind()
     step = column_stride if adjacent else row_stride
-    threads = torch.get_num_threads() if matrix.numel() > _WORTH_A_THREAD else 1
+    threads = torch.get_num_threads() if wants_threads(matrix.numel()) else 1
     functions.abft_fingerprint(matrix.data_ptr(), rows, columns, step, adjacent, size, plain.data_ptr(), weighted.data_ptr(), threads)
     return Fingerprint(plain, weighted)
+
+
+def wants_threads(numbers: int) -> bool:
+    """Whether a fingerprint of so many numbers is worth waking threads for."""
+    return numbers > _WORTH_A_THREAD
 
 
 def _fingerprint_numpy(matrix: Tensor) -> Fingerprint:

@@ -28,13 +28,15 @@ class _Layout(ctypes.Structure):
 
 
 @dataclass(frozen=True)
-class _Encoder:
+class Encoder:
+    """What encode.c wants to know of a layout; whoever keeps the address keeps this."""
+
     address: int
     kept: tuple[object, ...]
 
 
 @lru_cache(maxsize=4096)
-def _encoder_for(layout: Layout, k: int, dtype: torch.dtype) -> _Encoder:
+def encoder_for(layout: Layout, k: int, dtype: torch.dtype) -> Encoder:
     groups, kinds = layout.groups, layout.form.kinds
     (weights, signs), (last, last_signs) = (_weights(kinds, width) for width in (groups.width, groups.ragged or groups.width))
     # A view of one table for each power of two: the rows of wgrad's panels are tokens, of which there may be any number.
@@ -45,7 +47,7 @@ def _encoder_for(layout: Layout, k: int, dtype: torch.dtype) -> _Encoder:
         coefficients.strides[0] // coefficients.itemsize,
         *(table.ctypes.data for table in (weights, last, coefficients, signs, last_signs)), (ctypes.c_double * 4)(*share),
     )  # fmt: skip
-    return _Encoder(ctypes.addressof(plan), (plan, weights, last, coefficients, signs, last_signs))
+    return Encoder(ctypes.addressof(plan), (plan, weights, last, coefficients, signs, last_signs))
 
 
 @lru_cache(maxsize=256)
@@ -64,22 +66,38 @@ def padded(weights: np.ndarray) -> np.ndarray:
 
 def encode(matrix: Tensor, layout: Layout, into: Panel | None = None) -> Panel | None:
     """``checksum.encode`` of a matrix (N, K) on a CPU; None where that has to be done in torch. ``into``: an earlier panel, filled anew."""
-    if (
-        matrix.dim() != 2 or matrix.dtype not in DTYPES or not bits.readable(matrix) or not matrix.numel()
-        or layout.dtype != torch.float32 or layout.parts != 1 or (functions := library.functions()) is None
-    ):  # fmt: skip
+    functions = library.functions()
+    if functions is None or not is_compiled(matrix, layout):
         return None
     n, k = matrix.shape
     if matrix.stride(1) != 1 and matrix.stride(0) != 1:
         matrix = matrix.contiguous()  # the panel of a copy has to have the same bits
-    rows, columns = matrix.stride()
-    along_n = columns != 1
+    ld, along_n = order_of(matrix)
     out = torch.empty((layout.columns, k), dtype=torch.float32, device="cpu") if into is None else into.columns
     assert out.shape == (layout.columns, k) and out.is_contiguous()
-    threads = torch.get_num_threads() if n * k * 5 > WORTH_A_THREAD else 1
-    encoder = _encoder_for(layout, k, matrix.dtype)
-    failed = functions.abft_encode(encoder.address, matrix.data_ptr(), columns if along_n else rows, int(along_n), out.data_ptr(), threads)
+    threads = torch.get_num_threads() if wants_threads(n, k) else 1
+    encoder = encoder_for(layout, k, matrix.dtype)
+    failed = functions.abft_encode(encoder.address, matrix.data_ptr(), ld, int(along_n), out.data_ptr(), threads)
     return None if failed else into or Panel(layout, out, None)
+
+
+def is_compiled(matrix: Tensor, layout: Layout) -> bool:
+    """Whether compiled code makes the panel of this matrix, where there is any."""
+    return (
+        matrix.dim() == 2 and matrix.dtype in DTYPES and bits.readable(matrix) and matrix.numel() > 0
+        and layout.dtype == torch.float32 and layout.parts == 1
+    )  # fmt: skip
+
+
+def order_of(matrix: Tensor) -> tuple[int, bool]:
+    """(numbers from one row to the next, or from one column to the next; whether it is columns) of a matrix in one of the two orders."""
+    rows, columns = matrix.stride()
+    return (rows, False) if columns == 1 else (columns, True)
+
+
+def wants_threads(n: int, k: int) -> bool:
+    """Whether the panel of a matrix (n, k) is worth waking threads for."""
+    return n * k * 5 > WORTH_A_THREAD
 
 
 def bias_sums(bias: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
@@ -90,5 +108,5 @@ def bias_sums(bias: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
         return checksum.bias_sums(bias, layout)
     sums = torch.empty((layout.groups.count, len(layout.form.kinds)), dtype=torch.float32, device="cpu")
     noise2 = torch.empty(layout.groups.count, dtype=torch.float32, device="cpu")
-    functions.abft_bias(_encoder_for(layout, 1, bias.dtype).address, bias.data_ptr(), sums.data_ptr(), noise2.data_ptr())
+    functions.abft_bias(encoder_for(layout, 1, bias.dtype).address, bias.data_ptr(), sums.data_ptr(), noise2.data_ptr())
     return sums, noise2

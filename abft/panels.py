@@ -73,6 +73,7 @@ class Entry:
     total: int | None = None  # of the weight's bits, if so
     bias: RememberedBias | None = None
     quick: Any = None  # a backend's prepared judgement, as long as panel and bias are the same
+    renewal: Any = None  # how a backend fills all of this anew
     uses: int = 0
 
 
@@ -106,7 +107,7 @@ class Panels:
 
 ATTRIBUTE = "_abft_panels"
 _all: weakref.WeakSet[Panels] = weakref.WeakSet()
-_lock = threading.RLock()
+lock = threading.RLock()  # held while what is remembered of a weight is written
 _epoch = 0
 
 
@@ -174,7 +175,7 @@ def panels_of(source: Tensor) -> Panels:
     found = attributes.get(ATTRIBUTE)
     if type(found) is Panels and found.source == id(source):
         return found
-    with _lock:
+    with lock:
         made = attributes[ATTRIBUTE] = Panels(source)
         return made
 
@@ -207,7 +208,7 @@ def entry_for(source: Tensor, matrix: Tensor, layout: Layout, *, transposed: boo
             # Outside inference mode: an inference tensor could not be written in place later, outside of it.
             with torch.inference_mode(False), torch.no_grad():
                 return entry_for(source, matrix, layout, transposed=transposed, frozen=frozen, build=build)
-        with _lock:
+        with lock:
             entry = panels.entries.get(key)  # another thread may have been faster
             if entry is None:
                 kind = (source.dtype, source.device, source.shape)

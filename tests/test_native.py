@@ -238,8 +238,9 @@ def test_ratios_are_those_of_the_specification(dtype):
 @needs_compiler
 def test_weight_gradients_are_judged_compiled_too(monkeypatch):
     seen = []
-    original = judging.worst
-    monkeypatch.setattr(judging, "worst", lambda judge, *rest: seen.append(judge) or original(judge, *rest))
+    for name in ("worst", "worst_of_fresh"):
+        original = getattr(judging, name)
+        monkeypatch.setattr(judging, name, lambda judge, *rest, f=original: seen.append(judge) or f(judge, *rest))
     layer = abft.Linear(96, 64)
     layer(_random(200, 96).requires_grad_()).sum().backward()
     assert len(seen) == 3  # fprop, dgrad, wgrad
@@ -367,7 +368,7 @@ def test_threads_that_end_leave_nothing():
 def test_lengths_that_never_come_again_leave_little():
     """A weight gradient's panel has a column for each token: every length has an encoder, but no table of its own."""
     layout = reference.plan(32, 8200, torch.float32, "full", None).layout
-    one, another = (encoding._encoder_for(layout, rows, torch.float32).kept for rows in (8200, 8300))
+    one, another = (encoding.encoder_for(layout, rows, torch.float32).kept for rows in (8200, 8300))
     pairs = [(x, y) for x, y in zip(one, another, strict=True) if isinstance(x, np.ndarray)]
     assert len(pairs) == 5 and all(np.shares_memory(x, y) for x, y in pairs)
 

@@ -9,7 +9,7 @@ import torch
 
 import abft
 from abft import checksum
-from abft.backends import judging, quick, reference
+from abft.backends import fresh, judging, quick, reference
 from abft.backends.call import Call
 from abft.native import library
 from abft.policy import Policy
@@ -22,10 +22,15 @@ def how(request, monkeypatch):
         pytest.skip(f"nothing compiled: {library.why_not()}")
     if request.param == "torch":
         monkeypatch.setattr(library, "_loaded", library.Library(None, "for a test"))
-        judging._judge.cache_clear()
+        _forget()
     yield request.param
     if request.param == "torch":
-        judging._judge.cache_clear()
+        _forget()
+
+
+def _forget():
+    judging._judge.cache_clear()
+    fresh._of.cache_clear()
 
 
 def _prepare(how, panel, sums, k, p, dtype):

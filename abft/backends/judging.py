@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import struct
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -32,12 +33,8 @@ class _Plan(ctypes.Structure):
     ]
 
 
-class _Product(ctypes.Structure):
-    _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("panel", "bias", "bias_noise", "y", "a")),
-        *((name, ctypes.c_int64) for name in ("ldy", "rs", "ks", "rows")),
-        ("statistics", ctypes.c_void_p),
-    ]
+#: A product as judge.c wants it: panel, bias, its noise, y, a; ldy, rs, ks, rows; statistics; of a fresh panel layout, W, order, threads.
+_PRODUCT = struct.Struct("@5P4q3P3q")
 
 
 @dataclass(frozen=True)
@@ -86,8 +83,20 @@ def worst(
     """
     rows = a.shape[0]
     row_stride, column_stride = a.stride()
-    product = _Product(
-        panel.data_ptr(), bias and bias[0].data_ptr(), bias and bias[1].data_ptr(), y.data_ptr(), a.data_ptr(),
-        y.stride(0), row_stride, column_stride, rows, statistics,
+    bias_sums, bias_noise = (0, 0) if bias is None else (bias[0].data_ptr(), bias[1].data_ptr())
+    # Bytes of its own for each call, which another thread, or whatever runs in between, cannot write over.
+    product = _PRODUCT.pack(
+        panel.data_ptr(), bias_sums, bias_noise, y.data_ptr(), a.data_ptr(), y.stride(0), row_stride, column_stride, rows,
+        statistics or 0, 0, 0, 0, 0, 0,
     )  # fmt: skip
-    return judge.worst(judge.address, ctypes.byref(product), torch.get_num_threads() if rows * judge.work > encoding.WORTH_A_THREAD else 1)
+    return judge.worst(judge.address, product, torch.get_num_threads() if rows * judge.work > encoding.WORTH_A_THREAD else 1)
+
+
+def worst_of_fresh(judge: Judge, y: Tensor, a: Tensor, encoder: int, w: int, ld: int, along_n: bool, encoding_threads: int) -> float:
+    """The same by a panel that is made here, of W at ``w`` (encoding.order_of), and dropped."""
+    rows = a.shape[0]
+    row_stride, column_stride = a.stride()
+    product = _PRODUCT.pack(
+        0, 0, 0, y.data_ptr(), a.data_ptr(), y.stride(0), row_stride, column_stride, rows, 0, encoder, w, ld, along_n, encoding_threads,
+    )  # fmt: skip
+    return judge.worst(judge.address, product, torch.get_num_threads() if rows * judge.work > encoding.WORTH_A_THREAD else 1)

@@ -1,7 +1,8 @@
 """The call that is like an earlier one: what was decided for it is not decided again.
 
 On a CPU a small layer is bound by Python, not by arithmetic, and nearly every call repeats an earlier one with other rows:
-the same weight, bias, policy, dtype. A lane is open for such calls; to find that it fits takes a handful of comparisons. It
+the same weight, bias, policy, dtype. A lane is open for such calls; to find that it fits takes a handful of comparisons. A weight or bias
+that was changed on purpose has its panel filled anew on the way (``renewal``). A lane
 can only confirm: what is unusual (an injector, a weight that may have changed, the audit of a panel, a row that the quick
 judgement does not like) takes the whole way, with the product that is there already.
 """
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from abft import faults, panels
+from abft.backends import renewal
 from abft.backends.call import Call
 from abft.backends.quick import Quick
 from abft.policy import Policy
@@ -75,20 +77,20 @@ def find(a: Tensor, b: Tensor, transposed: bool, bias: Tensor | None, role: str,
     # A panel or bias that was rebuilt has lost its prepared judgement, or has another.
     if entry.quick is not lane.quick or entry.uses % PANEL_AUDIT == PANEL_AUDIT - 1:
         return None
-    if entry.validity != panels.validity(b, owner, lane.frozen):
-        return None
+    now, bias_now = panels.validity(b, owner, lane.frozen), None
     if bias is None:
-        return None if lane.biased else lane
-    return lane if lane.biased and _remembered(bias, entry, lane.frozen) else None
-
-
-def _remembered(bias: Tensor, entry: panels.Entry, frozen: bool) -> bool:
-    kept = entry.bias
-    owner = bias.__dict__.get(panels.ATTRIBUTE)
-    return (
-        kept is not None
-        and kept.owner is owner
-        and owner.source == id(bias)
-        and kept.shape == bias.shape
-        and kept.validity == panels.validity(bias, owner, frozen)
-    )
+        if lane.biased:
+            return None
+        as_remembered = entry.validity == now
+    else:
+        kept = entry.bias
+        if not lane.biased or kept is None or kept.shape != bias.shape or kept.owner.source != id(bias):
+            return None
+        its_own = bias.__dict__.get(panels.ATTRIBUTE) is kept.owner
+        if not its_own:
+            return None
+        bias_now = panels.validity(bias, kept.owner, lane.frozen)
+        as_remembered = entry.validity == now and kept.validity == bias_now
+    if as_remembered or (not lane.frozen and renewal.renew(entry, lane.quick, b, transposed, now, bias, bias_now)):
+        return lane
+    return None

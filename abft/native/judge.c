@@ -35,7 +35,11 @@ typedef struct {
     const void *y, *a;
     int64_t ldy, rs, ks, rows; /* y (rows, n), its columns adjacent; a (rows, k) of any strides */
     struct abft_statistics *statistics; /* NULL: nobody keeps any */
+    const void *layout, *w;             /* not NULL: the panel is made here, of W as abft_encode has it, for this product alone */
+    int64_t ldw, rows_adjacent, encoding_threads;
 } abft_product;
+
+int abft_encode(const void *layout, const void *w, int64_t ld, int rows_adjacent, float *out, int threads);
 
 /* What is kept of x = residual / τ for the second detector (abft/statistics/accumulators.py), per kind of checksum. */
 enum { COUNT, SUM, SQUARES, MOST, ABOVE, BLOCKS = ABOVE + 4, MAXIMA, MAXIMA2, FIELDS };
@@ -434,6 +438,12 @@ double abft_worst(const abft_plan *p, const abft_product *x, int threads) {
     const int full = p->kinds == KINDS, paired = PAIRS && p->dtype == BF16 && full && x->ks == 1 && p->k % 2 == 0 && x->rows >= FEW;
     float *shared = scratch(0, paired ? p->k * wide : TASK * wide);
     if (!shared) return NAN;
+    abft_product fresh = *x;
+    if (x->layout) {
+        float *panel = scratch(2, columns * p->k);
+        if (!panel || abft_encode(x->layout, x->w, x->ldw, (int)x->rows_adjacent, panel, (int)x->encoding_threads)) return NAN;
+        fresh.panel = panel, x = &fresh;
+    }
     abft_found found = {{0}};
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {

@@ -25,7 +25,8 @@ from importlib import resources
 from pathlib import Path
 
 FILES = (
-    "vectors.h", "rowsums.h", "judge.c", "encode.c", "fingerprint.c", "measure.c", "attention.h", "attention.c", "attention_backward.c",
+    "vectors.h", "rowsums.h", "judge.c", "encode.c", "fingerprint.c", "renew.c", "measure.c", "attention.h", "attention.c",
+    "attention_backward.c",
 )  # fmt: skip
 #: No -ffast-math: a NaN has to stay one.
 FLAGS = ("-O2", "-march=native", "-fopenmp", "-fno-math-errno", "-fPIC", "-shared", "-pthread", "-std=gnu11")
@@ -38,6 +39,7 @@ SIGNATURES = {
     "abft_measure": (None, _POINTER, _SIZE, _INT, _POINTER),
     "abft_total": (_SIZE, _POINTER, _SIZE),
     "abft_fingerprint": (_INT, _POINTER, _SIZE, _SIZE, _SIZE, _INT, _INT, _POINTER, _POINTER, _INT),
+    "abft_renew": (_INT, _POINTER, _POINTER, _POINTER, _INT, _INT),
     "abft_attention": (_INT, _POINTER, _INT),
     "abft_attention_backward": (_INT, _POINTER, _INT),
     "abft_multiply": (_INT, _POINTER, _INT),

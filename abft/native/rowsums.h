@@ -3,6 +3,9 @@
 #define ABFT_ROWSUMS_H
 #include "vectors.h"
 
+/* Numbers of a result whose memory is asked for ahead: it has left the nearest caches since it was computed. */
+enum { AHEAD = 512 };
+
 /* Of one group of so many rows, `ld` numbers apart: sums (rows, `step` apart), squares (rows). A row takes what its chains of additions
    wait, two take hardly more together. lo is e weighted by the lane, so it needs no sum of its own. */
 INLINE void sums_of_rows(const void *y, int64_t start, int64_t ld, int rows, int64_t width, const float *signs, int dtype, int full,
@@ -15,6 +18,7 @@ INLINE void sums_of_rows(const void *y, int64_t start, int64_t ld, int rows, int
             vf v[PARTS], signed_[PARTS];
             UNROLL for (int i = 0; i < PARTS; i++) {
                 const int64_t at = start + r * ld + n + i * LANES;
+                if (i == 0) __builtin_prefetch((const char *)y + (at + AHEAD) * (dtype == FP32 ? 4 : 2));
                 v[i] = whole ? lanes_of(y, at, dtype) : some_lanes(y, at, width - n - i * LANES, dtype);
                 signed_[i] = v[i] * *(const vf *)(signs + n + i * LANES);
                 e[r][i] += signed_[i];

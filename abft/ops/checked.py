@@ -22,7 +22,7 @@ from torch import Tensor
 
 from abft import faults, floating, ledger, panels, plans, policy, redundancy, reporting, sites, threshold
 from abft.attention import products
-from abft.backends import arbitration, lane, masked, quick, reference, tolerance
+from abft.backends import arbitration, fresh, lane, masked, quick, reference, tolerance
 from abft.backends.call import Call
 from abft.checksum import Layout, Panel
 from abft.errors import DeviceError, PolicyError
@@ -59,6 +59,8 @@ def _product(
         fitting = lane.find(a, b, tb, bias, role, chosen.text)
         if fitting is not None:
             return take(fitting, a, b, tb, bias, role, sites.index_of(site))
+    elif role == "wgrad" and a.is_cpu and (y := _weight_gradient(a.mT, b.mT if tb else b, b, tb, site, chosen.text)) is not None:
+        return y
     source = b if role != "wgrad" and isinstance(b, torch.nn.Parameter) else None
     left = a.mT if ta else a
     right = b if b.dtype == a.dtype else b.to(a.dtype)
@@ -100,6 +102,21 @@ def take(fitting: lane.Lane, a: Tensor, b: Tensor, tb: bool, bias: Tensor | None
             ledger.cpu().count_clean(site, a.shape[0], worst, role == "fprop" and torch._C._current_graph_task_id() != -1)
             return y
     return product_on_host(Call(a, w, offset, b, tb, role, fitting.policy, site, bias_source=bias), fitting.backend, y)
+
+
+def _weight_gradient(a: Tensor, w: Tensor, b: Tensor, tb: bool, site: Tensor, text: str) -> Tensor | None:
+    """a · wᵀ for a gradient under a policy that asks for no more than a check; None: the whole way."""
+    plain = fresh.policy_of(text)
+    fitting = None if plain is None else fresh.fitting(a, w, plain)
+    if plain is None or fitting is None:
+        return None
+    y = reference.multiply(a, w, None)
+    worst, number = fresh.worst(fitting, y, a, w), sites.index_of(site)
+    if worst <= 1.0:
+        ledger.cpu().count_clean(number, a.shape[0], worst, False)
+        return y
+    call = Call(a, w, None, None, tb, "wgrad", plain, number)
+    return product_on_host(call, "reference" if plain.backend == "auto" else plain.backend, y)
 
 
 def _struck(call: Call, backend: str) -> Call:

@@ -11,10 +11,12 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 
 def nobody_watches(*operands: Tensor) -> bool:
     """On a CPU, of plain tensors, outside of modes, transforms, tracers, profilers: there an operator costs as much as a small product."""
+    for t in operands:
+        if not (type(t) in _PLAIN and t.is_cpu and torch._C._has_storage(t)) or t._is_zerotensor() or t.is_neg():
+            return False
     return (
-        all(type(t) in _PLAIN and t.is_cpu and torch._C._has_storage(t) and not t._is_zerotensor() and not t.is_neg() for t in operands)
-        and torch._C._len_torch_dispatch_stack() == torch._C._len_torch_function_stack() == 0
+        torch._C._len_torch_dispatch_stack() == torch._C._len_torch_function_stack() == 0
         and not torch._C._are_functorch_transforms_active()
         and torch._C._get_tracing_state() is None
         and not _profiler_enabled()
-    )  # fmt: skip
+    )

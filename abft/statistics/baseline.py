@@ -50,6 +50,7 @@ class Baseline:
     mean_deviation: np.ndarray = field(default_factory=lambda: np.full(len(KINDS), np.inf))  # of a batch's mean
     noise: np.ndarray = field(default_factory=lambda: np.zeros(len(KINDS)))  # of ln of a batch's mean square; follows where alone
     noise_deviation: np.ndarray = field(default_factory=lambda: np.full(len(KINDS), np.inf))
+    together: float = np.inf  # of the mean of all kinds' ln mean squares, each in its own deviations; of peers
     rates: tuple[tuple[float, float], ...] = RATES
     size: float = BATCH  # checks that make a batch
     frozen: bool = False
@@ -90,6 +91,9 @@ class Baseline:
         least = 1.0 / np.sqrt(max(self.size, 1.0))
         self.mean_deviation = np.maximum(_deviation(self._scatter(means)), self.sigma * least)
         self.noise_deviation = np.maximum(_deviation(self._scatter(noises)), np.sqrt(2.0) * least)
+        if not self.alone:
+            of_kinds = self._scatter(noises) / self.noise_deviation
+            self.together = max(float(_deviation(of_kinds.mean(1, keepdims=True))[0]), 1.0 / len(KINDS))  # at least that of one kind
         self.soft = soft_threshold.soft_threshold(self.sigma, total[:, BLOCKS], total[:, MAXIMA], total[:, MAXIMA2], total[:, COUNT])
         self.rates = tuple(
             (low := max(expected, float(total[:, at].max() + 3.0) / float(count.max())), max(suspected, RATIO * low))
@@ -118,6 +122,10 @@ class Baseline:
         scale = np.sqrt(max(self.size, 1.0))
         u, v = _against_peers(mean, batch) / (scale * self.mean_deviation), _against_peers(noise, batch) / (scale * self.noise_deviation)
         return np.nan_to_num(u), np.nan_to_num(v)
+
+    def of_all_kinds(self, shifts: np.ndarray) -> np.ndarray:
+        """u (units,) of the noise of all kinds, from that of each (units, kinds): noise of the arithmetic is in all of them."""
+        return shifts.mean(1) / self.together
 
     @property
     def drifted(self) -> np.ndarray:

@@ -28,6 +28,8 @@ from bench.marginal import UNITS, tile_sums
 #: Row blocks and tiles of columns of the product; row blocks of a column of tiles (Config.tall).
 TILES_M, TILES_N, TALL = 32, 32, 8
 ROWS = 128
+#: Checks that are made of recorded tiles once, of which every batch is drawn.
+CHECKS = 8192
 
 
 def dealt(tiles_m: int, tiles_n: int, units: int) -> np.ndarray:
@@ -55,8 +57,22 @@ class Grid:
         self.part = np.zeros((len(self.unit), UNITS))
         for tiles in self.unit.T:
             np.add.at(self.part, (np.arange(len(self.unit)), tiles), 1.0)
+        assert self.part.max() == 1.0, "a unit has one tile of a check at most"
         self.products = -(-BATCH * UNITS // (TILES_M * TILES_N * ROWS))
-        self.sigma, self.mean = self.x.std((0, 1)), self.x.mean((0, 1))
+        self.sigma, mean = self.x.std((0, 1)), self.x.mean((0, 1))
+        drawn = self.x[self.rng.integers(len(self.x), size=(CHECKS, self.span))]  # (checks, tiles, rows, kinds)
+        self._total, self._tile = drawn.sum(1), drawn[:, 0] - mean
+        self._clean = self._records(0.0, 0.0)
+        self._marginal: dict[tuple[float, float], np.ndarray] = {}
+
+    def _records(self, bias: float, noise: float) -> np.ndarray:
+        """Of every drawn check (CHECKS, kinds, fields), one tile of which is off."""
+        total = self._total + self._tile * noise
+        total[..., 0] += bias * self.sigma[0]
+        out = np.zeros((CHECKS, len(KINDS), len(FIELDS)))
+        for kind in range(total.shape[-1]):
+            out[:, kind] = tile_sums(total[..., kind] / np.sqrt(self.span), float(self.sigma[kind]))
+        return out
 
     @property
     def tiles(self) -> float:
@@ -65,17 +81,14 @@ class Grid:
 
     def batch(self, unit: int = 0, bias: float = 0.0, noise: float = 0.0) -> Shared:
         """One batch, with a marginal unit: bias in σ of a tile, of e; noise as a factor beyond one, of all kinds, as arithmetic has it."""
-        bad = self.unit == unit
-        records = np.zeros((len(self.unit), len(KINDS), len(FIELDS)))
-        for _ in range(self.products):
-            x = self.x[self.rng.integers(len(self.x), size=self.unit.shape)]  # (checks, tiles, rows, kinds)
-            total = x.sum(1)
-            checks, tiles = np.nonzero(bad)
-            wrong = (x[checks, tiles] - self.mean) * noise
-            wrong[..., 0] += bias * self.sigma[0]
-            np.add.at(total, checks, wrong)
-            for kind in range(x.shape[-1]):
-                records[:, kind] += tile_sums(total[..., kind] / np.sqrt(self.span), float(self.sigma[kind]))
+        index = self.rng.integers(CHECKS, size=(self.products, len(self.unit)))
+        records = self._clean[index]
+        if bias or noise:
+            if (bias, noise) not in self._marginal:
+                self._marginal[bias, noise] = self._records(bias, noise)
+            bad = (self.unit == unit).any(1)
+            records[:, bad] = self._marginal[bias, noise][index[:, bad]]
+        records = records.sum(0)
         n = self.products * ROWS
         sums = (np.tensordot(who.T, records, 1) for who in (self.part, self.group))
         return Shared(*sums, (n * self.part.T @ self.group).astype(np.int32), (n * self.part.T @ self.part).astype(np.int32))

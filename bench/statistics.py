@@ -127,7 +127,7 @@ def across_spans(results: Results, run: recorded.Run, trials: int) -> None:
     rng = np.random.default_rng(0)
     pools = [x[len(x) // 2 :] for x in run.kinds.values() if len(x) >= 200]
     for span in (4, 2, 1):
-        grids = [spans.Grid(x, span, rng) for x in pools[:: max(1, len(pools) // trials)]][:trials]
+        grids = [spans.Grid(x, span, rng) for x in pools[:trials]]
         monitors = [spans.learnt(grid) for grid in grids]
         clean = sum(spans.false_signs(grid, monitor, spans.WARM_UP) for grid, monitor in zip(grids, monitors, strict=True))
         for defect, bias, noise in (("bias", 0.1, 0.0), ("noise", 0.0, 0.02)):

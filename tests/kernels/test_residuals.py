@@ -17,7 +17,7 @@ from abft.backends import triton as backend
 from abft.backends.call import Call
 from abft.faults import BitOperation, Strike
 from abft.policy import Policy
-from abft.statistics import accumulators, baseline, devices, monitor, watches
+from abft.statistics import accumulators, baseline, cusum, devices, monitor, watches
 from abft.statistics.accumulators import BLOCKS, COUNT, FIELDS, KINDS, MAXIMA, MAXIMA2, MOST
 
 UNITS = 5
@@ -154,6 +154,7 @@ def test_a_marginal_unit_is_found_named_and_quarantined(monkeypatch):
     monkeypatch.setattr(monitor, "Baseline", functools.partial(baseline.Baseline, warm_up=5))
     monkeypatch.setattr(devices, "BATCH", 64)
     monkeypatch.setattr(monitor, "Cusum", functools.partial(monitor.Cusum, threshold=9.0))
+    monkeypatch.setattr(cusum, "APART", 2.0)
     bad, m, n, k, tile = 3, 300, 256, 24, 128
     layer = torch.nn.Linear(k, n, bias=False, dtype=torch.float16)
     torch.nn.init.uniform_(layer.weight, 0, 1)  # positive sums: a unit in the last place moves them all one way

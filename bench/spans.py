@@ -19,9 +19,9 @@ import numpy as np
 
 from abft.statistics.accumulators import COUNT, FIELDS, KINDS
 from abft.statistics.baseline import WARM_UP
-from abft.statistics.cusum import THRESHOLD
+from abft.statistics.cusum import THRESHOLD, shift
 from abft.statistics.devices import BATCH
-from abft.statistics.monitor import Monitor
+from abft.statistics.monitor import TOGETHER, Monitor
 from abft.statistics.unmixing import Shared, unmixed
 from bench.marginal import UNITS, tile_sums
 
@@ -121,6 +121,15 @@ def detection(grid: Grid, monitor: Monitor, bias: float, noise: float, limit: in
         if any(s.unit == unit for s in signs):
             return {"tiles": batch * grid.tiles, "others": others}
     return {"tiles": None, "others": others}
+
+
+def increments(grid: Grid, monitor: Monitor, batches: int) -> np.ndarray:
+    """ℓ of the test of all kinds' noise, of sound units, as the monitor computes them."""
+    out = []
+    for _ in range(batches):
+        own, _ = unmixed(grid.batch())
+        out.append(shift(monitor.baseline.of_all_kinds(monitor.baseline.shifts(own)[1]), TOGETHER))
+    return np.concatenate(out)
 
 
 def false_signs(grid: Grid, monitor: Monitor, batches: int) -> int:

@@ -1,10 +1,10 @@
 """The second detector: silent over a training run, quick about a marginal unit, sparing with repairs.
 
-    python -m bench statistics [training] [marginal] [spans] [severity] [cost] [--steps 500] [--trials 20] [--flips 2000] [--fresh]
+    python -m bench statistics [training] [marginal] [spans] [together] [severity] [cost] [--steps 500] [--trials 20] [--flips 2000] [--fresh]
 
 training: a model learns under ``detector="both"`` while its statistics drift; residuals are recorded. marginal: recorded residuals,
 drawn anew for 132 units of which one is off. spans: the same where checks are one, two and four tiles wide, of a grid as the kernels
-deal it (bench/spans.py). severity: random flips under ``detector="statistical"``. cost: of ``both`` on top of ``checksum``
+deal it (bench/spans.py). together: how often the test of all kinds' noise alarms without a fault. severity: random flips under ``detector="statistical"``. cost: of ``both`` on top of ``checksum``
 (bench/detector_cost.py; a file of its own).
 """
 
@@ -26,7 +26,7 @@ from bench.results import FOLDER, Results
 
 #: What can be measured by itself, and what it writes; the rest of the file stays.
 PARTS = {"training": ("training", "residuals"), "marginal": ("marginal", "false alarms", "quarantines"), "severity": ("severity",),
-         "spans": ("span",), "cost": ("cost",)}  # fmt: skip
+         "spans": ("span",), "together": ("together",), "cost": ("cost",)}  # fmt: skip
 IMAGE = Path(__file__).resolve().parents[1] / "docs" / "images" / "residuals.png"
 QUANTILES = (0.001, 0.01, 0.1, 0.5, 0.9, 0.99, 0.999)
 
@@ -54,6 +54,8 @@ def main(argv: list[str]) -> int:
             among_peers(results, run, options.trials)
     if "spans" in parts:
         across_spans(results, recorded.train(options.steps, options.dtype), options.trials)
+    if "together" in parts:
+        alarms_of_all_kinds(results, recorded.train(options.steps, options.dtype))
     if "severity" in parts:
         for group in (None, 128):
             severity(results, options.flips, group)
@@ -147,6 +149,23 @@ def across_spans(results: Results, run: recorded.Run, trials: int) -> None:
                 least_of_all_kinds=spans.least_tiles(grids[0], bias, noise, kinds),
             )  # fmt: skip
             results.progress(1, 1, f"span {span} {defect}")
+
+
+def alarms_of_all_kinds(results: Results, run: recorded.Run) -> None:
+    """Time between false alarms of the test of all kinds' noise, of units with checks of their own."""
+    rng, per_day, thetas = np.random.default_rng(0), [], []
+    pools = {site: x[len(x) // 2 :] for site, x in run.kinds.items() if len(x) >= 200}
+    for i, x in enumerate(pools.values()):
+        grid = spans.Grid(x, 1, rng)
+        arl = marginal.false_alarms(spans.increments(grid, spans.learnt(grid), 200), rng)
+        thetas.append(arl["theta"])
+        # Batches here have more tiles than those of ``marginal``.
+        per_day.append([marginal.per_day(arl[k], 1) * marginal.TILES / grid.tiles for k in ("high", "arl", "low")])
+        results.progress(i + 1, len(pools))
+    results.add(
+        "together", key="together", pools=len(pools), units=spans.UNITS, thetas=[min(thetas), max(thetas)],
+        per_day=float(np.mean(np.array(per_day)[:, 1])), per_day_worst_site=float(np.max(np.array(per_day)[:, 2])),
+    )  # fmt: skip
 
 
 def severity(results: Results, flips: int, group: int | None, pattern: str = "element") -> None:

@@ -541,6 +541,9 @@ def statistics(page: str) -> str:
         for r in f.kind("quarantines"):
             said = f"{r['per_day']:.1e} a day; {r['per_day_worst_site']:.1e} with the worst site's residuals"
             rows.append(("false quarantines, 132 units × 3·10⁴ tiles a second", said, f.link(page)))
+        for r in f.kind("together"):
+            said = f"{r['per_day']:.1e} a day; {r['per_day_worst_site']:.1e} with the worst site's residuals"
+            rows.append(("… of the test of all kinds' noise, as many", said, f.link(page)))
         for r in f.kind("severity"):
             (low, high), group = r["saved_interval"], r["group"] or "default"
             saved = f"{100 * r['saved']:.0f} % of {r['flagged']:,} flagged rows left ({100 * low:.0f} … {100 * high:.0f} %)"

@@ -1,11 +1,12 @@
 """The second detector: silent over a training run, quick about a marginal unit, sparing with repairs.
 
-    python -m bench statistics [training] [marginal] [spans] [together] [severity] [cost] [--steps 500] [--trials 20] [--flips 2000] [--fresh]
+    python -m bench statistics [training] [marginal] [spans] [together] [severity] [cost] [--steps 500] [--trials 20]
+                               [--flips 2000] [--fresh]
 
 training: a model learns under ``detector="both"`` while its statistics drift; residuals are recorded. marginal: recorded residuals,
 drawn anew for 132 units of which one is off. spans: the same where checks are one, two and four tiles wide, of a grid as the kernels
-deal it (bench/spans.py). together: how often the test of all kinds' noise alarms without a fault. severity: random flips under ``detector="statistical"``. cost: of ``both`` on top of ``checksum``
-(bench/detector_cost.py; a file of its own).
+deal it (bench/spans.py). together: how often the test of all kinds' noise alarms without a fault. severity: random flips under
+``detector="statistical"``. cost: of ``both`` on top of ``checksum`` (bench/detector_cost.py; a file of its own).
 """
 
 from __future__ import annotations
@@ -153,7 +154,9 @@ def across_spans(results: Results, run: recorded.Run, trials: int) -> None:
 
 def alarms_of_all_kinds(results: Results, run: recorded.Run) -> None:
     """Time between false alarms of the test of all kinds' noise, of units with checks of their own."""
-    rng, per_day, thetas = np.random.default_rng(0), [], []
+    rng = np.random.default_rng(0)
+    per_day: list[list[float]] = []
+    thetas: list[float] = []
     pools = {site: x[len(x) // 2 :] for site, x in run.kinds.items() if len(x) >= 200}
     for i, x in enumerate(pools.values()):
         grid = spans.Grid(x, 1, rng)

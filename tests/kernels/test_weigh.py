@@ -94,6 +94,8 @@ def test_everything_else_is_repaired(dtype):
     cases["two large ones like one small"] = off_by(a, w, {first: -6 * 2e-4, first + 16: 7 * 2e-4}), [0, 0, 1]
     cases["two rows"] = (*off_by(a, w, {200: 4e-4}), Strike("accumulator", at(9, 3), BitOperation(flip=1 << 15))), [0, 0, 2]
     cases["infinite"] = (Strike("accumulator", at(ROW, 3), INF),), [0, 0, 1]
+    if dtype == torch.float16:  # what depends on the rounding of the result
+        cases = {name: cases[name] for name in ("harmful", "two large ones like one small")}
     before = np.zeros(3, int)
     for name, (strikes, weighed) in cases.items():
         result = run(a, w, strikes=strikes, group=GROUP, **STATISTICAL)

@@ -569,9 +569,9 @@ def spans(page: str) -> str:
         least = f"{r['least_of_one_kind']:,.0f}"
         if r["defect"] == "noise":
             least += f"; {r['least_of_all_kinds']:,.0f}"
-        most = f"{r['tiles_most']:,.0f}" if isinstance(r["tiles_most"], float | int) else "not found"
+        tiles = [f"{t:,.0f}" if isinstance(t, float | int) else "beyond 20,000" for t in (r["tiles_median"], r["tiles_most"])]
         clean = f"{r['clean_alarms']} in {r['clean_batches']:,} batches"
-        return r["span"], what, found, f"{r['tiles_median']:,.0f}; {most}", least, r["others"], clean, f.link(page)
+        return r["span"], what, found, "; ".join(tiles), least, r["others"], clean, f.link(page)
 
     rows = [row(f, r) for f in files("statistics*") for r in f.kind("span")]
     header = "tiles of a check | the unit | found within 10,000 tiles | median; longest | at least"

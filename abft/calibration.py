@@ -193,7 +193,7 @@ def of_baseline(baseline: Baseline, residuals: float, most: float) -> dict[str, 
     values: dict[str, Any] = {name: [_plain(v) for v in getattr(baseline, name)] for name in _ARRAYS}
     rates, kappa = [list(r) for r in baseline.rates], max(1.0, 2.0 * most)
     said = {"rates": rates, "size": baseline.size, "residuals": int(residuals), "most": most, "kappa": kappa}
-    return values | said | ({} if baseline.alone else {"units": baseline.units})
+    return values | said | ({} if baseline.alone else {"units": baseline.units, "together": _plain(baseline.together)})
 
 
 def _plain(value: float) -> float | str:
@@ -204,4 +204,5 @@ def _baseline(values: Mapping[str, Any]) -> Baseline:
     baseline = Baseline(values.get("units", 1), rates=tuple((a, b) for a, b in values["rates"]), size=values["size"], frozen=True)
     for name in _ARRAYS:
         setattr(baseline, name, np.array([float(v) for v in values[name]]))
+    baseline.together = float(values.get("together", "inf"))  # unknown: that test says nothing
     return baseline

@@ -67,7 +67,7 @@ class Verdict(Enum):
     STALE = "the weight had changed densely and unannounced: the present weight's product was delivered"
     INPUT = "an operand already held NaN or Inf"
     OVERFLOW = "finite operands, a result beyond the output type: Inf is what torch delivers"
-    TOLERATED = "one element deviates by less than a thousandth of its row: delivered as it is, as the policy wishes"  # on hosts only
+    TOLERATED = "one element deviates by less than a thousandth of its row: delivered as it is, as the policy wishes"
 
 
 VERDICTS = tuple(Verdict)

@@ -76,13 +76,14 @@ class Policy:
     detector: checksum judges every row by its bound, at once. both also keeps statistics of the residuals, which show what no bound does:
         a small bias, more noise, rare outliers (docs/explanation/statistics.md). statistical does so too, and repairs
         of the rows beyond their bound those that matter: what one located element changes by less than 10⁻³ of the row is
-        counted and left as it is (``Report.tolerated``), within a budget per site.
+        counted and left as it is (``Report.tolerated``), within a budget per site; with timing="deferred" or level="detect",
+        where nothing is repaired, and with a lean panel, which locates nothing, it is ``both``.
     weights: tracked follows announced changes; frozen treats any change without ``abft.refresh`` as a memory fault.
     max_floor: largest acceptable floor relative to a row's L2 norm; auto must meet it or raises PolicyError.
     on_uncorrected: record, warn, raise, or a callable that receives the FaultEvent.
 
-    Raises PolicyError (a ValueError) for unknown values. The triton backend raises NotImplementedError for the detector
-    statistical, and for both with timing="deferred"; other backends on a GPU for either.
+    Raises PolicyError (a ValueError) for unknown values. Backends on a GPU other than triton raise NotImplementedError for the
+    detectors statistical and both.
     """
 
     level: Level = "correct"

@@ -31,13 +31,15 @@ EVERY = 10
 
 @dataclass
 class Run:
-    """report: of the whole run. x: tiles (T, 128) of e's residual over bound, per site and role, in the order they were computed.
+    """report: of the whole run. x: tiles (T, 128) of e's residual over bound, per site and role, in the order they were computed; kinds: of
+    every kind of checksum, (T, 128, kinds).
     drift: per watched site, the (lowest, highest) mean in σ̂ and ln variance over windows of 32 batches."""
 
     report: abft.Report
     x: dict[str, np.ndarray]
     losses: list[float] = field(default_factory=list)
     drift: dict[str, tuple[float, float, float, float]] = field(default_factory=dict)
+    kinds: dict[str, np.ndarray] = field(default_factory=dict)
 
 
 def train(steps: int, dtype: str, seed: int = 0) -> Run:
@@ -68,8 +70,9 @@ def train(steps: int, dtype: str, seed: int = 0) -> Run:
             optimizer.zero_grad()
             schedule.step()
             losses.append(float(loss.detach()))
-    x = {key: np.concatenate(tiles) for key, tiles in kept.items()}
-    return Run(abft.report(), x, losses, {key: _drift(np.array(v)) for key, v in series.items() if len(v) >= 96})
+    kinds = {key: np.concatenate(tiles) for key, tiles in kept.items()}
+    x = {key: tiles[..., 0] for key, tiles in kinds.items()}
+    return Run(abft.report(), x, losses, {key: _drift(np.array(v)) for key, v in series.items() if len(v) >= 96}, kinds)
 
 
 def _remembering(series: dict[str, list[np.ndarray]]) -> Any:
@@ -103,8 +106,9 @@ def _recording(kept: dict[str, list[np.ndarray]], on: bool) -> Any:
             panel = reference.build_panel(call.w, p.layout)
             bias = None if call.bias is None else bias_sums(call.bias, p.layout)
             j = reference.judge(out, reference.sums(out, call.a, panel, bias, p), call.a.shape[-1], p)
-            x = ((j.sums.actual - j.sums.predicted) / j.tau)[:, 0, 0]
-            kept.setdefault(f"{sites.site_of(call.site).name} {call.role}", []).append(x[: len(x) // TILE * TILE].reshape(-1, TILE))
+            x = ((j.sums.actual - j.sums.predicted) / j.tau)[:, 0]
+            tiles = x[: len(x) // TILE * TILE].reshape(-1, TILE, x.shape[-1])
+            kept.setdefault(f"{sites.site_of(call.site).name} {call.role}", []).append(tiles)
         return out
 
     stack = ExitStack()

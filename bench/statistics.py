@@ -1,10 +1,12 @@
 """The second detector: silent over a training run, quick about a marginal unit, sparing with repairs.
 
-    python -m bench statistics [training] [marginal] [severity] [cost] [--steps 500] [--trials 20] [--flips 2000] [--fresh]
+    python -m bench statistics [training] [marginal] [spans] [together] [severity] [cost] [--steps 500] [--trials 20]
+                               [--flips 2000] [--fresh]
 
 training: a model learns under ``detector="both"`` while its statistics drift; residuals are recorded. marginal: recorded residuals,
-drawn anew for 132 units of which one is off. severity: random flips under ``detector="statistical"``. cost: of ``both`` on top of
-``checksum`` (bench/detector_cost.py; a file of its own).
+drawn anew for 132 units of which one is off. spans: the same where checks are one, two and four tiles wide, of a grid as the kernels
+deal it (bench/spans.py). together: how often the test of all kinds' noise alarms without a fault. severity: random flips under
+``detector="statistical"``. cost: of ``both`` on top of ``checksum`` (bench/detector_cost.py; a file of its own).
 """
 
 from __future__ import annotations
@@ -20,12 +22,12 @@ from torch import nn
 import abft
 from abft.statistics import watches
 from abft.statistics.severity import Budget
-from bench import detector_cost, intervals, marginal, recorded
+from bench import detector_cost, intervals, marginal, recorded, spans
 from bench.results import FOLDER, Results
 
 #: What can be measured by itself, and what it writes; the rest of the file stays.
 PARTS = {"training": ("training", "residuals"), "marginal": ("marginal", "false alarms", "quarantines"), "severity": ("severity",),
-         "cost": ("cost",)}  # fmt: skip
+         "spans": ("span",), "together": ("together",), "cost": ("cost",)}  # fmt: skip
 IMAGE = Path(__file__).resolve().parents[1] / "docs" / "images" / "residuals.png"
 QUANTILES = (0.001, 0.01, 0.1, 0.5, 0.9, 0.99, 0.999)
 
@@ -51,6 +53,10 @@ def main(argv: list[str]) -> int:
         run = training(results, options.steps, options.dtype)
         if "marginal" in parts:
             among_peers(results, run, options.trials)
+    if "spans" in parts:
+        across_spans(results, recorded.train(options.steps, options.dtype), options.trials)
+    if "together" in parts:
+        alarms_of_all_kinds(results, recorded.train(options.steps, options.dtype))
     if "severity" in parts:
         for group in (None, 128):
             severity(results, options.flips, group)
@@ -117,6 +123,52 @@ def among_peers(results: Results, run: recorded.Run, trials: int) -> None:
     # The two tests of rates: E[e^ℓ] = 1 for Poisson counts, so at least e^h batches each (Lorden).
     rates = marginal.per_day(math.exp(marginal.cusum.THRESHOLD), 2)
     results.add("quarantines", key="quarantines", per_day=total + rates, per_day_worst_site=worst + rates, per_day_of_rates=rates)
+
+
+def across_spans(results: Results, run: recorded.Run, trials: int) -> None:
+    """A marginal unit that shares its checks with three others, with one, and with nobody."""
+    rng = np.random.default_rng(0)
+    pools = [x[len(x) // 2 :] for x in run.kinds.values() if len(x) >= 200]
+    for span in (4, 2, 1):
+        grids = [spans.Grid(x, span, rng) for x in pools[:trials]]
+        monitors = [spans.learnt(grid) for grid in grids]
+        clean = sum(spans.false_signs(grid, monitor, spans.WARM_UP) for grid, monitor in zip(grids, monitors, strict=True))
+        for defect, bias, noise in (("bias", 0.1, 0.0), ("noise", 0.0, 0.02)):
+            found = []
+            for i in range(trials):
+                at = i % len(grids)
+                found.append(spans.detection(grids[at], monitors[at], bias, noise, limit=20_000))
+            tiles = [d["tiles"] or math.inf for d in found]
+            within = sum(t <= 10_000 for t in tiles)
+            kinds = grids[0].x.shape[-1]
+            results.add(
+                "span", key=f"span {span} {defect}", span=span, defect=defect, size=bias or noise, trials=trials, pools=len(grids),
+                units=spans.UNITS, product=[spans.TILES_M, spans.TILES_N], worth=grids[0].worth(), found=within,
+                found_interval=list(intervals.proportion(within, trials)), tiles_median=float(np.median(tiles)), tiles_most=max(tiles),
+                others=sum(d["others"] for d in found), clean_batches=spans.WARM_UP * len(grids), clean_alarms=clean,
+                least_of_one_kind=spans.least_tiles(grids[0], bias, noise), kinds=kinds,
+                least_of_all_kinds=spans.least_tiles(grids[0], bias, noise, kinds),
+            )  # fmt: skip
+            results.progress(1, 1, f"span {span} {defect}")
+
+
+def alarms_of_all_kinds(results: Results, run: recorded.Run) -> None:
+    """Time between false alarms of the test of all kinds' noise, of units with checks of their own."""
+    rng = np.random.default_rng(0)
+    per_day: list[list[float]] = []
+    thetas: list[float] = []
+    pools = {site: x[len(x) // 2 :] for site, x in run.kinds.items() if len(x) >= 200}
+    for i, x in enumerate(pools.values()):
+        grid = spans.Grid(x, 1, rng)
+        arl = marginal.false_alarms(spans.increments(grid, spans.learnt(grid), 200), rng)
+        thetas.append(arl["theta"])
+        # Batches here have more tiles than those of ``marginal``.
+        per_day.append([marginal.per_day(arl[k], 1) * marginal.TILES / grid.tiles for k in ("high", "arl", "low")])
+        results.progress(i + 1, len(pools))
+    results.add(
+        "together", key="together", pools=len(pools), units=spans.UNITS, thetas=[min(thetas), max(thetas)],
+        per_day=float(np.mean(np.array(per_day)[:, 1])), per_day_worst_site=float(np.max(np.array(per_day)[:, 2])),
+    )  # fmt: skip
 
 
 def severity(results: Results, flips: int, group: int | None, pattern: str = "element") -> None:

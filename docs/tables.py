@@ -542,6 +542,9 @@ def statistics(page: str) -> str:
         for r in f.kind("quarantines"):
             said = f"{r['per_day']:.1e} a day; {r['per_day_worst_site']:.1e} with the worst site's residuals"
             rows.append(("false quarantines, 132 units × 3·10⁴ tiles a second", said, f.link(page)))
+        for r in f.kind("together"):
+            said = f"{r['per_day']:.1e} a day; {r['per_day_worst_site']:.1e} with the worst site's residuals"
+            rows.append(("… of the test of all kinds' noise, as many", said, f.link(page)))
         for r in f.kind("severity"):
             (low, high), group = r["saved_interval"], r["group"] or "default"
             saved = f"{100 * r['saved']:.0f} % of {r['flagged']:,} flagged rows left ({100 * low:.0f} … {100 * high:.0f} %)"
@@ -555,6 +558,39 @@ def statistics(page: str) -> str:
             what = f"time{clock}, {r['what']}, {r['size']} × {r['size']}"
             rows.append((what, f"× {r['ratio']:.4f} ({low:.4f} … {high:.4f})", f.link(page)))
     return table("what | result | file", rows, "python -m bench statistics")
+
+
+def spans(page: str) -> str:
+    """A marginal unit whose checks are several tiles wide."""
+
+    def row(f: File, r: Record) -> tuple[object, ...]:
+        what = f"bias {r['size']} σ of its tile" if r["defect"] == "bias" else f"noise + {100 * r['size']:.0f} %"
+        low, high = r["found_interval"]
+        found = f"{r['found']} of {r['trials']} ({100 * low:.0f} … {100 * high:.0f} %)"
+        least = f"{r['least_of_one_kind']:,.0f}"
+        if r["defect"] == "noise":
+            least += f"; {r['least_of_all_kinds']:,.0f}"
+        tiles = [f"{t:,.0f}" if isinstance(t, float | int) else "beyond 20,000" for t in (r["tiles_median"], r["tiles_most"])]
+        clean = f"{r['clean_alarms']} in {r['clean_batches']:,} batches"
+        return r["span"], what, found, "; ".join(tiles), least, r["others"], clean, f.link(page)
+
+    rows = [row(f, r) for f in files("statistics*") for r in f.kind("span")]
+    header = "tiles of a check | the unit | found within 10,000 tiles | median; longest | at least"
+    header += " | others blamed | alarms without a fault | file"
+    return table(header, rows, "python -m bench statistics spans --trials 76")
+
+
+def statistical_campaigns(page: str) -> str:
+    """What the statistical detector lets through: single faults in a product."""
+
+    def row(f: File) -> tuple[object, ...]:
+        places = [f.summary["places"][place] for place in ("accumulator", "output", "operand")]
+        s = {key: sum(place[key] for place in places) for key in ("trials", "harmful", "harmful_detected", "detected", "repaired")}
+        harm, repaired = small(f.summary["harmful_from"]), f"{share(s['repaired'], s['detected'])} of {s['detected']:,}"
+        return f.arithmetic, f"{s['trials']:,}", f"{s['harmful']:,} (≥ {harm})", _found(s), repaired, f.link(page)
+
+    header = "type | faults | harmful | of these detected | repaired, bit-equal | file"
+    return table(header, [row(f) for f in finished("faults-statistical-reference-*")], "python -m bench campaign --detector statistical")
 
 
 def training_faults(page: str) -> str:
@@ -839,6 +875,8 @@ TABLES: dict[str, Callable[[str], str]] = {
     "bytes": bytes_moved,
     "work": work,
     "statistics": statistics,
+    "spans": spans,
+    "statistical-campaigns": statistical_campaigns,
     "training-faults": training_faults,
 }
 

@@ -3,6 +3,7 @@
     Y = A Wᵀ + b      and, in the workspace: partials (B, KINDS + 3, tiles_n, M)   Σ_n w_j acc, Σ acc², max |acc|, Σ |acc|
                                              raw (B, M, C)                         the check tiles, undone of the panel's scales
                                              beyond (B, tiles_n, M)                1 where a delivered number is Inf or NaN
+                                             units (B, row blocks, tiles_n)        if NOTED, each tile's multiprocessor, as fp32
                       and in its slot: what a judge has to know of it
 
 No operand, panel or result is read again, so all of them may have changed or gone by then. The tiles, their arithmetic and
@@ -22,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .gemm import Product, fault_argument, first_check_tile
+from .gemm import Product, fault_argument, first_check_tile, note_unit
 from .judgement import is_finite
 from .tiles import ACCUMULATOR, CHECKSUM, OUTPUT, accumulate, finish, store_sums, store_tile, strike, tile_of
 
@@ -38,6 +39,8 @@ STATE, ARRIVED, UNQUIET, REPEAT, CORRECT = (tl.constexpr(i) for i in range(16, 2
 M_WORD, BATCHES, CHECKS_WORD, GROUPS, TILES_PER_GROUP, TILES, BEGIN = (tl.constexpr(i) for i in range(21, 28))
 #: … and, as the bits of fp32, the largest number of the output type and the bound's coefficients, four each.
 LARGEST, ACCUMULATE, ABSOLUTE = tl.constexpr(28), tl.constexpr(32), tl.constexpr(36)
+#: Where statistics of residuals are kept: the addresses of residuals.Kept; rows of a data tile; multiprocessors.
+KEPT, HEIGHT, MULTIPROCESSORS = tl.constexpr(40), tl.constexpr(45), tl.constexpr(46)
 #: A number that uninitialised memory does not hold by chance: slots need no clearing, which a graph would repeat.
 FRESH = tl.constexpr(0x5EED_FAC7_0DEF_E44D)
 #: Planes of partial sums beyond the kinds': Σ acc², max |acc|, Σ |acc|.
@@ -50,7 +53,7 @@ LOST = tl.constexpr(2)
 def deferred_product(a, w, panel, a_tiles, w_tiles, panel_tiles, bias, y, weights, scales, evidence, slot, template, words, site,
                      deal, begin, scales_batch, M, N, K, C, batches, FAULT, A_ROWS: tl.constexpr, W_ROWS: tl.constexpr,
                      KINDS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BC: tl.constexpr,
-                     TALL: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+                     TALL: tl.constexpr, PRECISION: tl.constexpr, NOTED: tl.constexpr = False):  # fmt: skip
     """As gemm.checked_product: every program its data tiles, then its check tiles."""
     program, programs = tl.program_id(0), tl.num_programs(0)
     if program == 0:
@@ -61,6 +64,8 @@ def deferred_product(a, w, panel, a_tiles, w_tiles, panel_tiles, bias, y, weight
     beyond = raw + tl.cast(batches, tl.int64) * M * C
     for index in tl.range(program, batches * tiles_m * tiles_n, programs, disable_licm=True):
         tile_m, tile_n = tile_of(index % (tiles_m * tiles_n), tiles_m, tiles_n, TALL)
+        if NOTED:
+            note_unit(units_of(beyond, batches, tiles_n, M), (index // (tiles_m * tiles_n) * tiles_m + tile_m) * tiles_n + tile_n)
         _data_tile_and_more(a, w, a_tiles, w_tiles, A_ROWS, W_ROWS, bias, y, weights, partials, beyond, index // (tiles_m * tiles_n),
                             tile_m, tile_n, M, N, K, FAULT, KINDS, BM, BN, BK, PRECISION)  # fmt: skip
     rank = (program - deal.behind + programs) % programs
@@ -82,6 +87,12 @@ def deferred_product(a, w, panel, a_tiles, w_tiles, panel_tiles, bias, y, weight
 def partials_of(batches, KINDS: tl.constexpr, tiles_n, M):
     """How many partial sums there are."""
     return tl.cast(batches, tl.int64) * (KINDS + MORE) * tiles_n * M
+
+
+@triton.jit
+def units_of(beyond, batches, tiles_n, M):
+    """Where the multiprocessors of the data tiles are noted."""
+    return beyond + tl.cast(batches, tl.int64) * tiles_n * M
 
 
 @triton.jit
@@ -138,15 +149,16 @@ class Place:
     words: Tensor  # the ledger that will be told
 
 
-def floats(product: Product) -> int:
-    """Room that the evidence of a product takes."""
+def floats(product: Product, noted: bool = False) -> int:
+    """Room that the evidence of a product takes. noted: with the multiprocessors of its tiles."""
     batch, m, n, _, c = product.sizes
-    return batch * m * ((product.kinds + MORE.value + 1) * -(-n // product.config.bn) + c)
+    return batch * m * ((product.kinds + MORE.value + 1) * -(-n // product.config.bn) + c) + noted * product.tiles[0]
 
 
 def multiply_deferred(product: Product, scales: Tensor | None, template: Tensor, place: Place, site: Tensor,
-                      faults: Tensor | None = None) -> Tensor:  # fmt: skip
-    """Launch, and return Y. ``template``: (SLOT,) int64 on the device, the words of the slot that do not change from call to call."""
+                      faults: Tensor | None = None, noted: bool = False) -> Tensor:  # fmt: skip
+    """Launch, and return Y. ``template``: (SLOT,) int64 on the device, the words of the slot that do not change from call to call.
+    noted: the multiprocessors of its tiles belong to its evidence."""
     a, config = product.a, product.config
     batch, m, n, k, c = product.sizes
     programs, dealt = product.dealt()
@@ -156,5 +168,6 @@ def multiply_deferred(product: Product, scales: Tensor | None, template: Tensor,
     deferred_product[(programs,)](
         *operands, product.bias, y, product.weights, scales, place.evidence, place.slot, template, place.words, site,
         dealt, place.begin, scales_batch, m, n, k, c, batch, fault_argument(faults), **order, KINDS=product.kinds, **config.launch(),
+        **({"NOTED": True} if noted else {}),
     )  # fmt: skip
     return y

@@ -111,7 +111,7 @@ def _multiply(a, w, bias, y, weights, again, coefficients, shape, batch, group, 
         end = tl.minimum((tile + 1) * BN, shape.n)
         for start in tl.range(tile * BN, end, COLUMNS, disable_licm=True):
             cols = start + tl.arange(0, COLUMNS)
-            value = _elements(a, w, shape, batch, row, cols, end, PARTS)
+            value = elements(a, w, shape, batch, row, cols, end, PARTS)
             weight = tl.load(weights + kinds[:, None] * shape.n + cols[None, :], mask=cols[None, :] < end, other=0.0)
             own += tl.sum(value[None, :] * weight, 1)
             squares += tl.sum(value * value, 0)
@@ -130,7 +130,7 @@ def _multiply(a, w, bias, y, weights, again, coefficients, shape, batch, group, 
 
 
 @triton.jit
-def _elements(a, w, shape, batch, row, cols, end, PARTS: tl.constexpr):
+def elements(a, w, shape, batch, row, cols, end, PARTS: tl.constexpr):
     """y'[cols] of one row, fp64."""
     TF32: tl.constexpr = w.ptr.dtype.element_ty == tl.float32 and PARTS > 1  # as panel.build has it
     k = tl.arange(0, STEP)

@@ -1,5 +1,5 @@
-"""The launches of one checked product, in stream order: product, verify, recompute (which arbitrates first), settle. The host learns
-nothing from them."""
+"""The launches of one checked product, in stream order: product, verify, recompute (which arbitrates first), settle; after verify, if
+harmless rows may be left as they are, weigh. The host learns nothing from them."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from .residuals import Kept
 from .settle import settle
 from .tiles import PATCHED, matrix
 from .verify import verify
+from .weigh import weigh
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ class Judge:
     correct: bool
     repeat: bool = False  # recomputation under activation checkpointing
     kept: Kept | None = None  # where statistics of residuals are added, if the policy asks for them
+    gate: Tensor | None = None  # (weigh.GATE,) int64, of a site whose harmless rows are left as they are; with ``kept``
 
 
 def check(product: Product, evidence: Evidence, judge: Judge, words: Tensor, site: Tensor, labels: Labels,
@@ -87,6 +89,14 @@ def check(product: Product, evidence: Evidence, judge: Judge, words: Tensor, sit
         None if judge.kept is None else evidence.units, None if judge.kept is None else multiprocessors(device),
         REPEAT=judge.repeat, **order,
     )  # fmt: skip
+    if judge.gate is not None and judge.kept is not None:
+        apart = torch.empty(judge.tiles_per_group * config.bn, dtype=torch.float32, device=device)
+        out = torch.finfo(y.dtype)
+        weigh[(1,)](
+            a, w, product.bias, y, product.weights, first, judge.bound, shape, status, evidence.units, judge.kept.groups, judge.gate, apart,
+            evidence.summary, words, site, labels, batch, ROUND=out.eps / 2, TINY=out.tiny * out.eps / 2,
+            **{name: choice for name, choice in order.items() if name != "OUT_LARGEST"},
+        )  # fmt: skip
     recompute[(max(1, min(sum(product.tiles), REPAIR_PROGRAMS)),)](
         a, w, *panel, was, product.bias, y, again, moved, units.again, patches, flags, evidence.summary, shape, batch,
         int(REPAIR_BUDGET * product.tiles[0]), most_restored, fault_argument(faults), FROZEN=memory.frozen, TRANSPOSED=memory.transposed,

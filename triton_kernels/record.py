@@ -20,6 +20,8 @@ FIRST_VERDICT, REPEATED, WORST = tl.constexpr(3), tl.constexpr(12), tl.constexpr
 RING, RECORD = tl.constexpr(1024), tl.constexpr(20)
 
 VERDICTS = tl.constexpr(8)
+#: Given before those: a row that is left as it is (weigh.py). Its number, and its counter.
+TOLERATED, TOLERATED_ROWS = tl.constexpr(8), tl.constexpr(14)
 CLEAN = tl.constexpr(-1)
 OBSERVED, RECOMPUTED, RECONSTRUCTED, UNCORRECTED, FALSE_ALARM, STALE_WEIGHT, INPUT, OVERFLOW = (tl.constexpr(i) for i in range(8))
 WEIGHT_FAULTS = tl.constexpr(11)
@@ -170,6 +172,35 @@ def _unit(units, tile):
         if tile >= 0:
             found = tl.load(units + tile).to(tl.int64)
     return found
+
+
+@triton.jit
+def enter_tolerated(words, site, row, column, residual, tau, tile, units, labels):
+    """Count and record one row of a product that is left as it is; units: who computed each data tile, or None."""
+    tl.atomic_add(words + HEADER + site * COUNTERS + TOLERATED_ROWS, tl.cast(1, tl.int64))
+    slot = tl.atomic_add(words + HEAD, tl.cast(1, tl.int64))
+    at = words + HEADER + tl.cast(labels.sites, tl.int64) * COUNTERS + (slot % RING) * RECORD
+    tl.store(at + 1, site)
+    tl.store(at + 2, tl.cast(labels.role, tl.int64))
+    tl.store(at + 3, tl.cast(TOLERATED, tl.int64))
+    tl.store(at + 4, tl.cast(0, tl.int64))
+    tl.store(at + 5, tl.cast(1, tl.int64))
+    tl.store(at + 6, tl.cast(row, tl.int64))
+    tl.store(at + 7, tl.cast(column, tl.int64))
+    tl.store(at + 8, bits(residual).to(tl.int64))
+    tl.store(at + 9, bits(tau).to(tl.int64))
+    tl.store(at + 10, tl.cast(labels.m, tl.int64))
+    tl.store(at + 11, tl.cast(labels.n, tl.int64))
+    tl.store(at + 12, tl.cast(labels.k, tl.int64))
+    tl.store(at + 13, tl.cast(labels.dtype, tl.int64))
+    tl.store(at + 14, tl.cast(labels.backend, tl.int64))
+    tl.store(at + 15, tl.load(words + STEP))
+    for beyond in tl.static_range(16, 18):
+        tl.store(at + beyond, tl.cast(-1, tl.int64))  # no element of a weight changed
+    tl.store(at + 18, _unit(units, tile))
+    tl.store(at + 19, tl.cast(-1, tl.int64))
+    tl.debug_barrier()
+    tl.atomic_xchg(at, slot + 1, sem="release")
 
 
 @triton.jit

@@ -40,17 +40,18 @@ class Kept(NamedTuple):
 
 
 @triton.jit
-def add_residuals(kept, tile_units, multiprocessors, sums, bound, calm, KINDS: tl.constexpr, PARTS: tl.constexpr, shape, tiles_n,
-                  batch, block, group, rows):  # fmt: skip
-    """Add the calm rows of a block in one group. tile_units: (B, row blocks, tiles_n), who computed each data tile."""
-    squares = actual(sums, KINDS, KINDS + 1, False, shape, tiles_n, batch, group, rows)
+def add_residuals(kept, tile_units, multiprocessors, sums, bound, calm, PLANES: tl.constexpr, KINDS: tl.constexpr, PARTS: tl.constexpr,
+                  shape, tiles_n, batch, tile_row, group, rows):  # fmt: skip
+    """Add the calm rows of a block in one group. tile_units: (B × row blocks of the product, tiles_n), who computed each data tile;
+    tile_row: in which of its first dimension the rows lie."""
+    squares = actual(sums, KINDS, PLANES, False, shape, tiles_n, batch, group, rows)
     noise2, _ = noise(sums, KINDS, PARTS, shape, batch, group, rows)
     count = tl.sum(calm.to(tl.int32), 0)
     first = group * shape.tiles_per_group
     last = tl.minimum(first + shape.tiles_per_group, tiles_n)
-    units = tile_units + (tl.cast(batch, tl.int64) * tl.cdiv(shape.m, rows.shape[0]) + block) * tiles_n if kept.units is not None else None
+    units = tile_units + tl.cast(tile_row, tl.int64) * tiles_n if kept.units is not None else None
     for kind in tl.static_range(KINDS):
-        r = actual(sums, kind, KINDS + 1, False, shape, tiles_n, batch, group, rows)
+        r = actual(sums, kind, PLANES, False, shape, tiles_n, batch, group, rows)
         c = predicted(sums, kind, KINDS, PARTS, shape, batch, group, rows)
         x = tl.where(calm, (r - c) / bound_of(bound.accumulate[kind], squares, c, noise2, bound.absolute[kind]), 0.0)
         record, most = _record(x, count, kept.levels + kind * LEVELS)
@@ -69,7 +70,7 @@ def add_residuals(kept, tile_units, multiprocessors, sums, bound, calm, KINDS: t
 @triton.jit
 def _number(units, tile, multiprocessors):
     # PTX promises numbers below %nsmid, which may exceed how many there are: those beyond share a record.
-    return tl.load(units + tile) % multiprocessors
+    return tl.load(units + tile).to(tl.int32) % multiprocessors  # deferred evidence is fp32
 
 
 @triton.jit

@@ -50,4 +50,5 @@ def verify(sums, bound, shape, status, flags, summary, words, site, batches, kep
             tl.atomic_add(case_of(summary, batch, group, shape.groups) + SUSPECTS, tl.sum((code == SUSPECT).to(tl.int64), 0))
         if kept is not None:
             calm = (rows < shape.m) & ~suspect
-            add_residuals(kept, units, multiprocessors, sums, bound, calm, KINDS, PARTS, shape, tiles_n, batch, block, group, rows)
+            add_residuals(kept, units, multiprocessors, sums, bound, calm, KINDS + 1, KINDS, PARTS, shape, tiles_n, batch,
+                          tl.cast(batch, tl.int64) * blocks + block, group, rows)  # fmt: skip

@@ -8,6 +8,9 @@ was not content, goes through the product once more and enters what it finds int
     explained, but delivered numbers beyond the type                                  OVERFLOW
     anything else                                                                     UNCORRECTED (OBSERVED at level detect)
 
+Where KEPT, what is within its bound is added to the statistics of residuals (residuals.py), to whom the product's slot says:
+products of many sites are judged by one launch.
+
 Nothing is repaired: whoever was to read Y has read it. A slot that is not FRESH is passed over: it has been judged already, or
 its product has not run (a captured one, before its graph is replayed). So a launch too many does no harm.
 """
@@ -31,10 +34,13 @@ from .deferred import (
     CORRECT,
     FRESH,
     GROUPS,
+    HEIGHT,
     K_WORD,
+    KEPT,
     LARGEST,
     M_WORD,
     MORE,
+    MULTIPROCESSORS,
     N_WORD,
     RECORD_WORDS,
     REPEAT,
@@ -50,6 +56,7 @@ from .deferred import (
     UNQUIET,
     VERDICT,
     partials_of,
+    units_of,
 )
 from .judgement import Bound, Shape, Sums, actual, bound_of, explained, is_finite, judge, noise, predicted, range_safe_bound, ratio_of
 from .record import (
@@ -71,6 +78,7 @@ from .record import (
     bits,
     raise_worst,
 )
+from .residuals import Kept, add_residuals
 from .tiles import ACC_LARGEST
 
 #: Rows judged at a time; programs that share a slot, at least, and programs at least, for a page may hold few, large products. Any
@@ -78,6 +86,8 @@ from .tiles import ACC_LARGEST
 BLOCK = 64
 SHARES = 8
 PROGRAMS = 4 * 132
+#: Of the products of a page: no statistics are kept, or by groups of columns alone, or by multiprocessors, too.
+NONE, OF_GROUPS, OF_UNITS = (tl.constexpr(i) for i in range(3))
 #: How grave a finding is; the gravest group decides about its row.
 F_CLEAN, F_INPUT, F_OVERFLOW, F_FAULT = (tl.constexpr(i) for i in range(4))
 #: A finding as one number, the graver the larger: severity, then |residual|/τ as the bits of fp32, then the first row.
@@ -86,7 +96,8 @@ ROW_LARGEST = tl.constexpr(2**29 - 1)
 
 
 @triton.jit
-def verify_deferred(slots, evidence, words, KINDS: tl.constexpr, PARTS: tl.constexpr, SITES: tl.constexpr, BM: tl.constexpr):
+def verify_deferred(slots, evidence, words, KINDS: tl.constexpr, PARTS: tl.constexpr, SITES: tl.constexpr, BM: tl.constexpr,
+                    STATISTICS: tl.constexpr = NONE):  # fmt: skip
     """Programs: (slots, shares)."""
     slot = slots + tl.program_id(0) * SLOT
     if tl.load(slot + STATE) == FRESH:
@@ -104,6 +115,9 @@ def verify_deferred(slots, evidence, words, KINDS: tl.constexpr, PARTS: tl.const
             unquiet = (rows < shape.m) & (suspect | (tl.sqrt(squares) >= largest / 2))
             loud += tl.sum(unquiet.to(tl.int32), 0)
             worst = tl.maximum(worst, tl.max(tl.where((rows < shape.m) & ~suspect, ratio_of(d, tau), 0.0), 0))
+            if STATISTICS > NONE:
+                _keep_residuals(slot, sums, bound, (rows < shape.m) & ~suspect, shape, batches, tiles_n, block // blocks, group, rows,
+                                block % blocks * BM, KINDS, PARTS, STATISTICS == OF_UNITS)  # fmt: skip
         raise_worst(words, slot + SITE, worst)
         if loud > 0:
             tl.atomic_add(slot + UNQUIET, tl.cast(1, tl.int64))
@@ -139,6 +153,31 @@ def _product_of(slot, KINDS: tl.constexpr):
             nothing, nothing,
         )  # fmt: skip
     return bound, shape, batches, tiles_n
+
+
+@triton.jit
+def _keep_residuals(slot, sums, bound, calm, shape, batches, tiles_n, batch, group, rows, first_row, KINDS: tl.constexpr,
+                    PARTS: tl.constexpr, NUMBERED: tl.constexpr):  # fmt: skip
+    """Add the calm rows of a block in one group to where the slot says."""
+    groups, levels = _address(slot, 0, tl.float64), _address(slot, 4, tl.float32)
+    height = tl.load(slot + HEIGHT).to(tl.int32)
+    # A block of rows lies in one row of tiles: these are as high, or several times, or all rows are in one.
+    tile_row = batch * tl.cdiv(shape.m, height) + first_row // height
+    if NUMBERED:
+        kept = Kept(groups, _address(slot, 1, tl.float64), _address(slot, 2, tl.int32), _address(slot, 3, tl.int32), levels)
+        tile_units = units_of(sums.raw + tl.cast(batches, tl.int64) * shape.m * shape.c, batches, tiles_n, shape.m)
+        multiprocessors = tl.load(slot + MULTIPROCESSORS).to(tl.int32)
+        add_residuals(kept, tile_units, multiprocessors, sums, bound, calm, KINDS + MORE, KINDS, PARTS, shape, tiles_n, batch, tile_row,
+                      group, rows)  # fmt: skip
+    else:
+        kept = Kept(groups, None, None, None, levels)
+        add_residuals(kept, None, None, sums, bound, calm, KINDS + MORE, KINDS, PARTS, shape, tiles_n, batch, tile_row, group, rows)
+
+
+@triton.jit
+def _address(slot, WHICH: tl.constexpr, OF: tl.constexpr):
+    """Where one of the sums of residuals.Kept lies."""
+    return tl.load(slot + KEPT + WHICH).to(tl.pointer_type(OF))
 
 
 @triton.jit
@@ -245,11 +284,12 @@ def _write_record(slot, words, verdict, count, row, residual, tau, SITES: tl.con
 # --- launcher -------------------------------------------------------------------------------------
 
 
-def judge_slots(slots: Tensor, evidence: Tensor, words: Tensor, kinds: int, parts: int, sites: int) -> None:
-    """Launch. slots (count, SLOT) int64, evidence fp32, words: the ledger. All products have panels of so many kinds and parts."""
+def judge_slots(slots: Tensor, evidence: Tensor, words: Tensor, kinds: int, parts: int, sites: int, statistics: int = 0) -> None:
+    """Launch. slots (count, SLOT) int64, evidence fp32, words: the ledger. All products have panels of so many kinds and parts.
+    statistics: NONE, OF_GROUPS or OF_UNITS, of all of them."""
     interpreted = words.device.type != "cuda"
     shares = INTERPRETED_PROGRAMS if interpreted else max(SHARES, PROGRAMS // slots.shape[0])
     verify_deferred[(slots.shape[0], shares)](
         slots, evidence, words, KINDS=kinds, PARTS=parts, SITES=sites, BM=BLOCK,
-        num_warps=4, enable_fp_fusion=True, maxnreg=MAX_REGISTERS,
+        **({"STATISTICS": statistics} if statistics else {}), num_warps=4, enable_fp_fusion=True, maxnreg=MAX_REGISTERS,
     )  # fmt: skip

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from .deferred import SLOT, Place, floats, multiply_deferred
 from .gemm import Product
-from .verify_deferred import judge_slots
+from .verify_deferred import NONE, OF_UNITS, judge_slots
 
 #: Of a page: floats of evidence (32 MiB) and slots. A product that is larger than that is judged at once, in memory of its own.
 FLOATS = 8 << 20
@@ -37,7 +37,7 @@ class Page:
     evidence: Tensor  # (FLOATS,) fp32
     slots: Tensor  # (SLOTS, SLOT) int64
     words: Tensor
-    form: tuple[int, int, int]  # kinds, parts, sites of the ledger
+    form: tuple[int, int, int, int]  # kinds, parts, sites of the ledger, which statistics are kept
     stream: Any  # torch.cuda.Stream, or on a CPU the thread's number
     captured: bool
     used: int = 0  # floats
@@ -45,8 +45,7 @@ class Page:
 
     def judge(self) -> None:
         if self.products:
-            kinds, parts, sites = self.form
-            judge_slots(self.slots[: self.products], self.evidence, self.words, kinds, parts, sites)
+            judge_slots(self.slots[: self.products], self.evidence, self.words, *self.form)
         if not self.captured:
             self.used = self.products = 0
 
@@ -60,10 +59,11 @@ _full: list[Page] = []  # of captured products: their graphs may be replayed for
 
 
 def leave(product: Product, scales: Tensor | None, template: Tensor, words: Tensor, site: Tensor, parts: int, sites: int,
-          faults: Tensor | None = None) -> Tensor:  # fmt: skip
-    """Compute a product, whose evidence waits to be judged; returns Y."""
-    device, size = product.a.device, floats(product)
-    form = (product.kinds, parts, sites)
+          faults: Tensor | None = None, statistics: int = NONE.value) -> Tensor:  # fmt: skip
+    """Compute a product, whose evidence waits to be judged; returns Y. statistics: which are kept when it is (verify_deferred.py)."""
+    noted = statistics == OF_UNITS.value
+    device, size = product.a.device, floats(product, noted)
+    form = (product.kinds, parts, sites, statistics)
     captured = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
     stream = torch.cuda.current_stream(device) if device.type == "cuda" else threading.get_ident()
     with _lock:  # nobody may judge a slot whose product is yet to be launched
@@ -74,14 +74,14 @@ def leave(product: Product, scales: Tensor | None, template: Tensor, words: Tens
         else:
             page = _page_with_room(device, words, form, stream, captured, size)
         place = Place(page.evidence, page.used, page.slots[page.products], words)
-        y = multiply_deferred(product, scales, template, place, site, faults)
+        y = multiply_deferred(product, scales, template, place, site, faults, noted)
         page.used, page.products = page.used + size, page.products + 1
         if size > FLOATS:
             page.judge()
     return y
 
 
-def _page_with_room(device: torch.device, words: Tensor, form: tuple[int, int, int], stream: Any, captured: bool, size: int) -> Page:
+def _page_with_room(device: torch.device, words: Tensor, form: tuple[int, int, int, int], stream: Any, captured: bool, size: int) -> Page:
     key = (device, stream, form, words.data_ptr(), captured)
     page = _open.get(key)
     if page is not None and not page.has_room(size):
@@ -94,7 +94,7 @@ def _page_with_room(device: torch.device, words: Tensor, form: tuple[int, int, i
     return page
 
 
-def _page(device: torch.device, words: Tensor, form: tuple[int, int, int], stream: Any, captured: bool, size: int, slots: int) -> Page:
+def _page(device: torch.device, words: Tensor, form: tuple[int, int, int, int], stream: Any, captured: bool, size: int, slots: int) -> Page:
     with torch.inference_mode(False), torch.no_grad():
         evidence = torch.empty(size, dtype=torch.float32, device=device)
         return Page(evidence, torch.empty(slots, SLOT.value, dtype=torch.int64, device=device), words, form, stream, captured)

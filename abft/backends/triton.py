@@ -258,6 +258,7 @@ def product(call: Call, words: Tensor, site: Tensor) -> Tensor:
     if call.policy.level == "off" or call.role not in call.policy.roles:
         return reference.execute(call, call.strikes)
     from abft.triton_kernels import gemm, launch
+    from abft.triton_kernels.residuals import Kept
 
     p = plan_for(call)
     panel = panel_of(call, p)
@@ -266,9 +267,11 @@ def product(call: Call, words: Tensor, site: Tensor) -> Tensor:
     weights = column_weights(groups, kinds, call.a.device)
     bias = None if call.bias is None else call.bias.contiguous()
     operands = gemm.Product(call.a, call.w, bias, panel.columns, weights, groups.count, p.config, numbered=_numbered(call.a.device))
+    watch = _watch_of(call, p)
     judge = launch.Judge(
         _bound(p, call.a.shape[-1]), _memory(call, panel), p.layout.parts, groups.width, p.tiles_per_group,
-        correct=call.policy.level == "correct", repeat=is_repeated(call), kept=_kept(call, p),
+        correct=call.policy.level == "correct", repeat=is_repeated(call), kept=None if watch is None else Kept(*watch.room),
+        gate=watch.gate if watch is not None and _may_tolerate(call, p) else None,
     )  # fmt: skip
     labels, faults = labels_of(call), descriptors(call.strikes, call.a.device)
     if call.policy.timing == "deferred":
@@ -288,13 +291,16 @@ def _leave(operands: Any, judge: Any, p: Plan, labels: Any, words: Tensor, site:
     from abft.triton_kernels import workspace
 
     pending.register(_HOLDER)
-    template = _slot_template(p, labels.role, labels.dtype, labels.n, labels.k, judge.correct, judge.repeat, operands.a.device)
-    return workspace.leave(operands, judge.memory.scales, template, words, site, judge.parts, sites.CAPACITY, faults)
+    kept = None if judge.kept is None else tuple(0 if sums is None else sums.data_ptr() for sums in judge.kept)
+    template = _slot_template(p, labels.role, labels.dtype, labels.n, labels.k, judge.correct, judge.repeat, operands.a.device, kept)
+    statistics = 0 if judge.kept is None else 1 if judge.kept.units is None else 2
+    return workspace.leave(operands, judge.memory.scales, template, words, site, judge.parts, sites.CAPACITY, faults, statistics)
 
 
 @lru_cache(maxsize=4096)
-def _slot_template(p: Plan, role: int, dtype: int, n: int, k: int, correct: bool, repeat: bool, device: torch.device) -> Tensor:
-    """What a slot says of every product of this kind (triton_kernels/deferred.py)."""
+def _slot_template(p: Plan, role: int, dtype: int, n: int, k: int, correct: bool, repeat: bool, device: torch.device,
+                   kept: tuple[int, ...] | None) -> Tensor:  # fmt: skip
+    """What a slot says of every product of this kind (triton_kernels/deferred.py). kept: addresses of statistics, which never move."""
     from abft.triton_kernels import deferred
 
     words = np.zeros(deferred.SLOT.value, np.int64)
@@ -307,6 +313,9 @@ def _slot_template(p: Plan, role: int, dtype: int, n: int, k: int, correct: bool
     words[deferred.LARGEST.value] = ledger.float_bits(torch.finfo(ledger.DTYPES[dtype]).max)
     for word, values in ((deferred.ACCUMULATE, p.coefficients.accumulate), (deferred.ABSOLUTE, p.coefficients.absolute)):
         words[word.value : word.value + len(values)] = [ledger.float_bits(value) for value in values]
+    if kept is not None:
+        words[deferred.KEPT.value : deferred.KEPT.value + len(kept)] = kept
+        words[deferred.HEIGHT.value], words[deferred.MULTIPROCESSORS.value] = p.config.bm, _programs(device)
     return torch.from_numpy(words).to(device)
 
 
@@ -378,20 +387,24 @@ def _bound(p: Plan, k: int) -> Any:
     return Bound(c.accumulate, c.absolute, reach, 16.0 * math.sqrt(max(k, 1)))
 
 
-def _kept(call: Call, p: Plan) -> Any:
-    """Where the kernels add this product's residuals, if its policy asks for statistics."""
+def _watch_of(call: Call, p: Plan) -> devices.Watch | None:
+    """To whom the kernels add this product's residuals, if its policy asks for statistics."""
     if call.policy.detector == "checksum":
         return None
-    from abft.triton_kernels.residuals import Kept
-
     device, groups = call.a.device, p.layout.groups
     units = _programs(device) if _numbered(device) else 0
     capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-    watch = devices.of(
+    return devices.of(
         call.site, call.role, groups.columns, call.a.shape[-1], call.a.dtype, device, groups=groups.count, tiles=p.tiles_per_group,
         units=units, rows=call.rows, capturing=capturing,
     )  # fmt: skip
-    return None if watch is None else Kept(*watch.room)
+
+
+def _may_tolerate(call: Call, p: Plan) -> bool:
+    """Whether a harmless row may be left: by the policy, where rows are repaired, and by a panel that tells where an error is."""
+    policy = call.policy
+    repairs = policy.level == "correct" and policy.timing == "immediate"
+    return policy.detector == "statistical" and repairs and p.layout.form.kinds == checksum.FULL.kinds
 
 
 def is_repeated(call: Call) -> bool:

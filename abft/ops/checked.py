@@ -195,22 +195,10 @@ def choose_backend(call: Call) -> str:
 def _require_statistics(call: Call, backend: str) -> None:
     """Raise NotImplementedError where a detector other than checksum does not do what it says."""
     detector, device = call.policy.detector, call.a.device.type
-    if backend != "triton":
-        if device != "cpu":
-            raise NotImplementedError(
-                f"Policy.detector={detector!r}: on {device}, statistics of residuals are kept by the triton backend's kernels, and this "
-                f"product takes {backend!r}. Use detector=\"checksum\" there."
-            )
-        return
-    if detector == "statistical":
+    if backend != "triton" and device != "cpu":
         raise NotImplementedError(
-            "Policy.detector='statistical': the kernels keep statistics, but repair every row beyond its bound before anybody could "
-            'say that it harms nobody. Use detector="both" with the triton backend.'
-        )
-    if call.policy.timing == "deferred":
-        raise NotImplementedError(
-            f"Policy.detector={detector!r} with timing='deferred': the kernels that judge deferred evidence do not know which "
-            'multiprocessor computed it. Use timing="immediate", or detector="checksum".'
+            f"Policy.detector={detector!r}: on {device}, statistics of residuals are kept by the triton backend's kernels, and this "
+            f"product takes {backend!r}. Use detector=\"checksum\" there."
         )
 
 

@@ -290,7 +290,7 @@ class Adaptive(Strategy):
         if dtype not in options.STATISTICAL_CAMPAIGNS:
             return f"its detection rates in {dtype} are not measured"
         if self._devices[name] != "cpu" or self.base.backend == "triton":
-            return "the kernels repair before it is known whether a row does harm"
+            return "what the kernels leave as harmless is not measured"
         return None
 
     def _best(self, target: float) -> Plan:

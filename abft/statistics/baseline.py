@@ -34,6 +34,8 @@ REFERENCE = 0.25
 RATES = ((1e-6, 8e-5), (2.3e-9, 8e-7))
 #: A suspected rate is at least so many times the expected one.
 RATIO = 30.0
+#: What is left of x², at least, when a mean is taken out that was estimated apart from it.
+LEFT = 0.1
 _TINY = 1e-300
 
 
@@ -50,6 +52,7 @@ class Baseline:
     mean_deviation: np.ndarray = field(default_factory=lambda: np.full(len(KINDS), np.inf))  # of a batch's mean
     noise: np.ndarray = field(default_factory=lambda: np.zeros(len(KINDS)))  # of ln of a batch's mean square; follows where alone
     noise_deviation: np.ndarray = field(default_factory=lambda: np.full(len(KINDS), np.inf))
+    together: float = np.inf  # of the mean of all kinds' ln mean squares, each in its own deviations; of peers
     rates: tuple[tuple[float, float], ...] = RATES
     size: float = BATCH  # checks that make a batch
     frozen: bool = False
@@ -64,7 +67,7 @@ class Baseline:
 
     def learn(self, batch: np.ndarray, pooled: np.ndarray | None = None) -> None:
         """One more batch of the warm-up. pooled (kinds, fields): of all checks, each once; by default the units' sum."""
-        mean, noise = moments(batch)
+        mean, noise = moments(batch) if self.alone else moments_of_peers(batch)
         if not self.alone:
             mean, noise = _against_peers(mean, batch), _against_peers(noise, batch)
         self.batches += 1
@@ -90,6 +93,9 @@ class Baseline:
         least = 1.0 / np.sqrt(max(self.size, 1.0))
         self.mean_deviation = np.maximum(_deviation(self._scatter(means)), self.sigma * least)
         self.noise_deviation = np.maximum(_deviation(self._scatter(noises)), np.sqrt(2.0) * least)
+        if not self.alone:
+            of_kinds = self._scatter(noises) / self.noise_deviation
+            self.together = max(float(_deviation(of_kinds.mean(1, keepdims=True))[0]), 1.0 / len(KINDS))  # at least that of one kind
         self.soft = soft_threshold.soft_threshold(self.sigma, total[:, BLOCKS], total[:, MAXIMA], total[:, MAXIMA2], total[:, COUNT])
         self.rates = tuple(
             (low := max(expected, float(total[:, at].max() + 3.0) / float(count.max())), max(suspected, RATIO * low))
@@ -107,7 +113,7 @@ class Baseline:
 
     def shifts(self, batch: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(u of the mean, u of the ln variance) of a batch, (units, kinds) each, in deviations of a batch."""
-        mean, noise = moments(batch)
+        mean, noise = moments(batch) if self.alone else moments_of_peers(batch)
         if self.alone:
             # In units of what σ is now: means of noisier data scatter more.
             now = np.exp(np.maximum(noise, self.noise) / 2) / self.sigma
@@ -118,6 +124,10 @@ class Baseline:
         scale = np.sqrt(max(self.size, 1.0))
         u, v = _against_peers(mean, batch) / (scale * self.mean_deviation), _against_peers(noise, batch) / (scale * self.noise_deviation)
         return np.nan_to_num(u), np.nan_to_num(v)
+
+    def of_all_kinds(self, shifts: np.ndarray) -> np.ndarray:
+        """u (units,) of the noise of all kinds, from that of each (units, kinds): noise of the arithmetic is in all of them."""
+        return shifts.mean(1) / self.together
 
     @property
     def drifted(self) -> np.ndarray:
@@ -137,6 +147,15 @@ def moments(batch: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(mean of x, ln of the mean of x²) of batches (…, kinds, fields)."""
     count = np.maximum(batch[..., COUNT], 1.0)
     return batch[..., SUM] / count, np.log(np.maximum(batch[..., SQUARES] / count, _TINY))
+
+
+def moments_of_peers(batch: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """… of units (units, kinds, fields), without what a unit's own mean adds to its x²: a bias is no noise."""
+    mean, _ = moments(batch)
+    checks = batch[:, 0, COUNT]
+    apart = mean - np.median(mean[checks > 0], 0) if checks.any() else 0.0 * mean
+    squares = batch[..., SQUARES] / np.maximum(batch[..., COUNT], 1.0)
+    return mean, np.log(np.maximum(np.maximum(squares - apart**2, LEFT * squares), _TINY))
 
 
 def _against_peers(values: np.ndarray, batch: np.ndarray) -> np.ndarray:

@@ -19,11 +19,14 @@ from abft import ledger, sites
 from abft.statistics import watches
 from abft.statistics.accumulators import CAP, COUNT, FIELDS, KINDS, LEVELS, MOST
 from abft.statistics.monitor import Sign
+from abft.statistics.severity import Budget, Severity
 from abft.statistics.unmixing import Shared, unmixed
 from abft.statistics.watches import Key
 
 #: Words of a record and levels per kind on a device: residuals.FIELDS and residuals.LEVELS.
 RECORD, COUNTED = 16, 5
+#: Words of a gate, as weigh.py has them: checks counted, budget left in millionths of a row, rows of S2, S3 and S4.
+GATE, LEFT, SEVERITIES = 8, 1, 2
 #: Checks of a multiprocessor that make a batch: 64 tiles of 128 rows. Fewer wait for the next reading.
 BATCH = 8192
 #: Of one device: 64 KB to 200 KB for every site, role and shape.
@@ -60,11 +63,13 @@ class Watch:
         with torch.inference_mode(False), torch.no_grad(), unset_fake_temporarily():
             self._memory = torch.zeros(8 * records + 4 * shared, dtype=torch.uint8, device=self.device)
             levels = torch.zeros(len(KINDS), COUNTED, dtype=torch.float32, device=self.device)
+            self.gate = torch.zeros(GATE, dtype=torch.int64, device=self.device)
             sums, counts = self._memory[: 8 * records].view(torch.float64), self._memory[8 * records :].view(torch.int32)
         parts = _parts(sums, counts, self.groups, self.units)
         of_units = parts[1:] if self.units else (None, None, None)
         self.room = Room(parts[0], of_units[0], of_units[1], of_units[2], levels)
         self._folded = _Sums(*(np.zeros(part.shape, np.float64 if i < 2 else np.int32) for i, part in enumerate(parts)))
+        self._refill()
         self._rescale()
 
     def restart(self) -> None:
@@ -73,6 +78,7 @@ class Watch:
             self._memory.zero_()
         self._folded = _Sums(*(np.zeros_like(part) for part in self._folded))
         self.monitor, self.generation, self.issued = watches.monitor_of(self.key, max(1, self.units)), watches.generation(), 0.0
+        self._refill()
         self._rescale()
 
     @property
@@ -93,13 +99,33 @@ class Watch:
             self.issued = float(checks)
             return []
         self._folded = now
+        self._note_severities()
         for part, whole in ((batch.groups, now.groups), (batch.units, now.units)):
             part[..., MOST] = whole[..., MOST]
         shared = Shared(batch.units[..., : len(FIELDS)], batch.groups[..., : len(FIELDS)], batch.shares, batch.pairs)
         pooled = shared.pooled()
-        signs = self.monitor.add(unmixed(shared) if self.units else pooled[None], pooled)
+        if self.units:
+            batch_of_units, alike = unmixed(shared)
+            signs = self.monitor.add(batch_of_units, pooled, alike)
+        else:
+            signs = self.monitor.add(pooled[None], pooled)
         self._rescale()
         return signs
+
+    def _refill(self) -> None:
+        """The whole budget of what may be left as it is; kernels take from it, and refill it by what they check (weigh.py)."""
+        self._weighed = np.zeros(3, np.int64)
+        with torch.inference_mode(False), torch.no_grad(), unset_fake_temporarily():
+            self.gate.zero_()
+            self.gate[LEFT] = int(Budget().burst / Budget().rate)
+
+    def _note_severities(self) -> None:
+        assert self.monitor is not None
+        weighed = ledger.to_host(self.gate)[SEVERITIES : SEVERITIES + 3].copy()
+        for severity, rows in zip((Severity.S2, Severity.S3, Severity.S4), weighed - self._weighed, strict=True):
+            if rows:
+                self.monitor.note(severity, int(rows))
+        self._weighed = weighed
 
     def _rescale(self) -> None:
         if self.monitor is None:

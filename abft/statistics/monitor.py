@@ -1,9 +1,9 @@
 """The second detector of one site and role: batches in, alarms out.
 
 Tests of batches: the mean of x (both ways) and the variance, of the checksums e and one (e does not see what shifts a whole row,
-one does), and the rates above 8 σ̂ and 12 σ̂, of all kinds. What a lone unit's *mean* says is hardware; its variance and its
-outliers may be data, and a soft threshold passed is one row: these ask people to look. What sets one unit apart from its peers
-is the unit.
+one does), of peers the variance of all kinds together, and the rates above 8 σ̂ and 12 σ̂, of all kinds. What a lone unit's *mean*
+says is hardware; its variance and its outliers may be data, and a soft threshold passed is one row: these ask people to look. What sets
+one unit apart from its peers is the unit.
 """
 
 from __future__ import annotations
@@ -14,11 +14,13 @@ import numpy as np
 
 from abft.statistics.accumulators import ABOVE_8, ABOVE_12, COUNT, FIELDS, KINDS, MOST
 from abft.statistics.baseline import RATIO, Baseline, moments
-from abft.statistics.cusum import Cusum, rate, shift
+from abft.statistics.cusum import Cusum, alarms_apart, rate, shift
 from abft.statistics.severity import Budget, Severity
 
 #: Kinds whose means and variances are tested: e, and one.
 TESTED = (0, 1)
+#: k of the variance of all kinds: what one kind shows as 0.5 deviations, the k that it is tuned to, four show as 1.
+TOGETHER = 0.5
 TESTS = ("bias", "noise", "outliers")
 
 
@@ -53,11 +55,12 @@ class Monitor:
         self._told: dict[tuple[str, int], float] = {}
         self._up = [Cusum(self.units) for _ in TESTED]
         self._down = [Cusum(self.units) for _ in TESTED]
-        self._noise = [Cusum(self.units) for _ in TESTED]
+        self._noise = [Cusum(self.units) for _ in (*TESTED, "together")]
         self._rates = [Cusum(self.units) for _ in (8, 12)]
 
-    def add(self, batch: np.ndarray, pooled: np.ndarray | None = None) -> list[Sign]:
-        """One batch; the signs of those units whose tests alarm. pooled (kinds, fields): of all checks, where units share them."""
+    def add(self, batch: np.ndarray, pooled: np.ndarray | None = None, alike: np.ndarray | None = None) -> list[Sign]:
+        """One batch; the signs of those units whose tests alarm. Where units share checks (unmixing.py): pooled (kinds, fields) of all
+        checks; alike (units, units), how much of each other's deviations they show."""
         if pooled is None:
             pooled = batch.sum(0)
             pooled[:, MOST] = batch[..., MOST].max(0)
@@ -69,9 +72,9 @@ class Monitor:
         if not self.baseline.frozen:
             self.baseline.learn(batch, pooled)
             return []
-        return self._test(batch)
+        return self._test(batch, np.eye(self.units) if alike is None else alike)
 
-    def _test(self, batch: np.ndarray) -> list[Sign]:
+    def _test(self, batch: np.ndarray, alike: np.ndarray) -> list[Sign]:
         base = self.baseline
         mean_u, noise_u = base.shifts(batch)
         mean_k, noise_k = base.references()
@@ -84,17 +87,30 @@ class Monitor:
             centre = base.mean[kind] if base.alone else float(np.median(mean[there, kind]))
             off = (mean[:, kind] - centre) / base.sigma[kind]
             u, k = mean_u[:, kind], float(mean_k[kind])
-            alarms = self._up[i].step(shift(u, k)) | self._down[i].step(shift(-u, k))
-            signs += self._signs("bias", alarms, off, True)
+            self._add_shift(self._up[i], u, k)
+            self._add_shift(self._down[i], -u, k)
+            up, down = alarms_apart((self._up[i], self._down[i]), alike)
+            signs += self._signs("bias", up | down, off, True)
             centre = base.noise[kind] if base.alone else float(np.median(noise[there, kind]))
-            alarms = self._noise[i].step(shift(noise_u[:, kind], float(noise_k[kind])))
+            self._add_shift(self._noise[i], noise_u[:, kind], float(noise_k[kind]))
+            (alarms,) = alarms_apart((self._noise[i],), alike)
             signs += self._signs("noise", alarms, np.exp(noise[:, kind] - centre), not base.alone)
+        if not base.alone:
+            self._add_shift(self._noise[-1], base.of_all_kinds(noise_u), TOGETHER)
+            (alarms,) = alarms_apart(self._noise[-1:], alike)
+            off = np.exp((noise - np.median(noise[there], 0) if there.any() else np.zeros_like(noise)).mean(1))
+            signs += self._signs("noise", alarms, off, True)
         for test, (expected, suspected), at in zip(self._rates, base.rates, (ABOVE_8, ABOVE_12), strict=True):
             count, checks = batch[:, :, at].max(1), batch[:, 0, COUNT]
             normal = np.maximum(expected, _peers_rate(count, checks))
-            alarms = test.step(rate(count, checks, normal, np.maximum(suspected, RATIO * normal)))
+            test.add(rate(count, checks, normal, np.maximum(suspected, RATIO * normal)))
+            (alarms,) = alarms_apart((test,), alike)
             signs += self._signs("outliers", alarms, count / np.maximum(checks, 1.0), not base.alone)
         return signs
+
+    @staticmethod
+    def _add_shift(chart: Cusum, u: np.ndarray, k: float) -> None:
+        chart.add(shift(u, k), shift(u, k, np.inf))
 
     def _signs(self, test: str, alarms: np.ndarray, deviation: np.ndarray, quarantine: bool) -> list[Sign]:
         return [Sign(test, int(u), float(deviation[u]), quarantine, float(self.total[u, 0, COUNT])) for u in np.flatnonzero(alarms)]

@@ -1,15 +1,19 @@
-"""What is a unit's own, of sums over checks that several units share and over columns that each have an effect of their own.
+"""What says that a unit is off, of sums over checks that several units share and over columns that each have an effect of their own.
 
     x of a check = effect of its group of columns + Σ effects of the units that computed its tiles + noise
 
-Least squares, from sums alone: with C (units, units) and N (units, groups) how many checks units and groups have in common, n
-the checks of every group, and S the sums of x by unit and by group,
+From sums alone: with C (units, units) and N (units, groups) how many checks units and groups have in common, n the checks of every
+group, and S the sums of x by unit and by group,
 
-    (C − N n⁻¹ Nᵀ) β = S_units − N n⁻¹ S_groups
+    A = C − N n⁻¹ Nᵀ        s = S_units − N n⁻¹ S_groups        s = A β + noise of covariance σ² A
 
-β is what sets a unit apart from those that compute the same columns: a unit with columns to itself, or with the same partners in
-every check, has none, and is not comparable. The same equations hold for x² (variances of tiles add up) and for counts of events.
-β is as certain as the mean of 1 / (C − N n⁻¹ Nᵀ)⁺ᵤᵤ checks would be, were they the unit's alone: that is its count from here on.
+Least squares, A⁺s, would tell the effects β of all units at once. A grid that deals tiles in turn makes A nearly singular, and 24 parts
+of 25 of what is known would go into telling apart what hardly ever happens together. If *one* unit u is off, all that the sums say
+about it is s_u: its mean s_u / A_uu is as certain as that of A_uu checks of its own, and a partner v shows A_uv / √(A_uu A_vv) of its
+deviation. So units are tested by s, and who is to blame among those alike is decided by whose sum grows fastest (monitor.py). The same
+holds for x² (variances of tiles add up) and for counts of events. β is still needed for x²: the mean of a unit is no noise of its partners.
+
+A unit with columns to itself has no A_uu, and one that has the same partners in every check is all too like them: not comparable.
 """
 
 from __future__ import annotations
@@ -22,8 +26,8 @@ from abft.statistics.accumulators import ABOVE_8, ABOVE_12, COUNT, SQUARES, SUM
 
 #: Of a unit's checks: a direction in which less is known than this is not known.
 LEAST = 1e-3
-#: Of a unit's own direction, what has to be known: of two units that compute the same nobody can tell which is off (1/2), of three one can.
-RESOLVED = 0.6
+#: Of a unit's checks, what has to be left of them; and how alike two units may be of whom one can be told.
+OWN, ALIKE = 0.05, 0.97
 
 
 @dataclass(frozen=True)
@@ -40,33 +44,40 @@ class Shared:
         return self.groups.sum(0)
 
 
-def unmixed(batch: Shared) -> np.ndarray:
-    """(U, kinds, fields) as if every unit had checks of its own: pooled means plus what sets it apart; not comparable: zero checks."""
+def unmixed(batch: Shared) -> tuple[np.ndarray, np.ndarray]:
+    """(U, kinds, fields) as if every unit had checks of its own: pooled means plus what sets it apart, not comparable: zero checks;
+    and (U, U) which part of the deviation of the second the first shows, with its sign, both held against the median unit."""
     checks, of_group = np.diag(batch.pairs).astype(np.float64), batch.groups[:, 0, COUNT]
     out = np.zeros_like(batch.units)
-    present = checks > 0
-    if present.sum() < 2:
-        return out
+    if (checks > 0).sum() < 2:
+        return out, np.eye(len(checks))
     per_group = np.divide(batch.shares, of_group, where=of_group > 0, out=np.zeros(batch.shares.shape))
     matrix = batch.pairs - per_group @ batch.shares.T
-    inverse, comparable = _pseudo_inverse(matrix, checks)
-    own = np.divide(1.0, np.diag(inverse), where=comparable, out=np.zeros(len(checks)))
+    own = np.maximum(np.diag(matrix), 0.0)
+    root = np.sqrt(np.maximum(own, 1.0))
+    alike = matrix / root[:, None] / root
+    own[(own <= OWN * checks) | (np.abs(alike - np.diag(np.diag(alike))).max(1) > ALIKE)] = 0.0
+    comparable = own > 0
+    if comparable.any():  # what one unit adds moves the median, too, and so everyone else
+        shown = matrix / root[:, None] ** 2
+        alike = (shown - np.median(shown[comparable], 0)) * root[:, None] / root
     pooled = batch.pooled()
     kinds = pooled[:, COUNT] > 0
     out[:, kinds, COUNT] = own[:, None]
-    squares = _squares_of_means(batch, inverse @ (batch.units[..., SUM] - per_group @ batch.groups[..., SUM]))
+    beta = _pseudo_inverse(matrix, checks) @ (batch.units[..., SUM] - per_group @ batch.groups[..., SUM])
+    squares = _squares_of_means(batch, beta)
     for field in (SUM, SQUARES, ABOVE_8, ABOVE_12):
         of_units, of_groups = batch.units[..., field], batch.groups[..., field]
         if field == SQUARES:  # what scatters about the means just fitted: the mean of one unit is no noise of its partners
             of_units, of_groups = of_units - squares[0], of_groups - squares[1]
-        apart = inverse @ (of_units - per_group @ of_groups)
+        apart = (of_units - per_group @ of_groups) / root[:, None] ** 2
         apart -= np.median(apart[comparable], 0) if comparable.any() else 0.0
         common = pooled[:, field] / np.maximum(pooled[:, COUNT], 1.0)
         value = apart + common
         if field != SUM:
             value = np.maximum(value, common * LEAST)  # what cannot be negative
         out[..., field] = np.where(kinds, own[:, None] * value, 0.0)
-    return out
+    return out, alike
 
 
 def _squares_of_means(batch: Shared, beta: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -84,12 +95,9 @@ def _squares_of_means(batch: Shared, beta: np.ndarray) -> tuple[np.ndarray, np.n
     return out, checks * effects**2 + 2 * effects * (shares.T @ beta) + shares.T @ beta**2
 
 
-def _pseudo_inverse(matrix: np.ndarray, checks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(matrix⁺, which units are comparable): those that share no direction with what the data do not tell, but for one common to many."""
+def _pseudo_inverse(matrix: np.ndarray, checks: np.ndarray) -> np.ndarray:
+    """matrix⁺, without the directions that the data do not tell."""
     scale = 1.0 / np.sqrt(np.maximum(checks, 1.0))
     values, vectors = np.linalg.eigh(matrix * scale[:, None] * scale)
     known = values > LEAST
-    inverse = (vectors[:, known] / values[known]) @ vectors[:, known].T * scale[:, None] * scale
-    # How much of a unit's own direction is known: all, but for the shift that it has in common with those it is compared with.
-    resolved = (vectors[:, known] ** 2).sum(1)
-    return inverse, (checks > 0) & (resolved > RESOLVED)
+    return (vectors[:, known] / values[known]) @ vectors[:, known].T * scale[:, None] * scale

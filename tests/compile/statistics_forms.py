@@ -17,46 +17,57 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from abft.triton_kernels import verify
+from abft.triton_kernels import deferred, verify, verify_deferred
 
 from abft import policy
 from bench import compiled
 
 OPERANDS = {90: ("bf16", "tf32", "ieee"), 80: ("bf16",), 100: ("bf16",)}
+#: What statistics add: parameters, what the blocks that depend on them ask, modules that they import from.
 PARAMETERS = ("kept", "units", "multiprocessors")
+FLAGS = ("NOTED", "STATISTICS")
 KERNELS = ("checked_product", "recompute", "settle", "verify")
+DEFERRED = ("deferred_product", "verify_deferred")
 
 
 class Stripper(ast.NodeTransformer):
-    """Removes the parameters, and the block that depends on them."""
+    """Removes the parameters, and the blocks that depend on them."""
 
-    def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST:
-        node.args.args = [a for a in node.args.args if a.arg not in PARAMETERS]
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST | None:
+        if node.name in ("_keep_residuals", "_address"):
+            return None
+        names = PARAMETERS if node.name == "verify" else FLAGS
+        if node.args.args and node.args.args[-1].arg in FLAGS:
+            node.args.defaults = []
+        node.args.args = [a for a in node.args.args if a.arg not in names]
         return self.generic_visit(node)
 
     def visit_If(self, node: ast.If) -> ast.AST | list[ast.AST]:
-        return [] if any(isinstance(n, ast.Name) and n.id == PARAMETERS[0] for n in ast.walk(node.test)) else self.generic_visit(node)
+        asked = {n.id for n in ast.walk(node.test) if isinstance(n, ast.Name)}
+        return [] if asked & {PARAMETERS[0], *FLAGS} else self.generic_visit(node)
 
     def visit_ImportFrom(self, node: ast.ImportFrom) -> ast.AST | None:
         return None if node.module == "residuals" else node
 
 
-def stripped_kernel(folder: str) -> Any:
-    source = ast.unparse(ast.fix_missing_locations(Stripper().visit(ast.parse(Path(verify.__file__).read_text()))))
-    assert "add_residuals" not in source
-    path = Path(folder) / "stripped.py"
+def stripped(module: Any, folder: str) -> Any:
+    """The module without a trace of statistics."""
+    source = ast.unparse(ast.fix_missing_locations(Stripper().visit(ast.parse(Path(module.__file__).read_text()))))
+    assert "add_residuals" not in source and "note_unit(" not in source
+    name = module.__name__.rsplit(".", 1)[1]
+    path = Path(folder) / f"stripped_{name}.py"
     path.write_text(source.replace(", 'multiprocessors'", ""))
-    spec = importlib.util.spec_from_file_location("abft.triton_kernels.stripped", path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module.verify
+    spec = importlib.util.spec_from_file_location(f"abft.triton_kernels.stripped_{name}", path)
+    found = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = found
+    spec.loader.exec_module(found)
+    return found
 
 
 def main() -> None:
     out: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as folder:
-        without = stripped_kernel(folder)
+        without = stripped(verify, folder).verify
         for architecture, kinds in OPERANDS.items():
             for operands in kinds:
                 for form in ("off", "on"):
@@ -68,16 +79,28 @@ def main() -> None:
                             assert launch.args[-len(PARAMETERS) :] == (None,) * len(PARAMETERS)
                             cut = replace(launch, kernel=without, args=launch.args[: -len(PARAMETERS)])
                             out[f"{architecture} {operands} verify stripped"] = described(cut, architecture)
+                for launch in launches(operands, architecture, "statistical"):
+                    if launch.name == "weigh":
+                        out[f"{architecture} {operands} weigh"] = described(launch, architecture)
+        cut_deferred = {name: getattr(stripped(module, folder), name) for name, module in zip(DEFERRED, (deferred, verify_deferred), strict=True)}
+        for form in ("off", "on"):
+            for launch in launches("bf16", 90, form, timing="deferred"):
+                if launch.name not in DEFERRED:
+                    continue
+                out[f"90 bf16 {launch.name} {form}"] = described(launch, 90)
+                if form == "off":
+                    assert not set(launch.kwargs) & set(FLAGS)
+                    out[f"90 bf16 {launch.name} stripped"] = described(replace(launch, kernel=cut_deferred[launch.name]), 90)
     print(json.dumps(out))
 
 
-def launches(operands: str, architecture: int, form: str) -> list[compiled.Launch]:
+def launches(operands: str, architecture: int, form: str, timing: str = "immediate") -> list[compiled.Launch]:
     def with_statistics(**choices: Any) -> policy.Policy:
-        return Policy(**choices, detector="both" if form == "on" else "checksum")
+        return Policy(**choices, detector={"on": "both", "off": "checksum"}.get(form, form))
 
     Policy = policy.Policy
     with mock.patch.object(compiled.policy, "Policy", with_statistics):
-        return compiled.launches_of(operands, architecture)
+        return compiled.launches_of(operands, architecture, timing=timing)
 
 
 def described(launch: compiled.Launch, architecture: int) -> dict[str, Any]:

@@ -25,15 +25,16 @@ def kernels() -> dict[str, dict]:
 
 
 def test_off_they_leave_no_trace(kernels):
-    judged = [name for name in kernels if name.endswith("verify off")]
-    assert len(judged) == 5
-    for name in judged:
+    changed = [name for name in kernels if name.endswith(("verify off", "deferred_product off", "verify_deferred off"))]
+    assert len(changed) == 7
+    for name in changed:
         without, on = (kernels[name.replace("off", form)] for form in ("stripped", "on"))
         assert kernels[name] == without and not without["fp64"]
-        assert on["code"] != without["code"] and on["fp64"]  # the comparison can tell
+        assert on["code"] != without["code"] and on["fp64"] == ("verify" in name)  # the comparison can tell
 
 
 def test_on_nothing_spills_and_the_data_tile_is_the_same(kernels):
+    assert sum(name.endswith("weigh") for name in kernels) == 5
     for name, kernel in kernels.items():
         assert kernel["STACK"] == kernel["LOCAL"] == 0 and kernel["REG"] <= 255, name
     for name in ("checked_product", "recompute", "settle"):

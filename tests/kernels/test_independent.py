@@ -281,7 +281,7 @@ def test_tf32_operands_are_read_truncated():
     @triton.jit
     def elements(a, w, out, shape, PARTS: tl.constexpr):
         cols = tl.arange(0, independent.COLUMNS)
-        tl.store(out + cols, independent._elements(a, w, shape, 0, 2, cols, shape.n, PARTS), mask=cols < shape.n)
+        tl.store(out + cols, independent.elements(a, w, shape, 0, 2, cols, shape.n, PARTS), mask=cols < shape.n)
 
     a, w = operands(5, 20, K, torch.float32)
     truncated = [(t.view(torch.int32) & -0x2000).view(torch.float32).double() for t in (a, w)]

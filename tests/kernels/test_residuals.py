@@ -8,15 +8,17 @@ import numpy as np
 import pytest
 import torch
 import triton.language as tl
-from abft.triton_kernels import configs, gemm, launch, residuals
-from kernel_harness import DEVICE, at, fresh_ledger, judged, operands, run
+from abft.triton_kernels import configs, gemm, launch, residuals, workspace
+from kernel_harness import DEVICE, at, counters_of, fresh_ledger, judged, operands, run
 
 import abft
-from abft import checksum
+from abft import checksum, pending
 from abft.backends import triton as backend
+from abft.backends.call import Call
 from abft.faults import BitOperation, Strike
-from abft.statistics import accumulators, baseline, devices, monitor, watches
-from abft.statistics.accumulators import COUNT, FIELDS, KINDS, MOST
+from abft.policy import Policy
+from abft.statistics import accumulators, baseline, cusum, devices, monitor, watches
+from abft.statistics.accumulators import BLOCKS, COUNT, FIELDS, KINDS, MAXIMA, MAXIMA2, MOST
 
 UNITS = 5
 BOTH = {"detector": "both"}
@@ -32,6 +34,8 @@ def nothing_known(monkeypatch):
         for module in (gemm, launch, configs):
             monkeypatch.setattr(module, "multiprocessors", lambda device: UNITS)
     monkeypatch.setattr(backend, "_numbered", lambda device: True)
+    for pages, none in (("_open", {}), ("_full", [])):
+        monkeypatch.setattr(workspace, pages, none)
     backend._programs.cache_clear()
     backend.forget_plans()
     watches.forget()
@@ -111,6 +115,36 @@ def test_sums_are_those_of_the_residuals(dtype, panel, shape):
         assert np.allclose(kept[..., : len(FIELDS)], right, rtol=2e-3, atol=2e-3)
 
 
+@pytest.mark.parametrize(("dtype", "panel"), [(torch.float32, "full"), (torch.float16, "lean")])
+def test_deferred_checks_keep_the_sums_of_immediate_ones(dtype, panel):
+    """Products of two sites, one of them twice and in a batch, with a row beyond its bound: one launch judges all, and charges each."""
+    flip = Strike("accumulator", at(1, 20), BitOperation(flip=1 << 28))
+    calls = [(1, (130, 200, 24), ()), (2, (9, 70, 17), (flip,)), (1, (130, 200, 24), (flip,))]
+
+    def kept(timing: str) -> dict[int, devices.Watch]:
+        devices._watches.clear()
+        words = fresh_ledger()
+        for seed, (site, shape, strikes) in enumerate(calls):
+            a, w = (x.to(DEVICE) for x in operands(*shape, dtype, seed))
+            call = Call(a, w, None, None, False, "fprop", Policy(panel=panel, timing=timing, level="detect", **BOTH), site, strikes)
+            backend.product(call, words, torch.tensor(site, device=DEVICE))
+        for _ in range(2):  # the second time there is nothing to judge
+            pending.flush()
+        assert [counters_of(words, site)["observed"] for site in (1, 2)] == [1, 1]
+        return {watch.key[0]: watch for watch in devices._watches.values()}
+
+    immediate, later = kept("immediate"), kept("deferred")
+    assert later.keys() == immediate.keys() == {1, 2}
+    blocks = [BLOCKS, MAXIMA, MAXIMA2]  # deferred ones are judged in lower blocks
+    for site, (of_now, of_later) in ((site, (immediate[site].room, later[site].room)) for site in later):
+        assert of_now.shares.any() and torch.equal(of_now.shares, of_later.shares) and torch.equal(of_now.pairs, of_later.pairs), site
+        for right, found in ((of_now.groups, of_later.groups), (of_now.units, of_later.units)):
+            right, found = np.delete(right.cpu(), blocks, -1), np.delete(found.cpu(), blocks, -1)
+            assert np.array_equal(found[..., COUNT], right[..., COUNT]) and found[..., COUNT].any()
+            assert np.allclose(found, right, rtol=1e-4, atol=1e-4)  # fp32 sums of as many terms as rows, in another order
+        assert bool((of_later.groups[..., BLOCKS] >= of_now.groups[..., BLOCKS]).all())
+
+
 @interpreted
 def test_a_marginal_unit_is_found_named_and_quarantined(monkeypatch):
     """Six tiles, five programs; one adds eight units in the last place to one column of its tiles, which no bound sees.
@@ -120,6 +154,7 @@ def test_a_marginal_unit_is_found_named_and_quarantined(monkeypatch):
     monkeypatch.setattr(monitor, "Baseline", functools.partial(baseline.Baseline, warm_up=5))
     monkeypatch.setattr(devices, "BATCH", 64)
     monkeypatch.setattr(monitor, "Cusum", functools.partial(monitor.Cusum, threshold=9.0))
+    monkeypatch.setattr(cusum, "APART", 2.0)
     bad, m, n, k, tile = 3, 300, 256, 24, 128
     layer = torch.nn.Linear(k, n, bias=False, dtype=torch.float16)
     torch.nn.init.uniform_(layer.weight, 0, 1)  # positive sums: a unit in the last place moves them all one way

@@ -92,6 +92,7 @@ CASES = (
     Case("third lean", {"candidate": 2, "form": "lean"}, ("bf16",)),
     Case("third transposed", {"candidate": 2, "transposed": True}, ("bf16", "tf32")),
     Case("short transposed", {"n": 1024, "transposed": True}, ("bf16", "tf32")),
+    Case("statistical", {}, ("bf16",), compiled.weighing_launches),
     Case("attention 64", {"columns": 64}, THREE, **ATTENTION),
     Case("attention 64 lean", {"columns": 64, "form": "lean"}, ONE, **ATTENTION),
     Case("attention", {}, THREE, **ATTENTION),
@@ -116,7 +117,7 @@ CASES = (
 #: Hopper is audited in full, other GPUs in the commonest cases.
 IN_FULL = "90"
 ELSEWHERE = {
-    "full": OPERANDS, "half": ("bf16", "fp16"), "deferred": FLOATS, "second": ("bf16", "tf32"), "third": ("bf16",),
+    "full": OPERANDS, "half": ("bf16", "fp16"), "deferred": FLOATS, "second": ("bf16", "tf32"), "third": ("bf16",), "statistical": ("bf16",),
     "attention 64": THREE, "attention": THREE, "gradient 64": THREE, "gradient": THREE, "decode": ONE,
 }  # fmt: skip
 #: For AMD only that the kernels build, with the configs of older GPUs: nothing is claimed of their arithmetic.

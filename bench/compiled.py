@@ -69,7 +69,7 @@ def recorded() -> Iterator[list[Launch]]:
 
 def launches_of(operands: str, architecture: int, *, m: int = 4096, n: int = 4096, k: int = 4096, form: str = "full",
                 group: int | None = None, transposed: bool = False, bias: bool = True, strike: bool = False,
-                batch: int | None = None, timing: str = "immediate", candidate: int = 0,
+                batch: int | None = None, timing: str = "immediate", candidate: int = 0, detector: str = "checksum",
                 numbered: bool = True) -> list[Launch]:  # fmt: skip
     """The launches of one checked product with a weight, and before the product its unchecked twin (of int8 and of deferred checks
     there is none); of a deferred check also its judgement.
@@ -89,7 +89,7 @@ def launches_of(operands: str, architecture: int, *, m: int = 4096, n: int = 409
         with mock.patch.dict(configs.CONFIGS, {(architecture, kind): table}), mock.patch.object(configs, "unit", lambda *_: unit):
             backend.forget_plans()
             found = launches_of(operands, architecture, m=m, n=n, k=k, form=form, group=group, transposed=transposed, bias=bias,
-                                strike=strike, batch=batch, timing=timing, numbered=numbered)  # fmt: skip
+                                strike=strike, batch=batch, timing=timing, detector=detector, numbered=numbered)  # fmt: skip
         backend.forget_plans()
         return found
 
@@ -103,7 +103,7 @@ def launches_of(operands: str, architecture: int, *, m: int = 4096, n: int = 409
         return _integer_launches(Call(a, w, None, None, False, "fprop", policy.Policy(panel=form, group=group), 0, strikes), architecture)
     source = torch.nn.Parameter(w, requires_grad=False) if batch is None else None
     call = Call(a, w, torch.empty(n, dtype=dtype) if bias else None, source, False, "fprop",
-                policy.Policy(panel=form, group=group, timing=timing), 0, strikes)  # type: ignore[arg-type]  # fmt: skip
+                policy.Policy(panel=form, group=group, timing=timing, detector=detector), 0, strikes)  # type: ignore[arg-type]  # fmt: skip
     rows = m if m <= decode.FEW_ROWS else None
     plan = backend.plan(n, k, dtype, architecture, operands == "tf32", form, group, rows)
     words, site = torch.zeros(ledger.WORDS, dtype=torch.int64), torch.zeros((), dtype=torch.int64)
@@ -119,6 +119,12 @@ def launches_of(operands: str, architecture: int, *, m: int = 4096, n: int = 409
         backend.product(call, words, site)
         backend._flush()
     return launches
+
+
+def weighing_launches(operands: str, architecture: int, *, numbered: bool = True) -> list[Launch]:
+    """Of a product whose residuals are statistics the one launch that others have not: what tells whether a row is harmless."""
+    found = launches_of(operands, architecture, detector="statistical", numbered=numbered)
+    return [launch for launch in found if launch.name == "weigh"]
 
 
 def _integer_launches(call: Call, architecture: int) -> list[Launch]:

@@ -117,7 +117,8 @@ CASES = (
 #: Hopper is audited in full, other GPUs in the commonest cases.
 IN_FULL = "90"
 ELSEWHERE = {
-    "full": OPERANDS, "half": ("bf16", "fp16"), "deferred": FLOATS, "second": ("bf16", "tf32"), "third": ("bf16",), "statistical": ("bf16",),
+    "full": OPERANDS, "half": ("bf16", "fp16"), "deferred": FLOATS, "second": ("bf16", "tf32"), "third": ("bf16",),
+    "statistical": ("bf16",),
     "attention 64": THREE, "attention": THREE, "gradient 64": THREE, "gradient": THREE, "decode": ONE,
 }  # fmt: skip
 #: For AMD only that the kernels build, with the configs of older GPUs: nothing is claimed of their arithmetic.

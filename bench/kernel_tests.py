@@ -27,8 +27,8 @@ from bench.stamp import ROOT
 FILES = (
     "test_kernel_clean", "test_twin", "test_kernel_sums", "test_kernel_faults", "test_kernel_backend", "test_decode",
     "test_attention_forward", "test_attention_backward", "test_attention_decode", "test_varlen_kernels",
-    "test_kernel_deferred", "test_descriptors", "test_arbitration", "test_independent", "test_kernel_integer", "test_residuals", "test_weigh",
-    "test_tile_choice", "test_record", "test_waves", "test_kernel_plans",
+    "test_kernel_deferred", "test_descriptors", "test_arbitration", "test_independent", "test_kernel_integer", "test_residuals",
+    "test_weigh", "test_tile_choice", "test_record", "test_waves", "test_kernel_plans",
 )  # fmt: skip
 #: Which say nothing about a device: emulated units, and the search for launch shapes without one.
 NOT_NATIVE = ("test_tensor_cores", "test_tuning")

@@ -132,6 +132,11 @@ AMD_CASES, AMD_OPERANDS = ("full",), ("bf16", "ieee")
 _known: dict[str, Row] = {}
 
 
+def _remember(numbers: dict[str, Row]) -> None:
+    """In a process of its own, which has this module's dictionary, and not the one that a pickled method would bring along."""
+    _known.update(numbers)
+
+
 def known(table: Iterable[Row]) -> dict[str, Row]:
     """The numbers of kernels by their text and by their source."""
     numbers = [{key: value for key, value in row.items() if key not in NAMES} for row in table]
@@ -179,7 +184,7 @@ def compile_all(
     todo: list[tuple[str, str, Case]], jobs: int, have: dict[str, Row], kernels: list[str] | None = None
 ) -> Iterator[Row]:
     """The rows, in order; ``have``: numbers that need not be found again; ``kernels``: only these."""
-    with concurrent.futures.ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), _known.update, (have,)) as pool:
+    with concurrent.futures.ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), _remember, (have,)) as pool:
         for found in pool.map(rows, *zip(*todo, strict=True), itertools.repeat(kernels)):
             yield from found
 

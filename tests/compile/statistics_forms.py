@@ -15,11 +15,9 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 from abft.triton_kernels import deferred, verify, verify_deferred
 
-from abft import policy
 from bench import compiled
 
 OPERANDS = {90: ("bf16", "tf32", "ieee"), 80: ("bf16",), 100: ("bf16",)}
@@ -95,12 +93,8 @@ def main() -> None:
 
 
 def launches(operands: str, architecture: int, form: str, timing: str = "immediate") -> list[compiled.Launch]:
-    def with_statistics(**choices: Any) -> policy.Policy:
-        return Policy(**choices, detector={"on": "both", "off": "checksum"}.get(form, form))
-
-    Policy = policy.Policy
-    with mock.patch.object(compiled.policy, "Policy", with_statistics):
-        return compiled.launches_of(operands, architecture, timing=timing)
+    detector = {"on": "both", "off": "checksum"}.get(form, form)
+    return compiled.launches_of(operands, architecture, timing=timing, detector=detector)
 
 
 def described(launch: compiled.Launch, architecture: int) -> dict[str, Any]:

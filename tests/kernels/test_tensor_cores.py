@@ -147,3 +147,19 @@ def test_it_is_gone_afterwards(core: tensor_core.TensorCore) -> None:
         assert backend.available(torch.device("cpu"), torch.bfloat16) is None
     assert "bf16" in (backend.available(torch.device("cpu"), torch.bfloat16) or "")
     assert (None, "16-bit") not in backend.ARITHMETIC and "triton" in sys.modules
+
+
+def test_a_clean_campaign_of_attention_ends_in_time_goes_on_and_sums_up(tmp_path, monkeypatch):
+    from bench import attention_clean, kernel_rows
+    from bench.results import UNFINISHED, read
+
+    monkeypatch.setattr(kernel_rows, "families_of", lambda dtype: ["gauss"])
+    command = ["--backend", "interpreted", "--dtype", "fp16", "--out", str(tmp_path)]
+    assert attention_clean.main([*command, "--seconds", "0"]) == UNFINISHED
+    assert attention_clean.main(command) == 0
+    summaries = [r for r in read(tmp_path / "attention-clean-interpreted-fp16.jsonl") if r["kind"] == "summary"]
+    # Two shapes of mask, 33 queries and 40 keys: q k and p v of each query; and backward three of a query, two of a key.
+    assert {r["part"]: (r["rows"], r["alarms"], r["unchecked"]) for r in summaries} == {
+        "forward": (2 * 2 * 33, 0, 0), "backward": (2 * (3 * 33 + 2 * 40), 0, 0),
+    }  # fmt: skip
+    assert all(0 < r["worst"] < 1 for r in summaries)

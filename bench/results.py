@@ -91,7 +91,7 @@ def dump(record: dict[str, Any]) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """JSON without NaN: numbers to four digits (eight just below one), what is not finite as text."""
+    """JSON without NaN: numbers to four digits (eight near one), what is not finite as text."""
     if isinstance(value, dict):
         return {str(k): _plain(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
@@ -99,6 +99,6 @@ def _plain(value: Any) -> Any:
     if hasattr(value, "item"):
         value = value.item()
     if isinstance(value, float):
-        # Rates near one are told apart by what they lack.
-        return float(f"{value:.{8 if 0.99 < value < 1 else 4}g}") if math.isfinite(value) else str(value)
+        # Rates near one are told apart by what they lack, and quotients by what they differ from it.
+        return float(f"{value:.{8 if 0.99 < value < 1.1 else 4}g}") if math.isfinite(value) else str(value)
     return value

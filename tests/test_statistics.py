@@ -20,7 +20,7 @@ from abft.backends import quick, reference
 from abft.inject import Fault, faults
 from abft.ledger import Verdict
 from abft.native import library
-from abft.statistics import accumulators, cusum, soft_threshold, watches
+from abft.statistics import accumulators, cusum, lone, soft_threshold, watches
 from abft.statistics.accumulators import BLOCK, BLOCKS, COUNT, FIELDS, KINDS, MAXIMA, MAXIMA2, MOST, SQUARES, SUM, Accumulator
 from abft.statistics.baseline import WARM_UP, Baseline
 from abft.statistics.monitor import Monitor
@@ -199,6 +199,42 @@ def test_a_lone_unit_is_silent_while_data_drift_and_loud_about_a_bias():
     signs = [s for b in batches(rng, 1, 200, n=8192, drift=0.0, bias=np.array([0.4])) for s in m.add(b)]
     # Its noise fell back to where the drift had begun: no alarm either, for less noise is no fault.
     assert signs and {s.test for s in signs} == {"bias"} and all(s.quarantine for s in signs)
+
+
+@compiled
+@pytest.mark.parametrize("kinds", [len(KINDS), 1], ids=["full", "lean"])
+def test_the_compiled_batch_does_what_the_monitor_does(monkeypatch, kinds):
+    """Clean data, drift, a bias and outliers: the same sums, baselines, alarms and levels; only what alarms is left to the monitor."""
+    passed = []
+    passes = lone.Quiet.passes
+    monkeypatch.setattr(lone.Quiet, "passes", lambda self: passed.append(passes(self)) or passed[-1])
+    watched = [watches.Watch((0, 0, role, 64, 64, torch.float32, watches.HOST), Monitor()) for role in ("fprop", "dgrad")]
+    told: dict[str, list[tuple[str, int]]] = {"fprop": [], "dgrad": []}
+    monkeypatch.setattr(watches, "tell", lambda key, monitor, signs: told[key[2]].extend((s.test, int(s.checks)) for s in signs))
+    for i in range(WARM_UP + 260):
+        x = residuals(512, seed=i)[..., :kinds]
+        if i > WARM_UP + 40:
+            x = x * 1.15  # drift that nobody shall be told of
+        if 120 < i - WARM_UP < 180:
+            x = x + 0.3 * 0.026  # σ of these residuals
+        if i == WARM_UP + 220:
+            x[:60, 0] = 0.9
+        for watch in watched:
+            if watch.key[2] == "dgrad":
+                watch._quiet = None
+            watch.add(x)
+            watch.settle()
+    fast, plain = (watch.monitor for watch in watched)
+    assert told["fprop"] == told["dgrad"] and {"bias", "outliers"} <= {test for test, _ in told["fprop"]}
+    assert passed.count(True) >= 200 and 0 < passed.count(False) <= len(told["fprop"])
+    for a, b in ((fast.total, plain.total), (fast.pooled, plain.pooled), (fast.last, plain.last)):
+        assert np.allclose(a, b, rtol=1e-12)
+    assert np.allclose(fast.baseline.noise, plain.baseline.noise, rtol=1e-12)
+    for test in ("bias", "noise", "outliers"):
+        for a, b in zip(fast.charts(test), plain.charts(test), strict=True):
+            assert all(np.allclose(one, other, rtol=1e-9, atol=1e-9) for one, other in zip(a.state, b.state, strict=True)), test
+    one, other = (watch._accumulator for watch in watched)
+    assert np.allclose(one.level2, other.level2, rtol=1e-12) and np.allclose(one.cap2, other.cap2, rtol=1e-12)
 
 
 def test_rare_outliers_alarm():

@@ -26,7 +26,7 @@ from pathlib import Path
 
 FILES = (
     "vectors.h", "rowsums.h", "judge.c", "encode.c", "fingerprint.c", "renew.c", "measure.c", "attention.h", "attention.c",
-    "attention_backward.c",
+    "attention_backward.c", "batch.c",
 )  # fmt: skip
 #: No -ffast-math: a NaN has to stay one.
 FLAGS = ("-O2", "-march=native", "-fopenmp", "-fno-math-errno", "-fPIC", "-shared", "-pthread", "-std=gnu11")
@@ -43,6 +43,7 @@ SIGNATURES = {
     "abft_attention": (_INT, _POINTER, _INT),
     "abft_attention_backward": (_INT, _POINTER, _INT),
     "abft_multiply": (_INT, _POINTER, _INT),
+    "abft_batch": (_INT, _POINTER),
     "abft_exponentials": (None, _POINTER, _SIZE, _INT),
     "abft_row_sums": (None, _POINTER, _POINTER, _SIZE, _SIZE, _POINTER, _INT),
 }

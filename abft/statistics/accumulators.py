@@ -39,13 +39,14 @@ class _Statistics(ctypes.Structure):
 
 
 class Accumulator:
-    """What one thread has seen of one site and role. ``kept``: float64 (kinds, fields)."""
+    """What one thread has seen of one site and role. kept: (kinds, fields); level2 (4, kinds) and cap2 (kinds,): squares of what is counted
+    above, and of the cut; all float64, where the compiled passes find them."""
 
     def __init__(self) -> None:
         self._words = _Statistics()
         self.address = ctypes.addressof(self._words)
-        self._level2 = np.frombuffer(self._words.level2, np.float64).reshape(4, len(KINDS))
-        self._cap2 = np.frombuffer(self._words.cap2, np.float64)
+        self.level2 = np.frombuffer(self._words.level2, np.float64).reshape(4, len(KINDS))
+        self.cap2 = np.frombuffer(self._words.cap2, np.float64)
         self.kept = np.frombuffer(self._words.kept, np.float64).reshape(len(KINDS), len(FIELDS))
         self._view = memoryview(self._words.kept).cast("B").cast("d")
         self.scale(np.full(len(KINDS), PRIOR_SIGMA), np.full(len(KINDS), np.inf))
@@ -53,9 +54,9 @@ class Accumulator:
     def scale(self, sigma: np.ndarray, soft: np.ndarray) -> None:
         """Count from now on above multiples of ``sigma`` (kinds,), and above ``soft`` (kinds,), both in units of the bound."""
         for i, level in enumerate(LEVELS):
-            self._level2[i] = np.square(level * sigma)
-        self._level2[3] = np.square(soft)
-        self._cap2[:] = CAP * np.square(sigma)
+            self.level2[i] = np.square(level * sigma)
+        self.level2[3] = np.square(soft)
+        self.cap2[:] = CAP * np.square(sigma)
 
     @property
     def count(self) -> float:
@@ -68,13 +69,13 @@ class Accumulator:
         if not x.size:
             return
         x2 = np.nan_to_num(np.square(x, dtype=np.float64), nan=np.inf, posinf=np.inf)
-        capped = np.minimum(x2, self._cap2[:kinds])
+        capped = np.minimum(x2, self.cap2[:kinds])
         kept = self.kept[:kinds]
         kept[:, COUNT] += x2.shape[0] * x2.shape[1]
         kept[:, SUM] += (np.sign(np.nan_to_num(x)) * np.sqrt(capped)).sum((0, 1))
         kept[:, SQUARES] += capped.sum((0, 1))
         for i in range(4):
-            kept[:, ABOVE_4 + i] += (x2 > self._level2[i, :kinds]).sum((0, 1))
+            kept[:, ABOVE_4 + i] += (x2 > self.level2[i, :kinds]).sum((0, 1))
         # What is no number has no place in a moment: the bound's own largest, 1, stands for everything above it.
         maxima = np.minimum(np.maximum.reduceat(x2.max(1), np.arange(0, len(x2), BLOCK), axis=0), 1.0)
         kept[:, MOST] = np.maximum(kept[:, MOST], np.sqrt(maxima.max(0)))

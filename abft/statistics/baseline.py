@@ -36,7 +36,8 @@ RATES = ((1e-6, 8e-5), (2.3e-9, 8e-7))
 RATIO = 30.0
 #: What is left of x², at least, when a mean is taken out that was estimated apart from it.
 LEFT = 0.1
-_TINY = 1e-300
+#: A square that is nothing.
+TINY = 1e-300
 
 
 @dataclass
@@ -119,7 +120,7 @@ class Baseline:
             now = np.exp(np.maximum(noise, self.noise) / 2) / self.sigma
             u = (mean / now - self.mean) / self.mean_deviation, (noise - self.noise) / self.noise_deviation
             # One batch moves it up no further than a batch may deviate; less noise is no fault, and followed as it comes.
-            self.noise = self.noise + np.minimum(noise[0] - self.noise, 3 * self.noise_deviation) / MEMORY
+            self.noise += np.minimum(noise[0] - self.noise, 3 * self.noise_deviation) / MEMORY
             return u
         scale = np.sqrt(max(self.size, 1.0))
         u, v = _against_peers(mean, batch) / (scale * self.mean_deviation), _against_peers(noise, batch) / (scale * self.noise_deviation)
@@ -134,7 +135,7 @@ class Baseline:
         """By what factor σ is now above σ̂ (kinds,): what a lone unit's levels follow, so that more noise is not also more outliers."""
         if not (self.frozen and self.alone):
             return np.ones(len(KINDS))
-        return np.where(self.noise > np.log(_TINY), np.exp(self.noise / 2) / self.sigma, 1.0)
+        return np.where(self.noise > np.log(TINY), np.exp(self.noise / 2) / self.sigma, 1.0)
 
     def references(self) -> tuple[np.ndarray, np.ndarray]:
         """k (kinds,) of the two tests."""
@@ -146,7 +147,7 @@ class Baseline:
 def moments(batch: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(mean of x, ln of the mean of x²) of batches (…, kinds, fields)."""
     count = np.maximum(batch[..., COUNT], 1.0)
-    return batch[..., SUM] / count, np.log(np.maximum(batch[..., SQUARES] / count, _TINY))
+    return batch[..., SUM] / count, np.log(np.maximum(batch[..., SQUARES] / count, TINY))
 
 
 def moments_of_peers(batch: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -155,7 +156,7 @@ def moments_of_peers(batch: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     checks = batch[:, 0, COUNT]
     apart = mean - np.median(mean[checks > 0], 0) if checks.any() else 0.0 * mean
     squares = batch[..., SQUARES] / np.maximum(batch[..., COUNT], 1.0)
-    return mean, np.log(np.maximum(np.maximum(squares - apart**2, LEFT * squares), _TINY))
+    return mean, np.log(np.maximum(np.maximum(squares - apart**2, LEFT * squares), TINY))
 
 
 def _against_peers(values: np.ndarray, batch: np.ndarray) -> np.ndarray:

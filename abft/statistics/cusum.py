@@ -24,6 +24,8 @@ RIVAL = 0.01
 #: By how much the S of one has to exceed its rivals': e^−2·APART·u, u being the deviation of a batch (0.25 and more), bounds the
 #: probability that the wrong one does (Wald).
 APART = 10.0
+#: Deviations beyond k that one batch counts for at most: a test of what persists.
+MOST = 6.0
 
 
 @dataclass
@@ -43,8 +45,8 @@ class Cusum:
     def __post_init__(self) -> None:
         self.levels, self.evidence = np.zeros(self.units), np.zeros(self.units)
         self.began = np.full(self.units, -1)
-        self._left_zero = np.zeros(self.units, int)
-        self._batches = 0
+        self._left_zero = np.zeros(self.units, np.int64)
+        self._batches = np.zeros(1, np.int64)
 
     def step(self, ratio: np.ndarray) -> np.ndarray:
         """Add the ℓ (units,) of one batch; which units alarm, and start anew."""
@@ -52,17 +54,22 @@ class Cusum:
         return self.alarm(self.levels >= self.threshold)
 
     def add(self, ratio: np.ndarray, evidence: np.ndarray | None = None) -> None:
-        """… without an alarm. evidence: ℓ as it would be if one batch counted for whatever it says."""
-        self._left_zero = np.where(self.levels > 0, self._left_zero, self._batches)
+        """… without an alarm. evidence: ℓ as it would be if one batch counted for whatever it says. In place (lone.py)."""
+        np.copyto(self._left_zero, self._batches, where=~(self.levels > 0))
         self._batches += 1
-        self.levels = np.maximum(0.0, self.levels + ratio)
-        self.evidence = np.where(self.levels > 0, self.evidence + (ratio if evidence is None else evidence), 0.0)
+        np.maximum(0.0, self.levels + ratio, out=self.levels)
+        self.evidence[:] = np.where(self.levels > 0, self.evidence + (ratio if evidence is None else evidence), 0.0)
 
     def alarm(self, alarms: np.ndarray) -> np.ndarray:
         """These units alarm, and start anew."""
         self.began[alarms] = self._left_zero[alarms]
         self.start_anew(alarms)
         return alarms
+
+    @property
+    def state(self) -> tuple[np.ndarray, ...]:
+        """What ``add`` changes, in place: S, its evidence, when it left zero, how many batches."""
+        return self.levels, self.evidence, self._left_zero, self._batches
 
     def start_anew(self, units: np.ndarray) -> None:
         self.levels[units] = self.evidence[units] = 0.0
@@ -92,8 +99,8 @@ def alarms_apart(charts: Sequence[Cusum], alike: np.ndarray) -> list[np.ndarray]
     return out
 
 
-def shift(u: np.ndarray, k: float, most: float = 6.0) -> np.ndarray:
-    """ℓ of N(2k, 1) against N(0, 1). One batch counts for no more than k + ``most`` deviations: a test of what persists."""
+def shift(u: np.ndarray, k: float, most: float = MOST) -> np.ndarray:
+    """ℓ of N(2k, 1) against N(0, 1). One batch counts for no more than k + ``most`` deviations."""
     return 2.0 * k * (np.minimum(u, k + most) - k)
 
 

@@ -68,7 +68,7 @@ class Monitor:
             most = np.maximum(total[..., MOST], more[..., MOST])
             total += more
             total[..., MOST] = most
-        self.last, self.compared = pooled, int((batch[:, 0, COUNT] > 0).sum())
+        self.last[:], self.compared = pooled, int((batch[:, 0, COUNT] > 0).sum())
         if not self.baseline.frozen:
             self.baseline.learn(batch, pooled)
             return []
@@ -131,6 +131,10 @@ class Monitor:
     def charts(self, test: str) -> list[Cusum]:
         """The sums of a test."""
         return {"bias": self._up + self._down, "noise": self._noise, "outliers": self._rates}[test]
+
+    def charts_of_mean(self, sign: int) -> list[Cusum]:
+        """Of the mean, up (1) or down (-1)."""
+        return self._up if sign > 0 else self._down
 
     def note(self, severity: Severity, rows: int = 1) -> None:
         """Count rows beyond their bound (S2 to S4)."""

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from abft import events, ledger, sites
+from abft.statistics import lone
 from abft.statistics.accumulators import ABOVE_8, ABOVE_12, ABOVE_SOFT, COUNT, MOST, Accumulator
 from abft.statistics.baseline import Baseline, moments
 from abft.statistics.monitor import Monitor, Sign
@@ -105,6 +106,7 @@ class Watch:
         self._accumulator = Accumulator()
         self.address = self._accumulator.address
         self._folded = self._accumulator.kept.copy()
+        self._quiet: lone.Quiet | None = None
         self._due = 0.0
         self._rescale()
 
@@ -116,6 +118,10 @@ class Watch:
         """After every product."""
         if self._accumulator.count >= self._due:
             with _lock:
+                quiet = self._quiet
+                if quiet is not None and quiet.baseline is self.monitor.baseline and quiet.passes():
+                    self._due += quiet.size
+                    return
                 signs = self._fold()
             tell(self.key, self.monitor, signs)
 
@@ -125,9 +131,11 @@ class Watch:
         if batch[0, COUNT] <= 0:
             return []
         batch[:, MOST] = now[:, MOST]
-        self._folded = now
+        self._folded[:] = now
         signs = self.monitor.add(batch[None])
         self._rescale()
+        if self.monitor.baseline.frozen and (self._quiet is None or self._quiet.baseline is not self.monitor.baseline):
+            self._quiet = lone.quiet(self._accumulator, self._folded, self.monitor)
         return signs
 
     def _rescale(self) -> None:

@@ -260,6 +260,14 @@ PLANTS = (
         ("tests/test_native.py::test_every_row_is_judged",),
     ),
     Plant(
+        "compiled-batch-keeps-alarms",
+        "A batch of statistics that alarms passes in the compiled tests.",
+        "abft/native/batch.c",
+        "    if (!quiet) return 0;\n",
+        "",
+        ("tests/test_statistics.py::test_the_compiled_batch_does_what_the_monitor_does",),
+    ),
+    Plant(
         "compiled-nan-passes",
         "What is not finite leaves no trace in the compiled comparison.",
         "abft/native/judge.c",

@@ -1,33 +1,37 @@
 """The second detector: silent over a training run, quick about a marginal unit, sparing with repairs.
 
-    python -m bench statistics [training] [marginal] [spans] [together] [severity] [cost] [--steps 500] [--trials 20]
+    python -m bench statistics [training] [marginal] [spans] [together] [severity] [weighed] [cost] [--steps 500] [--trials 20]
                                [--flips 2000] [--fresh]
 
 training: a model learns under ``detector="both"`` while its statistics drift; residuals are recorded. marginal: recorded residuals,
 drawn anew for 132 units of which one is off. spans: the same where checks are one, two and four tiles wide, of a grid as the kernels
 deal it (bench/spans.py). together: how often the test of all kinds' noise alarms without a fault. severity: random flips under
-``detector="statistical"``. cost: of ``both`` on top of ``checksum`` (bench/detector_cost.py; a file of its own).
+``detector="statistical"``. weighed: the same in the Triton kernels, interpreted, bf16 and fp16 on emulated tensor
+cores. cost: of ``both`` on top of ``checksum`` (bench/detector_cost.py; a file of its own).
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
+from contextlib import nullcontext
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import nn
 
 import abft
-from abft.statistics import watches
+from abft.statistics import devices, watches
 from abft.statistics.severity import Budget
-from bench import detector_cost, intervals, marginal, recorded, spans
+from bench import detector_cost, emulated_units, forms, intervals, marginal, recorded, spans, tensor_core
 from bench.results import FOLDER, Results
 
 #: What can be measured by itself, and what it writes; the rest of the file stays.
 PARTS = {"training": ("training", "residuals"), "marginal": ("marginal", "false alarms", "quarantines"), "severity": ("severity",),
-         "spans": ("span",), "together": ("together",), "cost": ("cost",)}  # fmt: skip
+         "weighed": ("weighed",),         "spans": ("span",), "together": ("together",), "cost": ("cost",)}  # fmt: skip
 IMAGE = Path(__file__).resolve().parents[1] / "docs" / "images" / "residuals.png"
 QUANTILES = (0.001, 0.01, 0.1, 0.5, 0.9, 0.99, 0.999)
 
@@ -62,6 +66,11 @@ def main(argv: list[str]) -> int:
             severity(results, options.flips, group)
             # One element is what the gate lets be: of several, which may cancel in some of its sums, it must take none for harmless.
             severity(results, options.flips, group, "warp")
+    if "weighed" in parts:
+        forms.backend_of("interpreted")
+        for pattern, dtype in itertools.product(("element", "warp"), (torch.float32, torch.bfloat16, torch.float16)):
+            with nullcontext() if dtype == torch.float32 else emulated_units.tensor_cores(tensor_core.load(), 90):
+                severity(results, options.flips, 128, pattern, WEIGHED._replace(dtype=dtype))
     if "cost" in parts:
         detector_cost.measure(Results("statistics-cost", fresh=True, blocks=options.blocks), blocks=options.blocks)
     print(FOLDER / "statistics*.jsonl")
@@ -171,24 +180,49 @@ def alarms_of_all_kinds(results: Results, run: recorded.Run) -> None:
     )  # fmt: skip
 
 
-def severity(results: Results, flips: int, group: int | None, pattern: str = "element") -> None:
-    """Random flips in the accumulators of a wide layer; the budget is lifted, so that the gate alone decides.
+class Judged(NamedTuple):
+    """Who weighs what is beyond its bound, and of which product."""
+
+    kind: str
+    backend: str
+    rows: int
+    k: int
+    n: int
+    dtype: torch.dtype = torch.float32
+
+    @property
+    def type(self) -> str:
+        return {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[self.dtype]
+
+    def lift_budgets(self) -> None:
+        """The gate alone decides."""
+        for monitor in watches.monitors().values():
+            monitor.budget = Budget(burst=math.inf, left=math.inf)
+        for watch in devices._watches.values():
+            watch.gate[devices.LEFT] = int(Budget().burst / Budget().rate)  # the whole of it: a product has one such row at most
+
+
+HOST = Judged("severity", "auto", 16, 256, 4096)
+#: The kernels, interpreted, which takes its time.
+WEIGHED = Judged("weighed", "triton", 16, 32, 256)
+
+
+def severity(results: Results, flips: int, group: int | None, pattern: str = "element", by: Judged = HOST) -> None:
+    """Random flips in the accumulators of a layer; the budget is lifted.
 
     What can be saved is ``harmless`` of ``flagged``: a coarser floor flags less of what harms nobody.
     """
     torch.manual_seed(0)
     watches.forget()
     rng = np.random.default_rng(0)
-    rows, k, n = 16, 256, 4096
-    policy = abft.Policy(detector="statistical", group=group, on_uncorrected="record")
-    model = abft.protect(nn.Linear(k, n), policy, name="severity")
+    policy = abft.Policy(detector="statistical", backend=by.backend, group=group, on_uncorrected="record")  # type: ignore[arg-type]
+    model = abft.protect(nn.Linear(by.k, by.n, dtype=by.dtype), policy, name=by.kind)
     abft.report(reset=True)
     left, repaired, missed, harmful_left, harmful, harmless = 0, 0, 0, 0, 0, 0
     with torch.no_grad():
         for i in range(flips):
-            x = torch.randn(rows, k, generator=torch.Generator().manual_seed(i))
-            for monitor in watches.monitors().values():
-                monitor.budget = Budget(burst=math.inf, left=math.inf)
+            x = torch.randn(by.rows, by.k, generator=torch.Generator().manual_seed(i)).to(by.dtype)
+            by.lift_budgets()
             with abft.inject.faults(abft.inject.Fault("bitflip", bit=int(rng.integers(32)), pattern=pattern), seed=i) as log:
                 model(x)
             r = abft.report(reset=True)
@@ -200,13 +234,15 @@ def severity(results: Results, flips: int, group: int | None, pattern: str = "el
             harmful += harm
             harmful_left += harm and not r.corrected
             harmless += not harm and bool(r.tolerated or r.corrected)
+            if by is not HOST:
+                results.progress(i + 1, flips, f"{by.kind} {by.type} {pattern}")
     flagged = left + repaired
     low, high = intervals.proportion(left, flagged)
     results.add(
-        "severity", key=f"severity {group}" + (f" {pattern}" if pattern != "element" else ""), group=group, pattern=pattern, rows=rows, k=k,
-        n=n, flips=flips, flagged=flagged, harmless=harmless, left=left, saved=left / flagged, saved_interval=[low, high],
-        could_save=harmless / flagged, harmful=harmful, harmful_left=harmful_left,
-        harmful_left_below=intervals.upper_limit(harmful_left, harmful), unseen=missed,
+        by.kind, key=" ".join([by.kind, *([] if by is HOST else [by.type]), str(group), *([] if pattern == "element" else [pattern])]),
+        group=group, pattern=pattern, dtype=by.type, rows=by.rows, k=by.k, n=by.n, flips=flips, flagged=flagged, harmless=harmless,
+        left=left, saved=left / flagged, saved_interval=[low, high], could_save=harmless / flagged, harmful=harmful,
+        harmful_left=harmful_left, harmful_left_below=intervals.upper_limit(harmful_left, harmful), unseen=missed,
     )  # fmt: skip
 
 

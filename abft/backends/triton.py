@@ -396,7 +396,7 @@ def _watch_of(call: Call, p: Plan) -> devices.Watch | None:
     capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
     return devices.of(
         call.site, call.role, groups.columns, call.a.shape[-1], call.a.dtype, device, groups=groups.count, tiles=p.tiles_per_group,
-        units=units, rows=call.rows, capturing=capturing,
+        units=units, rows=call.rows, capturing=capturing, weighs=_may_tolerate(call, p),
     )  # fmt: skip
 
 

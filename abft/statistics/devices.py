@@ -54,6 +54,7 @@ class Watch:
     device: torch.device
     issued: float = 0.0  # checks since the last batch, as far as the host knows
     captured: bool = False  # by a graph, whose replays the host does not see
+    weighs: bool = False  # rows beyond their bound; else nobody knows how grave they were
     generation: int = field(default_factory=watches.generation)
 
     def __post_init__(self) -> None:
@@ -158,9 +159,10 @@ _bytes: dict[torch.device, int] = {}
 
 def of(
     site: int, role: str, columns: int, depth: int, dtype: torch.dtype, device: torch.device, *, groups: int, tiles: int, units: int,
-    rows: int, capturing: bool,
+    rows: int, capturing: bool, weighs: bool = False,
 ) -> Watch | None:  # fmt: skip
-    """Whom a product of so many ``rows`` adds to. groups, tiles: of its columns, and of a group; units: multiprocessors, 0 if not numbered.
+    """Whom a product of so many ``rows`` adds to. groups, tiles: of its columns, and of a group; units: multiprocessors, 0 if not numbered;
+    weighs: whether its kernels weigh rows beyond their bound (weigh.py).
 
     None, and counted as such, where there is no room, or where the first product of its kind is captured by a graph: its replays
     would clear the sums each time.
@@ -174,6 +176,9 @@ def of(
     if watch.generation != watches.generation() and not capturing:
         watch.restart()
     watch.captured |= capturing
+    watch.weighs |= weighs
+    if watch.monitor is not None:
+        watch.monitor.weighs = watch.weighs
     watch.issued += rows * groups
     return watch
 

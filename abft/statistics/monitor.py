@@ -43,6 +43,7 @@ class Monitor:
     baseline: Baseline = field(default=None)  # type: ignore[assignment]
     budget: Budget = field(default_factory=Budget)
     severities: dict[Severity, int] = field(default_factory=dict)
+    weighs: bool = True  # whether anybody weighs rows beyond their bound
 
     def __post_init__(self) -> None:
         if self.baseline is None:

@@ -74,8 +74,8 @@ class SiteStatistics:
 
     residuals: how many, per kind of checksum. sigma: σ̂ of residual / bound (of e). bias, noise: of the last batch, mean in σ̂ and
     variance as a factor of the baseline's. most: largest |residual| / bound of clean rows, in σ̂. above_8, above_12: residuals above so many
-    σ̂. soft: the soft threshold, in units of the bound. severities: S1 residuals, S2 to S4 rows. levels: the highest sum of each
-    test, of its threshold. warm: whether the baseline is frozen, before which nothing alarms. units: multiprocessors of a device (1:
+    σ̂. soft: the soft threshold, in units of the bound. severities: S1 residuals, S2 to S4 rows, these only where rows are weighed (of
+    kernels: where they may be left). levels: the highest sum of each test, of its threshold. warm: whether the baseline is frozen, before which nothing alarms. units: multiprocessors of a device (1:
     a host, or a device whose multiprocessors have no numbers); compared: of these, whom the last batch tells apart from the others.
     """
 
@@ -292,7 +292,8 @@ def _statistics(key: Key, monitor: Monitor) -> SiteStatistics:
     base, total = monitor.baseline, monitor.pooled
     mean, noise = moments(monitor.last)
     normal = base.noise if base.frozen and base.alone else 2 * np.log(base.sigma)
-    severities = {"S1": int(total[:, ABOVE_SOFT].sum())} | {s.name: monitor.severities.get(s, 0) for s in list(Severity)[2:]}
+    weighed = list(Severity)[2:] if monitor.weighs else []
+    severities = {"S1": int(total[:, ABOVE_SOFT].sum())} | {s.name: monitor.severities.get(s, 0) for s in weighed}
     return SiteStatistics(
         name, role, (columns, depth), dtype, int(total[0, COUNT]), float(base.sigma[0]), float((mean[0] - base.mean[0]) / base.sigma[0]),
         float(np.exp(noise[0] - normal[0])), float(total[0, MOST] / base.sigma[0]), int(total[:, ABOVE_8].sum()),

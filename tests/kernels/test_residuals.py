@@ -179,6 +179,7 @@ def test_a_marginal_unit_is_found_named_and_quarantined(monkeypatch):
     clean = steps(7)
     (seen,) = clean.statistics
     assert clean.alarms == () == clean.events and seen.warm and seen.residuals == 7 * m * 2
+    assert set(seen.severities) == {"S1"}, "nobody weighs rows beyond their bound here: none is not zero"
     units = products[-1].units.view(-1, n // tile)
     signs = checksum.signs(tile)
     column = int(np.flatnonzero(signs > 0)[5])

@@ -147,7 +147,8 @@ def test_the_budget_is_used_up_and_fills_again():
     assert severities() == [3, 0, 0] and result.counters["recomputed"] == 1
 
 
-def test_through_the_public_interface():
+def test_through_the_public_interface(monkeypatch):
+    monkeypatch.setattr(devices, "BATCH", 1)  # what the kernels counted is read with a batch
     torch.manual_seed(0)
     layer = torch.nn.Linear(K, N, bias=True).to(DEVICE)
     abft.protect(layer, abft.Policy(backend="triton", detector="statistical", group=GROUP, on_uncorrected="record"), name="weighed")
@@ -160,6 +161,7 @@ def test_through_the_public_interface():
     report = abft.report(reset=True)
     assert 0 < log[0].effect < 1e-3 and report.tolerated == 1 and report.detected == 0
     assert (delivered != right).nonzero().tolist() == [[row, column]]
-    (event,) = report.events
+    (seen,), (event,) = report.statistics, report.events
+    assert {name: seen.severities[name] for name in ("S2", "S3", "S4")} == {"S2": 1, "S3": 0, "S4": 0}
     assert event.verdict is abft.Verdict.TOLERATED and (event.row, event.col) == (row, column) and event.backend == "triton"
     assert SITE != event.site == "weighed"

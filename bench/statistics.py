@@ -204,7 +204,7 @@ class Judged(NamedTuple):
 
 HOST = Judged("severity", "auto", 16, 256, 4096)
 #: The kernels, interpreted, which takes its time.
-WEIGHED = Judged("weighed", "triton", 16, 32, 256)
+WEIGHED = Judged("weighed", "triton", 16, 32, 128)
 
 
 def severity(results: Results, flips: int, group: int | None, pattern: str = "element", by: Judged = HOST) -> None:

@@ -75,8 +75,9 @@ class SiteStatistics:
     residuals: how many, per kind of checksum. sigma: σ̂ of residual / bound (of e). bias, noise: of the last batch, mean in σ̂ and
     variance as a factor of the baseline's. most: largest |residual| / bound of clean rows, in σ̂. above_8, above_12: residuals above so many
     σ̂. soft: the soft threshold, in units of the bound. severities: S1 residuals, S2 to S4 rows, these only where rows are weighed (of
-    kernels: where they may be left). levels: the highest sum of each test, of its threshold. warm: whether the baseline is frozen, before which nothing alarms. units: multiprocessors of a device (1:
-    a host, or a device whose multiprocessors have no numbers); compared: of these, whom the last batch tells apart from the others.
+    kernels: where they may be left). levels: the highest sum of each test, of its threshold. warm: whether the baseline is frozen, before
+    which nothing alarms. units: multiprocessors of a device (1: a host, or a device whose multiprocessors have no numbers); compared: of
+    these, whom the last batch tells apart from the others.
     """
 
     site: str

@@ -165,17 +165,18 @@ def alarms_of_all_kinds(results: Results, run: recorded.Run) -> None:
     """Time between false alarms of the test of all kinds' noise, of units with checks of their own."""
     rng = np.random.default_rng(0)
     per_day: list[list[float]] = []
-    thetas: list[float] = []
+    found: list[dict[str, float]] = []
     pools = {site: x[len(x) // 2 :] for site, x in run.kinds.items() if len(x) >= 200}
     for i, x in enumerate(pools.values()):
         grid = spans.Grid(x, 1, rng)
         arl = marginal.false_alarms(spans.increments(grid, spans.learnt(grid), 200), rng)
-        thetas.append(arl["theta"])
+        found.append({"tiles": grid.tiles, **arl})
         # Batches here have more tiles than those of ``marginal``.
         per_day.append([marginal.per_day(arl[k], 1) * marginal.TILES / grid.tiles for k in ("high", "arl", "low")])
         results.progress(i + 1, len(pools))
+    thetas, worst = [arl["theta"] for arl in found], min(found, key=lambda arl: arl["arl"])
     results.add(
-        "together", key="together", pools=len(pools), units=spans.UNITS, thetas=[min(thetas), max(thetas)],
+        "together", key="together", pools=len(pools), units=spans.UNITS, thetas=[min(thetas), max(thetas)], worst=worst,
         per_day=float(np.mean(np.array(per_day)[:, 1])), per_day_worst_site=float(np.max(np.array(per_day)[:, 2])),
     )  # fmt: skip
 

@@ -2,9 +2,10 @@
 
 The difference is smaller than what separates two equal layers that lie elsewhere in memory. So each of three equal layers is in turn
 each of the three: blocks of rounds, in every block another of the six assignments, in every round another order. A lap is as many calls
-as complete a batch of statistics, which is compared with what is normal once in each: baselines were learnt before. A block counts once,
-by the median of its laps' quotients; the interval is that of the median of blocks (bench/intervals.py). Two clocks read the same laps:
-the wall's, and the CPU time of the one thread that computes, which leaves out whatever else ran meanwhile.
+as complete a batch of statistics, which is compared with what is normal once in each: baselines were learnt before. A block says one
+quotient, the median of its laps'; six blocks, one of each assignment, say one, their geometric mean, in which what sets the layers apart
+cancels. The interval is that of the median of sixes (bench/intervals.py). Two clocks read the same laps: the wall's, and the CPU time of
+the one thread that computes, which leaves out whatever else ran meanwhile.
 """
 
 from __future__ import annotations
@@ -29,8 +30,9 @@ ASSIGNMENTS = list(itertools.permutations(range(len(NAMES))))
 CLOCKS = ("wall", "thread")
 
 
-def measure(results: Results, size: int = 2048, rows: int = 256, blocks: int = 60, rounds: int = 4) -> None:
-    """Add a record for each clock and pair; one thread."""
+def measure(results: Results, size: int = 2048, rows: int = 256, blocks: int = 96, rounds: int = 4) -> None:
+    """Add a record for each clock and pair; one thread. blocks: as many sixes as they make."""
+    blocks = max(1, blocks // len(ASSIGNMENTS)) * len(ASSIGNMENTS)
     torch.manual_seed(0)
     watches.forget()
     x, layers, calls = torch.randn(rows, size), _equal_layers(size), -(-BATCH // rows)
@@ -47,12 +49,18 @@ def measure(results: Results, size: int = 2048, rows: int = 256, blocks: int = 6
     times, alarms = np.array(seconds), watches.raised() - alarms  # blocks, rounds, names, clocks
     for i, clock in enumerate(CLOCKS):
         for what, one, other in (("both / checksum", 1, 0), ("checksum / checksum", 2, 0)):
-            found = np.median(times[:, :, one, i] / times[:, :, other, i], 1)
+            found = quotients(times[..., one, i], times[..., other, i])
             low, high = intervals.median(found.tolist())
             results.add(
                 "cost", key=f"cost {what} {clock}", what=what, clock=clock, size=size, rows=rows, blocks=blocks, rounds=rounds, calls=calls,
                 ratio=float(np.median(found)), interval=[low, high], seconds=float(np.median(times[:, :, 0, i])) / calls, alarms=alarms,
             )  # fmt: skip
+
+
+def quotients(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """Of seconds (blocks, rounds), the quotient of every six blocks."""
+    of_blocks = np.median(np.log(one / other), 1)
+    return np.exp(of_blocks.reshape(-1, len(ASSIGNMENTS)).mean(1))
 
 
 def laps(layers: list[nn.Module], x: torch.Tensor, rounds: int, calls: int, drawn: random.Random) -> list[list[tuple[float, float]]]:

@@ -42,7 +42,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--trials", type=int, default=20)
     parser.add_argument("--flips", type=int, default=2000)
-    parser.add_argument("--blocks", type=int, default=60, help="of the cost: two seconds each, after a warm-up of some thirty")
+    parser.add_argument("--blocks", type=int, default=96, help="of the cost: two seconds each, after a warm-up of half a minute")
     parser.add_argument("--dtype", default="fp32", choices=["fp32", "bf16"])
     parser.add_argument("--fresh", action="store_true")
     options = parser.parse_args(argv)

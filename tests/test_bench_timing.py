@@ -14,10 +14,12 @@ from torch import nn
 
 import abft
 from abft import panels
+from abft.statistics import watches
 from bench import (
     attention,
     attention_layer,
     comparison,
+    detector_cost,
     evidence,
     intervals,
     linear,
@@ -155,6 +157,24 @@ def test_the_interval_of_a_median_is_the_published_one() -> None:
 
 
 # --- shapes and providers --------------------------------------------------------------------------------
+
+
+def test_what_sets_equal_layers_apart_cancels_in_the_cost_of_a_detector() -> None:
+    rng, places, rounds = np.random.default_rng(0), np.array([1.0, 1.03, 0.98]), 4
+    seconds = np.array([[places[list(at)] * [1.0, 1.002, 1.0] * rng.normal(1, 1e-4, (rounds, 1)) for at in detector_cost.ASSIGNMENTS] for _ in range(2)])
+    seconds = seconds.reshape(-1, rounds, 3) * rng.normal(1, 1e-4, (12, rounds, 3))
+    assert detector_cost.quotients(seconds[..., 1], seconds[..., 0]) == pytest.approx([1.002] * 2, abs=3e-4)
+    assert detector_cost.quotients(seconds[..., 2], seconds[..., 0]) == pytest.approx([1.0] * 2, abs=3e-4)
+
+
+def test_every_lap_of_a_detector_s_cost_is_a_batch_that_is_compared(tmp_path) -> None:
+    found = Results("cost", folder=tmp_path)
+    detector_cost.measure(found, size=16, rows=256, blocks=7, rounds=2)
+    assert [r["key"].split(" ", 1)[1] for r in found.records[1:]] == [f"{what} {c}" for c in ("wall", "thread") for what in ("both / checksum", "checksum / checksum")]
+    assert all(r["blocks"] == 6 and r["calls"] == 4 and r["alarms"] == 0 for r in found.records[1:])
+    seen = [monitor.pooled[0, 0] for monitor in watches.monitors().values()]
+    assert seen == [1024 * (64 + 2 * 3)] * 3, "of each layer: the warm-up, then in two blocks three laps"
+    watches.forget()
 
 
 def test_shapes_have_names_of_their_own() -> None:

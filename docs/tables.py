@@ -539,12 +539,7 @@ def statistics(page: str) -> str:
             tiles = f"median {r['tiles_median']:,.0f}, longest {r['tiles_most']:,.0f} tiles"
             found = f"{r['found']} of {r['trials']} within 10,000 tiles; {tiles}"
             rows.append((f"{what} on one unit of 132", found, f.link(page)))
-        for r in f.kind("quarantines"):
-            said = f"{r['per_day']:.1e} a day; {r['per_day_worst_site']:.1e} with the worst site's residuals"
-            rows.append(("false quarantines, 132 units × 3·10⁴ tiles a second", said, f.link(page)))
-        for r in f.kind("together"):
-            said = f"{r['per_day']:.1e} a day; {r['per_day_worst_site']:.1e} with the worst site's residuals"
-            rows.append(("… of the test of all kinds' noise, as many", said, f.link(page)))
+        rows += [(*row, f.link(page)) for row in _false_quarantines(f)]
         for r in f.kind("severity"):
             (low, high), group = r["saved_interval"], r["group"] or "default"
             saved = f"{100 * r['saved']:.0f} % of {r['flagged']:,} flagged rows left ({100 * low:.0f} … {100 * high:.0f} %)"
@@ -552,12 +547,37 @@ def statistics(page: str) -> str:
             could = f" of {100 * r['could_save']:.0f} % that harm nobody" if r["pattern"] == "element" else ""
             struck = "random flips" if r["pattern"] == "element" else "flips of several elements of a row"
             rows.append((f"{struck}, fp32, N = {r['n']:,}, group {group}", f"{saved}{could}; {kept}", f.link(page)))
+    for f in files("statistics*"):
+        for r in f.kind("weighed"):
+            struck = "random flips" if r["pattern"] == "element" else "flips of several elements of a row"
+            kept = f"{r['harmful_left']} of {r['harmful']} harmful ones (below {100 * r['harmful_left_below']:.2g} %)"
+            saved = f"{100 * r['saved']:.0f} % of {r['flagged']} flagged rows left; {kept}"
+            where = "interpreted" if r["dtype"] == "fp32" else "on emulated tensor cores"
+            rows.append((f"{struck}, {r['dtype']}, the kernels, {where}, N = {r['n']:,}, group {r['group']}", saved, f.link(page)))
     for f in files("statistics-cost*") or files("statistics*"):
         for r in f.kind("cost"):
             (low, high), clock = r["interval"], f" ({r['clock']} clock)" if "clock" in r else ""
             what = f"time{clock}, {r['what']}, {r['size']} × {r['size']}"
             rows.append((what, f"× {r['ratio']:.4f} ({low:.4f} … {high:.4f})", f.link(page)))
     return table("what | result | file", rows, "python -m bench statistics")
+
+
+def _false_quarantines(f: File) -> list[tuple[str, str]]:
+    """How often sound units are blamed, by all tests and by each; and how long a test of a unit lasts between false alarms."""
+    every, together, out = f.kind("quarantines"), f.kind("together"), []
+    for what, found in (("", [*every, *together]), ("; of these of the test of all kinds' noise", together)):
+        day, worst = (sum(r[key] for r in found) for key in ("per_day", "per_day_worst_site"))
+        said = f"{day:.1e} a day; {worst:.1e} with the worst site's residuals"
+        if found:
+            out.append((f"false quarantines, 132 units × 3·10⁴ tiles a second{what}", said))
+    by_test = {test: [r for r in f.kind("false alarms") if r["test"] == test] for test in ("bias", "noise")}
+    by_test["noise of all kinds"] = [r["worst"] for r in together if "worst" in r]
+    for test, found in by_test.items():
+        if found:
+            r = min(found, key=lambda r: r["arl"])
+            said = f"{r['arl']:.1e} ({r['low']:.1e} … {r['high']:.1e}) batches of {r['tiles']:,.0f} tiles"
+            out.append((f"… between false alarms of one unit, {test}, the worst site", said))
+    return out
 
 
 def spans(page: str) -> str:

@@ -181,12 +181,30 @@ def test_the_statistical_rung_is_for_those_who_ask_and_where_it_was_measured() -
     report = abft.report()
     assert report.corrected == 1
     assert [plan.detector for plan in plans_in_force(model) if plan is not None] == ["statistical"] * 3
-    for module, base in ((nn.Linear(8, 8).double(), abft.Policy()), (nn.Linear(8, 8), abft.Policy(backend="triton"))):
+    for module, base in ((nn.Linear(8, 8).double(), abft.Policy()), (nn.Linear(8, 8).double(), abft.Policy(backend="triton"))):
         with pytest.raises(abft.errors.PolicyError, match="statistical.*cannot have"):
             abft.protect(module, Adaptive(target_escape=1e9, budget=100.0, policy=base, levels=["statistical"]), name="refused")
         by_default = Adaptive(target_escape=1e9, budget=100.0, policy=base)
         abft.protect(module, by_default, name="allowed")
         assert "statistical" not in by_default.plan.options.values()
+
+
+def test_what_the_kernels_leave_comes_on_top_of_what_their_checks_miss() -> None:
+    rung, correct = options.STATISTICAL, BY_NAME["correct"]
+    for dtype, gate in options.GATES.items():
+        records = [json.loads(line) for line in (RESULTS / "statistics.jsonl").read_text(encoding="utf-8").splitlines()]
+        weighed = [r for r in records if r["kind"] == "weighed" and r["dtype"] == {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}[dtype]]
+        assert {r["pattern"] for r in weighed} == {"element", "warp"}
+        assert vars(gate) == {name: sum(r[name] for r in weighed) for name in vars(gate)}
+        below = rung.escape(dtype, 1e-3, replayed=False, kernels=True) - correct.escape(dtype, 1e-3, replayed=False)
+        assert below == pytest.approx(1 - 0.05 ** (1 / gate.harmful)) and gate.harmful_left == 0
+        assert rung.escape(dtype, 1e-4, replayed=False, kernels=True) > below  # what it leaves may then do harm
+        assert correct.escape(dtype, 1e-3, replayed=False, kernels=True) == correct.escape(dtype, 1e-3, replayed=False)
+    policy = Adaptive(target_escape=1e9, budget=100.0, policy=abft.Policy(backend="triton"), levels=["statistical", "correct"])
+    abft.protect(nn.Linear(8, 8), policy, name="by kernels")
+    assert policy.let_through("", rung) == rung.escape("float32", 1e-3, replayed=False, kernels=True)
+    policy.base, policy._devices = abft.Policy(), dict.fromkeys(policy._devices, "cuda:0")
+    assert "backend" in policy._why_not_statistical(""), "auto may take a backend that keeps no statistics"
 
 
 def test_counted_costs_are_near_the_measured_ones() -> None:

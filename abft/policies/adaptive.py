@@ -76,8 +76,9 @@ class Adaptive(Strategy):
     profile: costs and sensitivities, of ``abft.policies.profile(model, …)``; None: counted costs, every fault harmful.
     policy: everything a plan leaves alone (backend, weights, on_uncorrected, …); its level, redundancy and every are the plan's.
     critical: modules (names or ``"re:…"``) that get correct+tmr whatever it costs (tiers).
-    levels: names of the options a plan may use (default: all of ``options.LADDER``); fewer make fixed levels. statistical: only where a
-        host judges and its detection rates are measured (options.STATISTICAL_CAMPAIGNS); elsewhere left out, and refused by name.
+    levels: names of the options a plan may use (default: all of ``options.LADDER``); fewer make fixed levels. statistical: only where
+        its detection rates are measured (options.STATISTICAL_CAMPAIGNS, GATES), on a GPU with ``backend="triton"``; elsewhere left out, and
+        refused by name.
     watch: a site that would be ``off`` is sampled every so-many-th product, so that a rising rate is seen; None: off is off.
     replayed: what is detected is computed again by the caller (``StepGuard``), so ``detect`` lets through no more than ``correct``.
     repeating: the assumed share of faults that strike a replica as they struck the product (``options.REPEATING``).
@@ -271,8 +272,15 @@ class Adaptive(Strategy):
         device = estimate.device
         # The sites' uncertainties are mostly their device's: its quantile, not the sum of their own, which no device has at once.
         rate = estimate.site(name).mean * max(1.0, device.quantile(self.confidence) / device.mean)
-        through = option.escape(known.dtype, self.profile.harm, replayed=self.replayed, repeating=self.repeating)
-        return BILLION * rate * known.seconds * known.sensitivity * through / self.profile.products
+        return BILLION * rate * known.seconds * known.sensitivity * self.let_through(name, option) / self.profile.products
+
+    def let_through(self, name: str, option: Option) -> float:
+        """P(a harmful fault at that site is delivered) under that option."""
+        assert self.profile is not None
+        kernels = self.base.backend == "triton"
+        return option.escape(
+            self.profile.sites[name].dtype, self.profile.harm, replayed=self.replayed, repeating=self.repeating, kernels=kernels
+        )
 
     def cost(self, name: str, option: Option) -> float:
         """Share of the model's unprotected time that this option adds at that site."""
@@ -286,11 +294,11 @@ class Adaptive(Strategy):
 
     def _why_not_statistical(self, name: str) -> str | None:
         assert self.profile is not None
-        dtype = self.profile.sites[name].dtype
-        if dtype not in options.STATISTICAL_CAMPAIGNS:
+        dtype, kernels = self.profile.sites[name].dtype, self.base.backend == "triton"
+        if dtype not in (options.GATES if kernels else options.STATISTICAL_CAMPAIGNS):
             return f"its detection rates in {dtype} are not measured"
-        if self._devices[name] != "cpu" or self.base.backend == "triton":
-            return "what the kernels leave as harmless is not measured"
+        if self._devices[name] != "cpu" and not kernels:
+            return f"on {self._devices[name]} only a base policy with backend=\"triton\" is sure to keep statistics"
         return None
 
     def _best(self, target: float) -> Plan:

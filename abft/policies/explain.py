@@ -32,12 +32,7 @@ class Explanation:
     def of(cls, policy: Adaptive) -> Explanation:
         plan, profile = policy.plan, policy.profile
         assert plan is not None and profile is not None
-        misses = {
-            c.site: policy.named(c.option).escape(
-                profile.sites[c.site].dtype, profile.harm, replayed=policy.replayed, repeating=policy.repeating
-            )
-            for c in plan.sites
-        }
+        misses = {c.site: policy.let_through(c.site, policy.named(c.option)) for c in plan.sites}
         return cls(
             plan, {c.site: profile.sites[c.site] for c in plan.sites}, misses,
             {device: (estimate.device, estimate.faults()) for device, estimate in policy.rates.items()}, policy.confidence,

@@ -123,7 +123,7 @@ def _times(
     copies: dict[str, nn.Module] = {"": plain}
     for option in options.MEASURED:
         if option.detector == "statistical" and not device.startswith("cpu"):
-            continue  # there the kernels repair before anybody could say that it harms nobody
+            continue  # backend="auto" may find one that keeps no statistics: counted as ``correct`` (profile.SiteProfile.cost)
         copies[option.name] = subject = protection.protect(copy.deepcopy(module), _QUIET.replace(level="planned"), name="(profile)")
         sites.site_of(sites.number_of(subject._abft_site)).plan = option.policy(_QUIET)  # type: ignore[arg-type]
     laps = {name: _lap(m, calls, training) for name, m in copies.items()}

@@ -7,6 +7,7 @@ from torch import nn
 
 import abft
 from abft import inject, plans, sites
+from abft.policies import Adaptive
 
 
 def test_plans_and_samples_reach_the_kernels() -> None:
@@ -36,3 +37,22 @@ def test_plans_and_samples_reach_the_kernels() -> None:
         with inject.faults(inject.Fault("nullify", pattern="row")):
             assert torch.equal(layer(x), wanted)
     assert abft.report(reset=True).corrected == 1
+
+
+def test_the_statistical_rung_leaves_what_harms_nobody_to_the_kernels() -> None:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.manual_seed(0)
+    layer, x = nn.Linear(24, 128, device=device), torch.randn(20, 24, device=device)
+    base = abft.Policy(backend="triton", group=128, on_uncorrected="record")
+    plan = Adaptive(target_escape=1e9, budget=100.0, policy=base, levels=["statistical"])
+    abft.protect(layer, plan, name="weighed by plan")
+    assert [choice.option for choice in plan.plan.sites] == ["statistical"]
+    with torch.no_grad():
+        wanted = layer(x)
+        abft.report(reset=True)
+        for bit, tolerated in ((14, 1), (29, 0)):
+            with inject.faults(inject.Fault("bitflip", bit=bit)) as log:
+                delivered = layer(x)
+            report = abft.report(reset=True)
+            assert (report.tolerated, report.corrected) == (tolerated, 1 - tolerated), bit
+            assert torch.equal(delivered, wanted) == (not tolerated) and (log[0].effect < 1e-3) == bool(tolerated)

@@ -121,7 +121,7 @@ class Watch:
             with _lock:
                 quiet = self._quiet
                 if quiet is not None and quiet.baseline is self.monitor.baseline and quiet.passes():
-                    self._due += quiet.size
+                    self._due = self._accumulator.count + quiet.size
                     return
                 signs = self._fold()
             tell(self.key, self.monitor, signs)

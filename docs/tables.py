@@ -530,7 +530,7 @@ def statistics(page: str) -> str:
     for f in files("statistics*"):
         for r in f.kind("training"):
             asked = f"{r['alarms']} alarm(s), {r['quarantines']} for quarantine; {r['above_soft']} residuals above the soft threshold"
-            rows.append((f"a training run, {r['dtype']}, {r['rows']:,} rows, no fault", asked, f.link(page)))
+            rows.append((f"a training run, {r['dtype']}, {r['residuals']:,} rows watched, no fault", asked, f.link(page)))
             (low, high), (a, b) = r["drift_of_mean"], r["drift_of_ln_variance"]
             drift = f"mean {low:+.3f} … {high:+.3f} σ; variance × {math.exp(a):.2f} … {math.exp(b):.2f}"
             rows.append(("… drift over it, of e", drift, f.link(page)))

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-#: h. Real increments are skewed: the θ with E[e^θℓ] = 1 lies between 0.92 and 1.26 (bench/results/statistics.jsonl), and e^0.92h
+#: h. Real increments are skewed: the θ with E[e^θℓ] = 1 lies between 0.69 and 1.29 (bench/results/statistics.jsonl), and e^0.69h
 #: batches of 8 tiles leave 132 units at 3e4 tiles a second far below one false alarm a day.
 THRESHOLD = 40.0
 #: Units that show less of each other's deviations are no rivals: units with checks of their own.

@@ -130,8 +130,8 @@ def _record(case: Case, provider: Provider, clock: str, times: Any, baseline: An
     w = case.workload
     return results.add(
         "in step", key=f"{w.name} {w.passes} {provider.name} {clock}", workload=w.name, passes=w.passes, provider=provider.name,
-        clock=clock, threads=torch.get_num_threads(), ratio=float(np.median(quotients)), interval=[low, high], blocks=len(times), rounds=case.rounds,
-        seconds=float(np.median(times)), baseline_seconds=float(np.median(baseline)),
+        clock=clock, threads=torch.get_num_threads(), ratio=float(np.median(quotients)), interval=[low, high], blocks=len(times),
+        rounds=case.rounds, seconds=float(np.median(times)), baseline_seconds=float(np.median(baseline)),
     )  # fmt: skip
 
 

@@ -27,6 +27,7 @@ COMMANDS = {
     "layer": "… of a transformer layer",
     "model": "… of a whole model",
     "train": "… of a training step",
+    "in-step": "what protection adds to whole models, to half a per cent: everyone does a part before anyone does the next",
     "attention": "… of attention alone, beside each of torch's kernels",
     "scaling": "cost against K, N, M and G, beside what counting predicts",
     "tune": "search launch shapes on a GPU, and write the table that the kernels read",
@@ -41,6 +42,7 @@ COMMANDS = {
 }
 MODULES = {
     "predict": "predictions",
+    "in-step": "in_step",
     "training-faults": "training_faults",
     "emulated-clean": "emulated_clean",
     "emulated-faults": "emulated_faults",

@@ -30,7 +30,7 @@ class Contender:
     def __init__(self, provider: Provider, workload: Workload, model: nn.Module, way: str, device: torch.device,
                  dtype: torch.dtype) -> None:  # fmt: skip
         self.provider, self.workload = provider, workload
-        self.model = _in_hands_of(provider, copy.deepcopy(model))
+        self.model = in_hands_of(provider, copy.deepcopy(model))
         called = torch.compile(self.model) if way == "compiled" else self.model
         drawn = [workload.inputs(device, dtype, seed) for seed in range(1 if way == "graph" else ROTATED)]
         once = self._pass(called)
@@ -93,7 +93,7 @@ def results(model: nn.Module, passes: Passes, inputs: tuple[Tensor, ...]) -> lis
     return [t.detach() for t in _gradients(model, inputs, model)]
 
 
-def _in_hands_of(provider: Provider, model: nn.Module) -> nn.Module:
+def in_hands_of(provider: Provider, model: nn.Module) -> nn.Module:
     if provider.name == TWIN:
         from bench import twin_layer
 

@@ -336,6 +336,24 @@ def times(page: str) -> str:
     return table(header, [row(*one) for one in found], TIMED)
 
 
+def in_step(page: str) -> str:
+    """Whole models beside torch's, part by part."""
+
+    def row(f: File, workload: str, clock: str) -> tuple[object, ...]:
+        found = {r["provider"]: r for r in f.kind("in step") if (r["workload"], r["clock"]) == (workload, clock)}
+        ratios = []
+        for name in ("abft", "abft:whole", "torch-again"):
+            low, high = found[name]["interval"]
+            ratios.append(f"{found[name]['ratio']:.3f} ({low:.3f} to {high:.3f})")
+        first = next(iter(found.values()))
+        what = f"{workload}, {first['passes']}"
+        return what, _duration(first["baseline_seconds"]), f"**{ratios[1]}**", ratios[0], ratios[2], clock, f.machine, f.link(page)
+
+    cases = [(f, *case) for f in files("in-step*") for case in dict.fromkeys((r["workload"], r["clock"]) for r in f.kind("in step"))]
+    header = "case, fp32 | torch | all checked × torch (95 %) | linear layers × torch | torch × torch | clock | machine | file"
+    return table(header, [row(*case) for case in cases], "python -m bench in-step [--threads 1]")
+
+
 def _duration(seconds: float) -> str:
     sys.path.insert(0, str(ROOT))
     from bench import timing_table
@@ -880,6 +898,7 @@ TABLES: dict[str, Callable[[str], str]] = {
     "floors": floors,
     "host": host,
     "times": times,
+    "in-step": in_step,
     "protection": protection,
     "protection-figure": protection_figure,
     "scaling": scaling,

@@ -42,7 +42,7 @@ static __attribute__((noinline)) void block_of_queries(abft_attended *x, const r
         }
     for (int64_t c = c0; c < c1; c++)
         product(m->q, wide, tall, m->keys + c * width * m->ld_keys, m->ld_keys, sixteens(at_most(CHUNK, x->keys - c * CHUNK)), width,
-                m->scores + c * CHUNK, m->ld_scores, checked ? m->panel + c * BLOCK * PANEL : NULL, PANEL, 1);
+                m->scores + c * CHUNK, m->ld_scores, checked ? m->panel + c * BLOCK * PANEL : NULL, 1);
     unsigned char wrong[BLOCK] = {0};
     for (int64_t r = 0; r < rows; r++) {
         float *s = m->scores + r * m->ld_scores, *p = m->probabilities;
@@ -89,7 +89,7 @@ static __attribute__((noinline)) void block_of_queries(abft_attended *x, const r
     /* Rows that only fill a block up multiply what may be anything, and nobody reads what they give. */
     for (int64_t c = c0; c < c1; c++)
         product(m->scores + c * CHUNK, m->ld_scores, tall, m->values + c * CHUNK * m->ld_values, m->ld_values, m->padded_depth,
-                at_most(CHUNK, x->keys - c * CHUNK), m->out, m->padded_depth, checked ? m->panel : NULL, PANEL, c == c0);
+                at_most(CHUNK, x->keys - c * CHUNK), m->out, m->padded_depth, checked ? m->panel : NULL, c == c0);
     for (int64_t r = 0; r < rows; r++) {
         float *o = m->out + r * m->padded_depth, *to = x->out + b * x->os[0] + h * x->os[1] + g * x->os[2] + (l0 + r) * x->os[3];
         hit(x, IN_OUT, row0 + r, o);
@@ -221,7 +221,7 @@ int abft_multiply(const abft_factors *x, int threads) {
                         mine[r * x->depth + k] = r < rows ? x->a[h * x->as[0] + (r0 + r) * x->as[1] + k * x->as[2]] : 0.0f;
                 for (int64_t j0 = 0; j0 < x->columns; j0 += CHUNK)
                     product(mine, x->depth, tall, packed + j0 * x->depth / CHUNK * wide, wide, sixteens(at_most(CHUNK, x->columns - j0)), x->depth,
-                            c + j0, padded, NULL, 0, 1);
+                            c + j0, padded, NULL, 1);
                 for (int64_t r = 0; r < rows; r++)
                     memcpy(x->y + h * x->ys[0] + (r0 + r) * x->ys[1], c + r * padded, x->columns * sizeof(float));
             }

@@ -6,11 +6,12 @@
 enum { CHUNK = 128, PANEL = 16, COLUMN_OF_ONES = KINDS, BLOCK = 64, BLOCK_SCORES = 96 * 1024, AHEAD = 16 };
 enum { NO_MASK, SEEN, ADDED }; /* a mask: bool (true: seen), or fp32, added to the scores */
 enum { IN_SCORES = 1, IN_PROBABILITIES, IN_SUM, IN_OUT, IN_DP, IN_DELTA, IN_DX, IN_DQ, IN_DK, IN_DV };
-/* Sixteen lanes are PARTS registers. TALL, BROAD: rows and sixteens of an accumulator that fit in all of them. */
+/* Sixteen lanes are PARTS registers. TALL: rows of an accumulator of up to three registers' columns, that fits in all of them.
+   PANEL_VECTORS: those of a panel that hold anything: at most eight columns. */
 #ifdef __AVX512F__
-enum { TALL = 8, BROAD = 3 };
+enum { TALL = 8, PANEL_VECTORS = 1 };
 #else
-enum { TALL = 4, BROAD = 1 };
+enum { TALL = 4, PANEL_VECTORS = 8 / LANES };
 #endif
 typedef int32_t mn __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef uint8_t bn __attribute__((vector_size(LANES), aligned(1), may_alias));
@@ -48,6 +49,10 @@ typedef struct {
 static const int32_t COUNTED[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 
 INLINE vf pick(mn where, vf a, vf b) { return (vf)(((mn)a & where) | ((mn)b & ~where)); }
+
+INLINE int64_t sixteens(int64_t n) { return (n + 15) / 16 * 16; }
+INLINE int64_t at_most(int64_t a, int64_t b) { return a < b ? a : b; }
+INLINE int64_t at_least(int64_t a, int64_t b) { return a > b ? a : b; }
 
 /* The larger number; b where one of them is none. */
 INLINE vf larger(vf a, vf b) {
@@ -147,52 +152,63 @@ INLINE vf square_of_exp(vf y) {
 
 /* --- products --------------------------------------------------------------------------------------------- */
 
-/* c (R, N vectors) = a (R, depth) · b (depth, …), or added to what is there. */
-#define MULTIPLY(NAME, V, R, N)                                                                                            \
-    INLINE void NAME(const float *a, int64_t lda, const float *b, int64_t ldb, int64_t depth, float *c, int64_t ldc, int first) { \
-        V sum[R][N];                                                                                                       \
-        UNROLL for (int r = 0; r < R; r++) UNROLL for (int j = 0; j < N; j++) sum[r][j] = (V){0};                          \
+/* c (TALL, N vectors) = a (TALL, depth) · b (depth, …), or added to what is there. Of the vectors the first `of_c` lie in c, the others
+   in `panel`. */
+#define MULTIPLY(NAME, N)                                                                                                  \
+    INLINE void NAME(const float *a, int64_t lda, const float *b, int64_t ldb, int64_t depth, float *c, int64_t ldc, int64_t of_c, \
+                     float *panel, int first) {                                                                            \
+        vf sum[TALL][N];                                                                                                   \
+        UNROLL for (int r = 0; r < TALL; r++) UNROLL for (int j = 0; j < N; j++) sum[r][j] = (vf){0};                      \
         for (int64_t k = 0; k < depth; k++) {                                                                              \
-            V p[N];                                                                                                        \
-            UNROLL for (int j = 0; j < N; j++) p[j] = *(const V *)(b + k * ldb + j * (int64_t)(sizeof(V) / 4));            \
-            UNROLL for (int r = 0; r < R; r++) UNROLL for (int j = 0; j < N; j++) sum[r][j] += a[r * lda + k] * p[j];      \
+            vf p[N];                                                                                                       \
+            UNROLL for (int j = 0; j < N; j++) {                                                                           \
+                p[j] = at(b + k * ldb + j * LANES);                                                                        \
+                HOLD(p[j]);                                                                                                \
+            }                                                                                                              \
+            UNROLL for (int r = 0; r < TALL; r++) UNROLL for (int j = 0; j < N; j++) sum[r][j] += a[r * lda + k] * p[j];   \
         }                                                                                                                  \
-        UNROLL for (int r = 0; r < R; r++) UNROLL for (int j = 0; j < N; j++) {                                            \
-            V *to = (V *)(c + r * ldc + j * (int64_t)(sizeof(V) / 4));                                                     \
-            if (!first) sum[r][j] += *to;                                                                                  \
-            *to = sum[r][j];                                                                                               \
+        UNROLL for (int j = 0; j < N; j++) {                                                                               \
+            float *column = j < of_c ? c + j * LANES : panel + (j - of_c) * LANES;                                         \
+            const int64_t step = j < of_c ? ldc : PANEL;                                                                   \
+            UNROLL for (int r = 0; r < TALL; r++) {                                                                        \
+                vf *to = (vf *)(column + r * step);                                                                        \
+                if (!first) sum[r][j] += *to;                                                                              \
+                *to = sum[r][j];                                                                                           \
+            }                                                                                                              \
         }                                                                                                                  \
     }
-MULTIPLY(multiply_1, vf, TALL, PARTS)
-MULTIPLY(multiply_2, vf, TALL, 2 * PARTS)
-MULTIPLY(multiply_3, vf, TALL, 3 * PARTS)
-MULTIPLY(multiply_panel, v8, 8, 1)
+MULTIPLY(multiply_1, 1)
+MULTIPLY(multiply_2, 2)
+MULTIPLY(multiply_3, 3)
 
-/* c (rows, n) = a (rows, depth) · b (depth, n), and panel (rows, PANEL) = a · the PANEL columns behind b's n. rows: a multiple of 8,
-   n of 16. */
+/* Vectors of the next tile of `left` of them: three, and two where three would leave one alone, whose sums would wait for each other. */
+INLINE int tile_of(int64_t left) { return left >= 5 || left == 3 ? 3 : left == 1 ? 1 : 2; }
+
+/* c (rows, n) = a (rows, depth) · b (depth, n), and panel (rows, PANEL) = a · the columns behind b's n. rows: a multiple of 8, n of 16. */
 static __attribute__((noinline)) void product(const float *a, int64_t lda, int64_t rows, const float *b, int64_t ldb, int64_t n, int64_t depth,
-                                              float *c, int64_t ldc, float *panel, int64_t ldp, int first) {
+                                              float *c, int64_t ldc, float *panel, int first) {
+    const int64_t of_c = n / LANES, all = of_c + (panel ? PANEL_VECTORS : 0);
     for (int64_t k0 = 0; k0 < depth; k0 += CHUNK, first = 0) {
-        const int64_t deep = depth - k0 < CHUNK ? depth - k0 : CHUNK;
-        const float *right = b + k0 * ldb;
+        const int64_t deep = at_most(CHUNK, depth - k0);
         for (int64_t r = 0; r < rows; r += TALL) {
-            const float *left = a + r * lda + k0;
-            float *to = c + r * ldc;
-            int64_t j = 0;
-            for (; BROAD >= 3 && j + 48 <= n; j += 48) multiply_3(left, lda, right + j, ldb, deep, to + j, ldc, first);
-            for (; BROAD >= 2 && j + 32 <= n; j += 32) multiply_2(left, lda, right + j, ldb, deep, to + j, ldc, first);
-            for (; j < n; j += 16) multiply_1(left, lda, right + j, ldb, deep, to + j, ldc, first);
+            const float *left = a + r * lda + k0, *right = b + k0 * ldb;
+            float *to = c + r * ldc, *sums = panel ? panel + r * PANEL : NULL;
+            for (int64_t j = 0, tile; j < all; j += tile) {
+                tile = tile_of(all - j);
+                if (tile == 3)
+                    multiply_3(left, lda, right + j * LANES, ldb, deep, to + j * LANES, ldc, of_c - j, sums, first);
+                else if (tile == 2)
+                    multiply_2(left, lda, right + j * LANES, ldb, deep, to + j * LANES, ldc, of_c - j, sums, first);
+                else
+                    multiply_1(left, lda, right + j * LANES, ldb, deep, to + j * LANES, ldc, of_c - j, sums, first);
+            }
         }
-        for (int64_t r = 0; panel && r < rows; r += 8) multiply_panel(a + r * lda + k0, lda, right + n, ldb, deep, panel + r * ldp, ldp, first);
     }
 }
 
 /* Rows of a head lie far apart, a page or more: nobody but us knows which is next. */
 INLINE void soon(const void *p, int64_t i, int dtype) { __builtin_prefetch((const char *)p + i * (dtype == FP32 ? 4 : 2)); }
 
-INLINE int64_t sixteens(int64_t n) { return (n + 15) / 16 * 16; }
-INLINE int64_t at_most(int64_t a, int64_t b) { return a < b ? a : b; }
-INLINE int64_t at_least(int64_t a, int64_t b) { return a > b ? a : b; }
 
 /* Squares of less than this in sum may have underflowed, and would leave the bound too small: they are summed again in fp64. */
 #define TINY 1e-30

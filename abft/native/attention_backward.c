@@ -45,35 +45,41 @@ typedef struct {
     int doubtful; /* rows of this head are suspect: then its columns prove nothing */
 } gradient_room;
 
-/* c (R, N vectors) += aᵀ · b, a (depth, R): the chains that c holds go on. */
-#define MULTIPLY_TURNED(NAME, V, R, N)                                                                                     \
+/* c (TALL, N vectors) += aᵀ · b, a (depth, TALL): the chains that c holds go on. */
+#define MULTIPLY_TURNED(NAME, N)                                                                                           \
     INLINE void NAME(const float *a, int64_t lda, const float *b, int64_t ldb, int64_t depth, float *c, int64_t ldc) {     \
-        V sum[R][N];                                                                                                       \
-        UNROLL for (int r = 0; r < R; r++) UNROLL for (int j = 0; j < N; j++)                                              \
-            sum[r][j] = *(const V *)(c + r * ldc + j * (int64_t)(sizeof(V) / 4));                                          \
+        vf sum[TALL][N];                                                                                                   \
+        UNROLL for (int r = 0; r < TALL; r++) UNROLL for (int j = 0; j < N; j++) sum[r][j] = at(c + r * ldc + j * LANES);  \
         for (int64_t k = 0; k < depth; k++) {                                                                              \
-            V p[N];                                                                                                        \
-            UNROLL for (int j = 0; j < N; j++) p[j] = *(const V *)(b + k * ldb + j * (int64_t)(sizeof(V) / 4));            \
-            UNROLL for (int r = 0; r < R; r++) UNROLL for (int j = 0; j < N; j++) sum[r][j] += a[k * lda + r] * p[j];      \
+            vf p[N];                                                                                                       \
+            UNROLL for (int j = 0; j < N; j++) {                                                                           \
+                p[j] = at(b + k * ldb + j * LANES);                                                                        \
+                HOLD(p[j]);                                                                                                \
+            }                                                                                                              \
+            UNROLL for (int r = 0; r < TALL; r++) UNROLL for (int j = 0; j < N; j++) sum[r][j] += a[k * lda + r] * p[j];   \
         }                                                                                                                  \
-        UNROLL for (int r = 0; r < R; r++) UNROLL for (int j = 0; j < N; j++)                                              \
-            *(V *)(c + r * ldc + j * (int64_t)(sizeof(V) / 4)) = sum[r][j];                                                \
+        UNROLL for (int r = 0; r < TALL; r++) UNROLL for (int j = 0; j < N; j++) *(vf *)(c + r * ldc + j * LANES) = sum[r][j]; \
     }
-MULTIPLY_TURNED(turned_1, vf, TALL, PARTS)
-MULTIPLY_TURNED(turned_2, vf, TALL, 2 * PARTS)
-MULTIPLY_TURNED(turned_3, vf, TALL, 3 * PARTS)
-MULTIPLY_TURNED(turned_panel, v8, 8, 1)
+MULTIPLY_TURNED(turned_1, 1)
+MULTIPLY_TURNED(turned_2, 2)
+MULTIPLY_TURNED(turned_3, 3)
 
 /* c (rows, n + panel) += aᵀ · b: rows a multiple of 8, n of 16. */
 static __attribute__((noinline)) void product_turned(const float *a, int64_t lda, int64_t rows, const float *b, int64_t ldb, int64_t n,
                                                      int64_t depth, float *c, int64_t ldc, int panel) {
-    for (int64_t r = 0; r < rows; r += TALL) {
-        int64_t j = 0;
-        for (; BROAD >= 3 && j + 48 <= n; j += 48) turned_3(a + r, lda, b + j, ldb, depth, c + r * ldc + j, ldc);
-        for (; BROAD >= 2 && j + 32 <= n; j += 32) turned_2(a + r, lda, b + j, ldb, depth, c + r * ldc + j, ldc);
-        for (; j < n; j += 16) turned_1(a + r, lda, b + j, ldb, depth, c + r * ldc + j, ldc);
-    }
-    for (int64_t r = 0; panel && r < rows; r += 8) turned_panel(a + r, lda, b + n, ldb, depth, c + r * ldc + n, ldc);
+    const int64_t all = n / LANES + (panel ? PANEL_VECTORS : 0);
+    for (int64_t r = 0; r < rows; r += TALL)
+        for (int64_t j = 0, tile; j < all; j += tile) {
+            tile = tile_of(all - j);
+            const float *right = b + j * LANES;
+            float *to = c + r * ldc + j * LANES;
+            if (tile == 3)
+                turned_3(a + r, lda, right, ldb, depth, to, ldc);
+            else if (tile == 2)
+                turned_2(a + r, lda, right, ldb, depth, to, ldc);
+            else
+                turned_1(a + r, lda, right, ldb, depth, to, ldc);
+        }
 }
 
 /* P of the keys [from, to) of a row. One function for each kind of mask. */
@@ -241,7 +247,7 @@ static __attribute__((noinline)) void block_of_gradients(abft_gradients *y, grad
     for (int64_t c = c0; c < c1; c++) {
         const int64_t at = c * CHUNK, n = sixteens(at_most(CHUNK, x->keys - at));
         float *scores = m->dx + at, *p = m->p + at;
-        product(m->q, m->ld_q, tall, m->keys + c * x->width * m->ld_chunk, m->ld_chunk, n, x->width, scores, m->ld, panel, PANEL, 1);
+        product(m->q, m->ld_q, tall, m->keys + c * x->width * m->ld_chunk, m->ld_chunk, n, x->width, scores, m->ld, panel, 1);
         for (int64_t r = 0; r < rows; r++) {
             float *row = m->dx + r * m->ld, *of_p = m->p + r * m->ld;
             const int64_t from = at_most(at_least(seen[r].first / 16 * 16, at), at + n), to = at_least(at_most(sixteens(seen[r].last), at + n), from);
@@ -256,7 +262,7 @@ static __attribute__((noinline)) void block_of_gradients(abft_gradients *y, grad
                                          m->nu_keys + c * m->wide, x->width, m->panel + r * PANEL, number[r], IN_SCORES, worst2 + OF_S);
         }
         product_turned(p, m->ld, n, m->g, m->ld_g, m->deep, rows, m->v.chain + at * m->v.ld, m->v.ld, checked);
-        product(m->g, m->ld_g, tall, m->values + c * x->depth * m->ld_chunk, m->ld_chunk, n, x->depth, scores, m->ld, panel, PANEL, 1);
+        product(m->g, m->ld_g, tall, m->values + c * x->depth * m->ld_chunk, m->ld_chunk, n, x->depth, scores, m->ld, panel, 1);
         for (int64_t r = 0; r < rows; r++) {
             hit_in(x, IN_DP, number[r], c, m->dx + r * m->ld);
             sums_of_row(m->p + r * m->ld, m->dx + r * m->ld, y->weights, at, at + n, m->sums + r * ROW_SUMS * PARTS, checked);
@@ -278,7 +284,7 @@ static __attribute__((noinline)) void block_of_gradients(abft_gradients *y, grad
                 memset(m->dx + r * m->ld + at, 0, n * sizeof(float));
         }
         product(m->dx + at, m->ld, tall, m->rows_of_k + at * m->ld_q, m->ld_q, m->wide, keys, m->dq, m->wide, checked ? m->dq_panel : NULL,
-                PANEL, c == c0);
+                c == c0);
         product_turned(m->dx + at, m->ld, n, m->q, m->ld_q, m->wide, rows, m->k.chain + at * m->k.ld, m->k.ld, checked);
     }
     for (int64_t r = 0; r < rows; r++) {

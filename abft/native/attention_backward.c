@@ -86,7 +86,20 @@ static __attribute__((noinline)) void product_turned(const float *a, int64_t lda
 #define REMEMBER(NAME, KIND)                                                                                               \
     static __attribute__((noinline)) void remember_##NAME(const float *s, float m, float inverse, float *p, const seen_keys *w, \
                                                           int64_t keys, int64_t from, int64_t to) {                        \
-        for (int64_t n = from; n < to; n += LANES) *(vf *)(p + n) = exp_of(logits(s, n, w, keys, KIND) - m) * inverse;        \
+        for (int64_t n = from; n < to;) {                                                                                  \
+            vf x[ABREAST];                                                                                                 \
+            if (n >= w->first && n + STRIDE <= at_most(to, w->last)) {                                                     \
+                EACH(i, ABREAST) x[i] = logits_inside(s, n + i * LANES, w, KIND) - m;                                      \
+                exp_of(x, ABREAST);                                                                                        \
+                EACH(i, ABREAST) *(vf *)(p + n + i * LANES) = x[i] * inverse;                                              \
+                n += STRIDE;                                                                                               \
+            } else {                                                                                                       \
+                x[0] = logits(s, n, w, keys, KIND) - m;                                                                    \
+                exp_of(x, 1);                                                                                              \
+                *(vf *)(p + n) = x[0] * inverse;                                                                           \
+                n += LANES;                                                                                                \
+            }                                                                                                              \
+        }                                                                                                                  \
     }
 REMEMBER(plain, NO_MASK)
 REMEMBER(seen, SEEN)
@@ -101,7 +114,7 @@ INLINE void pack_row(const void *from, int64_t start, int64_t width, float scale
     for (int64_t e = 0; e < width; e += 16)
         EACH_PART(i) *(vf *)(to + e + i * LANES) = lanes_at_most(from, start + e + i * LANES, width - e - i * LANES, dtype) * scale;
     if (!checked) return;
-    double sums[KINDS] __attribute__((aligned(32))), squares = sums_of_group(from, start, width, g->weights, dtype, sums) * scale * scale;
+    double sums[KINDS] __attribute__((aligned(32))), squares = sums_of_group(from, start, width, g->weights, dtype, NULL, sums) * scale * scale;
     double nu2 = __builtin_expect(squares < TINY, 0) ? in_full(to, NULL, width) : squares;
     for (int j = 0; j < KINDS; j++) {
         sums[j] *= scale;
@@ -176,18 +189,6 @@ INLINE int row_agrees(abft_gradients *y, float l, const vf *sums, const float *d
     const double a = second / x->softmax_bound, b = residual / bound, larger = a > b ? a : b;
     worst2[OF_DP] = larger * larger > worst2[OF_DP] ? larger * larger : worst2[OF_DP];
     return 1;
-}
-
-/* Whether a chunk of a row of scores, or of dP, has the sums that are predicted. left: the row that multiplied. */
-INLINE int chunk_agrees(abft_attended *x, const abft_group *g, const float *row, const float *left, const float *nu, int64_t depth,
-                        const float *predicted, int64_t number, int what, double *worst2) {
-    double actual[KINDS] __attribute__((aligned(32)));
-    double squares = sums_of_group(row, 0, g->width, g->weights, FP32, actual), noise = noise_of(left, nu, depth);
-    if (__builtin_expect(squares + noise < TINY, 0)) {
-        squares = in_full(row, NULL, g->width);
-        noise = in_full(left, nu, depth);
-    }
-    return agrees(x, g, actual, predicted, squares, noise, number, what, worst2);
 }
 
 INLINE void hit_in(const abft_attended *x, int place, int64_t row, int64_t chunk, float *values) {
@@ -300,12 +301,11 @@ static __attribute__((noinline)) void block_of_gradients(abft_gradients *y, grad
             m->doubtful = 1;
             continue;
         }
-        double squares = sums_of_group(dq, 0, x->width, y->rows_of_q.weights, FP32, actual), noise = m->noise[r];
-        if (__builtin_expect(squares + noise < TINY, 0)) {
-            squares = in_full(dq, NULL, x->width);
-            noise = in_full(m->dx + r * m->ld + c0 * CHUNK, m->nu_rows + c0 * CHUNK, at_most(c1 * CHUNK, x->keys) - c0 * CHUNK);
-        }
-        agrees(x, &y->rows_of_q, actual, m->dq_panel + r * PANEL, squares, noise, number[r], IN_DQ, worst2 + OF_DQ);
+        double squares = sums_of_group(dq, 0, x->width, y->rows_of_q.weights, FP32, NULL, actual) + m->noise[r];
+        if (__builtin_expect(squares < TINY, 0))
+            squares = in_full(dq, NULL, x->width) +
+                      in_full(m->dx + r * m->ld + c0 * CHUNK, m->nu_rows + c0 * CHUNK, at_most(c1 * CHUNK, x->keys) - c0 * CHUNK);
+        agrees(x, &y->rows_of_q, actual, m->dq_panel + r * PANEL, squares, number[r], IN_DQ, worst2 + OF_DQ);
         add_columns(&m->v, m->g + r * m->ld_g, m->deep, found[0], found[0]);
         add_columns(&m->k, m->q + r * m->ld_q, m->wide, found[1], found[2]);
     }
@@ -361,10 +361,10 @@ static void deliver(abft_gradients *y, const key_sum *s, int fine, float *to, in
         memcpy(to + t * step, row, columns * sizeof(float));
         if (!x->checked) continue;
         double actual[KINDS] __attribute__((aligned(32))), noise = 0;
-        double squares = sums_of_group(row, 0, columns, g->weights, FP32, actual);
+        double squares = sums_of_group(row, 0, columns, g->weights, FP32, NULL, actual);
         if (__builtin_expect(squares < TINY, 0)) squares = in_full(row, NULL, columns);
         for (int j = 0; j < SKETCHES; j++) noise += (double)row[padded + SKETCHED + j] * row[padded + SKETCHED + j] / SKETCHES;
-        fine &= agrees(x, g, actual, row + padded, squares, noise, row0 + t, what, worst2);
+        fine &= agrees(x, g, actual, row + padded, squares + noise, row0 + t, what, worst2);
     }
     if (!x->checked || !fine) return;
     /* `tile` has served: the sums of the columns as they were delivered. */

@@ -316,6 +316,34 @@ INLINE void sums_over_keys(const float *columns, int64_t ld, int64_t keys, const
     for (int j = 0; j <= KINDS; j++) memcpy(sums[j], total[j], sizeof(total[j]));
 }
 
+/* to (columns, ld) = the first so many columns of from (rows, 16); rows: a multiple of 16. */
+INLINE void turn(const float *from, int64_t rows, int64_t columns, float *to, int64_t ld) {
+#ifdef __AVX__
+    for (int64_t e = 0; e < columns; e += 8)
+        for (int64_t n = 0; n < rows; n += 8) {
+            __m256 a[8], b[8];
+            UNROLL for (int i = 0; i < 8; i++) a[i] = _mm256_loadu_ps(from + (n + i) * 16 + e);
+            UNROLL for (int i = 0; i < 8; i += 2) {
+                b[i] = _mm256_unpacklo_ps(a[i], a[i + 1]);
+                b[i + 1] = _mm256_unpackhi_ps(a[i], a[i + 1]);
+            }
+            UNROLL for (int i = 0; i < 8; i += 4) UNROLL for (int j = 0; j < 2; j++) {
+                a[i + 2 * j] = _mm256_shuffle_ps(b[i + j], b[i + 2 + j], 0x44);
+                a[i + 2 * j + 1] = _mm256_shuffle_ps(b[i + j], b[i + 2 + j], 0xee);
+            }
+            UNROLL for (int i = 0; i < 4; i++) {
+                b[i] = _mm256_permute2f128_ps(a[i], a[i + 4], 0x20);
+                b[i + 4] = _mm256_permute2f128_ps(a[i], a[i + 4], 0x31);
+            }
+            UNROLL for (int i = 0; i < 8; i++)
+                if (e + i < columns) _mm256_storeu_ps(to + (e + i) * ld + n, b[i]);
+        }
+#else
+    for (int64_t e = 0; e < columns; e++)
+        for (int64_t n = 0; n < rows; n++) to[e * ld + n] = from[n * 16 + e];
+#endif
+}
+
 /* Some keys, transposed: packed (width, ld) with their weighted sums behind `padded` keys; nu (padded width): the noise of each column. */
 INLINE void pack_keys(const void *k, int64_t step, int64_t keys, int64_t width, const abft_group *g, float *packed, int64_t padded,
                       int64_t ld, float *nu, int checked, int dtype) {
@@ -327,8 +355,7 @@ INLINE void pack_keys(const void *k, int64_t step, int64_t keys, int64_t width, 
             EACH_PART(i) *(vf *)(columns[n] + i * LANES) = lanes_at_most(k, n * step + e0 + i * LANES, some - i * LANES, dtype);
         }
         memset(columns[keys], 0, (padded - keys) * sizeof(columns[0]));
-        for (int64_t e = 0; e < some; e++)
-            for (int64_t n = 0; n < padded; n++) packed[(e0 + e) * ld + n] = columns[n][e];
+        turn(columns[0], padded, some, packed + e0 * ld, ld);
         if (!checked) continue;
         double sums[16 / (2 * WIDE)][KINDS + 1][16];
         for (int i = 0; i < 16 / (2 * WIDE); i++)

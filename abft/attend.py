@@ -8,19 +8,20 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from abft import ledger, scope
+from abft import ledger, scope, sites
 from abft import policy as policies
 from abft.attention import dropout
-from abft.attention.problem import Options
+from abft.attention.problem import Options, Problem
 from abft.errors import DeviceError
 from abft.functional import _site_here, bypassed, why_not
-from abft.ops import attention_kernels
-from abft.ops.attention import CheckedAttention, attention
+from abft.ops import attention_again, attention_kernels
+from abft.ops.attention import CheckedAttention, attention_of
 from abft.policy import Policy, PolicyLike
 
 NAME = "scaled_dot_product_attention"
@@ -61,10 +62,15 @@ def attention_at(
 ) -> Tensor:  # fmt: skip
     """``scaled_dot_product_attention`` at a given site."""
     policy = scope.in_force(own)
+    again = None if dropout_p or more else attention_again.key_of(query, key, value, attn_mask, is_causal, scale, enable_gqa, policy)
+    if attention_again.is_known(again):
+        out = _again(again, site, query, key, value, attn_mask, is_causal, scale, enable_gqa, policy, name)
+        if out is not None:
+            return out
     query, key, value = (_autocast(t) for t in (query, key, value))
     reason = _why_not(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa, policy)
     if reason is None:
-        return attend(site, query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, policy, name, more)[0]
+        return attend(site, query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, policy, name, more, again=again)[0]
     if more is not None and more != More():
         raise NotImplementedError(f"checked attention with {more} does not cover this call ({reason}), and torch has no such argument")
 
@@ -103,18 +109,66 @@ def attention_or_none(
 ) -> tuple[Tensor, Tensor] | None:  # fmt: skip
     """``attend`` with autocast and the policy in force; None where the caller has to compute this otherwise, and to count it."""
     policy = scope.in_force(own)
+    again = None
+    if not dropout_p and not weights and more == More():
+        again = attention_again.key_of(query, key, value, mask, is_causal, scale, enable_gqa, policy)
+    if attention_again.is_known(again):
+        out = _again(again, site, query, key, value, mask, is_causal, scale, enable_gqa, policy, name)
+        if out is not None:
+            return out, out
     query, key, value = (_autocast(t) for t in (query, key, value))
     if _why_not(query, key, value, mask, dropout_p, is_causal, enable_gqa, policy) is not None:
         return None
-    return attend(site, query, key, value, mask, dropout_p, is_causal, scale, enable_gqa, policy, name, more, weights)
+    return attend(site, query, key, value, mask, dropout_p, is_causal, scale, enable_gqa, policy, name, more, weights, again)
 
 
 def attend(
     site: Tensor | None, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout_p: float, is_causal: bool,
-    scale: float | None, enable_gqa: bool, policy: Policy, name: str, more: More | None = None, weights: bool = False,
+    scale: float | None, enable_gqa: bool, policy: Policy, name: str, more: More | None = None, weights: bool = False, again: Any = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(out (..., L, D), probabilities (..., L, S) if ``weights``, else an empty tensor), of operands that fit."""
-    device, more = query.device, more or More()
+    """(out (..., L, D), probabilities (..., L, S) if ``weights``, else an empty tensor), of operands that fit. again: what the next call
+    like this one is known by."""
+    device, more, unlike_torchs = query.device, more or More(), query.dim() != 4
+    operands = (query, key, value) if mask is None else (query, key, value, mask)
+    q, k, v, batch, group = _as_heads(query, key, value, enable_gqa)
+    scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
+    chosen = Options(scale, bool(is_causal), more.offset, more.window, more.softcap, float(dropout_p))
+    options = chosen.spelt()
+    seed = dropout.draw_seed(torch.device("cpu")) if dropout_p > 0 else None
+    mask = None if mask is None else _mask(mask, batch, group)
+    site, book = _site_here(site, name, policy, device), ledger.tensor(device)
+    if torch.is_grad_enabled():
+        out, full = CheckedAttention.apply(q, k, v, mask, seed, options, weights, book, site, policy.text)
+    else:
+        out, _, full = attention_of(q, k, v)(q, k, v, mask, seed, *options, weights, book, site, policy.text)
+        if attention_again.is_new(again):
+            attention_again.remember(again, operands, Problem(q, k, v, mask, 0, chosen), policy)
+    leading = (*batch[:-1], batch[-1] * group) if enable_gqa else batch
+    out = out.reshape(*leading, *out.shape[-2:])
+    # Of four dimensions torch's kernel on a CPU leaves it in the memory order of q, too.
+    return out.contiguous() if unlike_torchs else out, full.reshape(*leading, *full.shape[-2:]) if weights else full
+
+
+def _again(
+    again: Any, site: Tensor | None, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool, scale: float | None,
+    enable_gqa: bool, policy: Policy, name: str,
+) -> Tensor | None:  # fmt: skip
+    """A call that is known, by the shortest way; None if memory is short."""
+    number = sites.functional(name, policy.on_uncorrected).index if site is None else sites.number_of(site)
+    found = attention_again.take(again, (query, key, value) if mask is None else (query, key, value, mask), number)
+    if found is None:
+        return None
+    out, passed = found
+    if passed is None:
+        return out
+    q, k, v, batch, group = _as_heads(query, key, value, enable_gqa)
+    scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
+    problem = Problem(q, k, v, None if mask is None else _mask(mask, batch, group), 0, Options(scale, bool(is_causal)))
+    return attention_again.settle(problem, passed, number, policy).reshape(out.shape)
+
+
+def _as_heads(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> tuple[Tensor, Tensor, Tensor, torch.Size, int]:
+    """q (B, H, G, L, E), k (B, H, S, E), v (B, H, S, D), the leading dimensions, G."""
     group = query.shape[-3] // key.shape[-3] if enable_gqa else 1
     query = query.unflatten(-3, (key.shape[-3], group)) if enable_gqa else query.unsqueeze(-3)
     key, value = key.unsqueeze(-3), value.unsqueeze(-3)
@@ -123,17 +177,7 @@ def attend(
         batch = torch.broadcast_shapes(batch, key.shape[:-3], value.shape[:-3])
         query, key, value = (t.expand(*batch, *t.shape[-3:]) for t in (query, key, value))
     q, k, v = (t if t.dim() == 5 else _five(t) for t in (query, key, value))
-    scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
-    options = Options(scale, bool(is_causal), more.offset, more.window, more.softcap, float(dropout_p)).spelt()
-    seed = dropout.draw_seed(torch.device("cpu")) if dropout_p > 0 else None
-    mask = None if mask is None else _mask(mask, batch, group)
-    site, book = _site_here(site, name, policy, device), ledger.tensor(device)
-    if torch.is_grad_enabled():
-        out, full = CheckedAttention.apply(q, k.squeeze(2), v.squeeze(2), mask, seed, options, weights, book, site, policy.text)
-    else:
-        out, _, full = attention(q, k.squeeze(2), v.squeeze(2), mask, seed, *options, weights, book, site, policy.text)
-    leading = (*batch[:-1], batch[-1] * group) if enable_gqa else batch
-    return out.reshape(*leading, *out.shape[-2:]), full.reshape(*leading, *full.shape[-2:]) if weights else full
+    return q, k.squeeze(2), v.squeeze(2), batch, group
 
 
 def _autocast(t: Tensor) -> Tensor:

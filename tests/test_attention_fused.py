@@ -12,6 +12,7 @@ import torch
 from torch.nn import functional as F
 
 import abft
+from abft import attend
 from abft.attend import More, attention_at
 from abft.attention import fused, steps
 from abft.attention.fused import IN_OUT, IN_PROBABILITIES, IN_SCORES, IN_SUM, Struck
@@ -35,8 +36,8 @@ def _operands(shape=(2, 3, 70, 24), keys=150, depth=20, dtype=torch.float32):
 def passes(monkeypatch):
     """How often the pass ran."""
     ran = []
-    once = fused._once
-    monkeypatch.setattr(fused, "_once", lambda *a: ran.append(1) or once(*a))
+    run = fused.run
+    monkeypatch.setattr(fused, "run", lambda *a: ran.append(1) or run(*a))
     return ran
 
 
@@ -334,3 +335,54 @@ def test_the_statistical_detector_leaves_nothing_inside_attention(monkeypatch, n
     y = abft.scaled_dot_product_attention(q, k, v, policy=QUIET.replace(detector="statistical"))
     found = abft.report(reset=True)
     assert found.recomputed > 0 and found.tolerated == 0 and torch.equal(y, clean)
+
+
+# --- a call like an earlier one -------------------------------------------------------------------
+
+
+@pytest.fixture
+def decided(monkeypatch):
+    """How often an attention was decided anew."""
+    anew = []
+    whole = attend._why_not
+    monkeypatch.setattr(attend, "_why_not", lambda *a, **k: anew.append(1) or whole(*a, **k))
+    return anew
+
+
+@pytest.mark.parametrize("grouped", [False, True], ids=["", "grouped"])
+def test_a_call_like_an_earlier_one_is_not_decided_again(grouped, decided, struck):
+    q, k, v = (t.transpose(1, 2).contiguous().transpose(1, 2) for t in _operands((2, 6, 37, 16), keys=45, depth=16))
+    k, v = (k[:, :2], v[:, :2]) if grouped else (k, v)
+    mask = _random(2, 1, 37, 45, seed=5) < 1
+    policy = abft.Policy(on_uncorrected="record", max_floor=0.5)
+
+    def call(scale=1.0, mask=mask):
+        return abft.scaled_dot_product_attention(q * scale, k, v, attn_mask=mask, enable_gqa=grouped, policy=policy)
+
+    with torch.no_grad():
+        first, other = call(), call(2.0)
+        before = abft.report(reset=True)
+        seen = len(decided)
+        assert torch.equal(call(2.0), other) and torch.equal(call(), first) and len(decided) == seen
+        assert abft.report().checks == before.checks and not abft.report(reset=True).detected
+        assert call().transpose(1, 2).is_contiguous()
+        struck(Struck(IN_OUT, 2 * 37 + 3, 5, 2.5))
+        assert torch.equal(call(), first) and len(decided) == seen
+        assert abft.report().recomputed == 1 and abft.report().events[0].row == 2 * 37 + 3
+        call(mask=None)
+        call(mask=mask.to(torch.float32))
+        call(mask=mask.expand(2, 6, 37, 45))
+        assert len(decided) == seen + 3
+    seen = len(decided)
+    assert torch.equal(call(), first) and len(decided) == seen + 1  # there may be gradients
+    with torch.no_grad(), faults(Fault("scale", "S", role="qk", index=(3, 0))):
+        call()
+    assert len(decided) == seen + 2
+
+
+def test_the_result_lies_as_torchs_does():
+    for q in (_random(2, 3, 70, 24), _random(2, 70, 72).unflatten(-1, (3, 24)).transpose(1, 2), _random(3, 70, 24), _random(70, 24)):
+        for _ in range(2):  # the second call is like the first
+            with torch.no_grad():
+                assert abft.scaled_dot_product_attention(q, q, q).stride() == F.scaled_dot_product_attention(q, q, q).stride()
+        assert abft.scaled_dot_product_attention(q, q, q).stride() == F.scaled_dot_product_attention(q, q, q).stride()

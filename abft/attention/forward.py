@@ -16,13 +16,13 @@ from abft.attention.softmax import Softmax
 from abft.attention.tally import Tally
 
 
-def attend(problem: Problem, tally: Tally, weights: bool = False) -> Attended:
-    """Attention of a problem; (B, H, G, L, S) probabilities too if ``weights``."""
+def attend(problem: Problem, tally: Tally, weights: bool = False, first: fused.Passed | None = None) -> Attended:
+    """Attention of a problem; (B, H, G, L, S) probabilities too if ``weights``. first: its compiled pass, if that has run."""
     q, v = problem.q, problem.v
     tally.expect("S", problem.rows, problem.keys, q.shape[-1])
     tally.expect("O", problem.rows, v.shape[-1], problem.keys)
     if fused.covers(problem, tally, weights):
-        return fused.attend(problem, tally, lambda books: _by_steps(problem, books, False))
+        return fused.attend(problem, tally, lambda books: _by_steps(problem, books, False), first)
     return _by_steps(problem, tally, weights)
 
 

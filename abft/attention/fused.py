@@ -101,15 +101,18 @@ def covers(problem: Problem, tally: Tally, weights: bool) -> bool:
     )  # fmt: skip
 
 
-def attend(problem: Problem, tally: Tally, by_steps: Callable[[Tally], Attended]) -> Attended:
-    """Attention of a problem that is covered. by_steps: the same, step by step, with findings of its own."""
+def attend(problem: Problem, tally: Tally, by_steps: Callable[[Tally], Attended], first: Passed | None = None) -> Attended:
+    """Attention of a problem that is covered. by_steps: the same, step by step, with findings of its own. first: a pass that has run."""
     named = {IN_SCORES: "S", IN_PROBABILITIES: "O", IN_OUT: "O"}
-    first = _once(problem, tally)
+    first = first or _once(problem, tally)
     if first is None:
         return by_steps(tally)
     for name, worst in zip(("S", "O"), first.worst, strict=True):
         if is_checked(tally, name):
-            tally.outcome(name).worst = max(tally.outcome(name).worst, worst)
+            outcome = tally.outcome(name)
+            outcome.worst = max(outcome.worst, worst)
+    if len(first.suspects) == 0:
+        return first.attended
     suspects = first.suspects[[is_checked(tally, named[int(place)]) for place in first.suspects["product"]]]
     if len(suspects) == 0:
         return first.attended
@@ -157,10 +160,11 @@ def _compare(tally: Tally, passed: Passed, fresh: Attended) -> None:
 PLACE = np.dtype([("row", np.int64), ("product", np.int64), ("residual", np.float64), ("bound", np.float64)])
 
 
+NO_PLACES = np.empty(0, PLACE)
+
+
 def _once(problem: Problem, tally: Tally) -> Passed | None:
     """One pass; None if memory is short."""
-    functions = library.functions()
-    assert functions is not None
     q, k, v, mask = adjacent(problem.q), adjacent(problem.k), adjacent(problem.v), readable_mask(problem)
     attended = problem.empty()
     out = attended.out if q.dtype == torch.float32 else torch.empty_like(attended.out, dtype=torch.float32)
@@ -173,13 +177,19 @@ def _once(problem: Problem, tally: Tally) -> Passed | None:
     x.mask = x.q if mask is None else mask.data_ptr()
     x.maxima = attended.statistics.data_ptr()
     x.sums = x.maxima + problem.rows * attended.statistics.element_size()
-    strike_with(strike(), x)
-    work = problem.rows * problem.keys * (q.shape[-1] + v.shape[-1])
-    if not functions.abft_attention(ctypes.byref(x), steps.threads_for(work)):
+    if not run(x, problem.rows * problem.keys * (q.shape[-1] + v.shape[-1])):
         return None
     if out is not attended.out:
         attended.out.copy_(out)
-    return Passed(attended, (math.sqrt(x.worst2[0]), math.sqrt(x.worst2[1])), places[: x.count].copy())
+    return Passed(attended, (math.sqrt(x.worst2[0]), math.sqrt(x.worst2[1])), places[: x.count].copy() if x.count else NO_PLACES)
+
+
+def run(x: Described, work: int) -> bool:
+    """The compiled pass over what is described, of so many multiply-adds; False if memory is short."""
+    functions = library.functions()
+    assert functions is not None
+    strike_with(strike(), x)
+    return bool(functions.abft_attention(ctypes.byref(x), steps.threads_for(work)))
 
 
 def strike_with(hit: Struck | None, x: Described) -> None:

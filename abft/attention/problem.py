@@ -52,6 +52,19 @@ class Attended:
     weights: Tensor | None = None
 
 
+def is_by_queries(q: Tensor) -> bool:
+    """Whether the heads of a query of q (B, H, G, L, E) lie beside each other, as a model's projection leaves them."""
+    return q.stride(3) > q.stride(1)
+
+
+def empty_result(q: Tensor, depth: int) -> Tensor:
+    """A (B, H, G, L, depth) in the memory order of q, as torch's kernel on a CPU leaves it: what a model does next needs no copy."""
+    batch, heads, group, length, _ = q.shape
+    if not is_by_queries(q):
+        return q.new_empty((batch, heads, group, length, depth))
+    return q.new_empty((batch, length, heads, group, depth)).permute(0, 2, 3, 1, 4)
+
+
 @dataclass(frozen=True)
 class Problem:
     """q (B, H, G, L, E); k (B, H, S, E); v (B, H, S, D): G query heads share each of the H key heads.
@@ -80,7 +93,7 @@ class Problem:
     def empty(self) -> Attended:
         """A result to be filled."""
         statistics = torch.empty((2, *self.q.shape[:-1]), dtype=self.wide, device=self.q.device)
-        return Attended(self.q.new_empty((*self.q.shape[:-1], self.v.shape[-1])), statistics)
+        return Attended(empty_result(self.q, self.v.shape[-1]), statistics)
 
     @property
     def wide(self) -> torch.dtype:

@@ -17,6 +17,7 @@ typedef struct {
     int64_t chunks, chunk_wide, ld_keys, padded_depth, ld_values, block, ld_scores;
     float *keys, *nu_keys, *values, *nu_values;             /* packed: of a head */
     float *q, *scores, *probabilities, *panel, *out, *sums; /* of a block */
+    vf *noise;
 } room;
 
 static __attribute__((noinline)) void block_of_queries(abft_attended *x, const room *m, int64_t b, int64_t h, int64_t g, int64_t l0,
@@ -29,6 +30,7 @@ static __attribute__((noinline)) void block_of_queries(abft_attended *x, const r
     const char *mask = (const char *)x->mask + (b * x->ms[0] + h * x->ms[1] + g * x->ms[2]) * size_of_mask;
     const seen_keys first = seen_by(x, l0, NULL), last = seen_by(x, l0 + rows - 1, NULL);
     const int64_t c0 = at_most(first.first / CHUNK, m->chunks - 1), c1 = at_least((last.last + CHUNK - 1) / CHUNK, c0 + 1);
+    const int64_t end = sixteens(at_most(c1 * CHUNK, x->keys));
     const float scale = (float)x->scale;
     for (int64_t r = 0; r < tall; r++)
         for (int64_t e = 0; e < width; e += 16) {
@@ -42,7 +44,7 @@ static __attribute__((noinline)) void block_of_queries(abft_attended *x, const r
         }
     for (int64_t c = c0; c < c1; c++)
         product(m->q, wide, tall, m->keys + c * width * m->ld_keys, m->ld_keys, sixteens(at_most(CHUNK, x->keys - c * CHUNK)), width,
-                m->scores + c * CHUNK, m->ld_scores, checked ? m->panel + c * BLOCK * PANEL : NULL, PANEL, 1);
+                m->scores + c * CHUNK, m->ld_scores, checked ? m->panel + c * BLOCK * PANEL : NULL, 1);
     unsigned char wrong[BLOCK] = {0};
     for (int64_t r = 0; r < rows; r++) {
         float *s = m->scores + r * m->ld_scores, *p = m->probabilities;
@@ -56,23 +58,14 @@ static __attribute__((noinline)) void block_of_queries(abft_attended *x, const r
         x->sums[row0 + r] = sum;
         if (checked) {
             m->sums[r] = softmax->squares(s, most, &w, x->keys);
-            for (int64_t c = c0; c < c1; c++) {
-                const abft_group *group = c == m->chunks - 1 ? &x->last_keys : &x->keys_group;
-                double actual[KINDS] __attribute__((aligned(32)));
-                double squares = sums_of_group(s, c * CHUNK, group->width, group->weights, FP32, actual);
-                double noise = noise_of(m->q + r * wide, m->nu_keys + c * wide, width);
-                if (__builtin_expect(squares + noise < TINY, 0)) {
-                    squares = in_full(s + c * CHUNK, NULL, group->width);
-                    noise = in_full(m->q + r * wide, m->nu_keys + c * wide, width);
-                }
-                if (!wrong[r])
-                    wrong[r] = !agrees(x, group, actual, m->panel + (c * BLOCK + r) * PANEL, squares, noise, row0 + r, IN_SCORES, worst2);
-            }
+            for (int64_t c = c0; c < c1 && !wrong[r]; c++)
+                wrong[r] = !chunk_agrees(x, c == m->chunks - 1 ? &x->last_keys : &x->keys_group, s + c * CHUNK, m->q + r * wide,
+                                         m->nu_keys + c * wide, width, m->panel + (c * BLOCK + r) * PANEL, row0 + r, IN_SCORES, worst2);
         }
         const float inverse = 1.0f / (sum == 0 ? 1.0f : sum);
         vf noise[PARTS];
         EACH_PART(i) noise[i] = (vf){0};
-        const int64_t from = w.first / 16 * 16, to = at_least(sixteens(w.last), from), end = sixteens(at_most(c1 * CHUNK, x->keys));
+        const int64_t from = w.first / 16 * 16, to = at_least(sixteens(w.last), from);
         if (from > c0 * CHUNK) memset(s + c0 * CHUNK, 0, (from - c0 * CHUNK) * sizeof(float));
         for (int64_t n = from; n < to; n += 16)
             EACH_PART(i) {
@@ -84,26 +77,30 @@ static __attribute__((noinline)) void block_of_queries(abft_attended *x, const r
                 }
             }
         if (end > to) memset(s + to, 0, (end - to) * sizeof(float));
-        if (checked) m->sums[BLOCK + r] = (float)total_of(noise);
+        EACH_PART(i) m->noise[r * PARTS + i] = noise[i];
     }
     /* Rows that only fill a block up multiply what may be anything, and nobody reads what they give. */
     for (int64_t c = c0; c < c1; c++)
         product(m->scores + c * CHUNK, m->ld_scores, tall, m->values + c * CHUNK * m->ld_values, m->ld_values, m->padded_depth,
-                at_most(CHUNK, x->keys - c * CHUNK), m->out, m->padded_depth, checked ? m->panel : NULL, PANEL, c == c0);
+                at_most(CHUNK, x->keys - c * CHUNK), m->out, m->padded_depth, checked ? m->panel : NULL, c == c0);
     for (int64_t r = 0; r < rows; r++) {
         float *o = m->out + r * m->padded_depth, *to = x->out + b * x->os[0] + h * x->os[1] + g * x->os[2] + (l0 + r) * x->os[3];
         hit(x, IN_OUT, row0 + r, o);
-        memcpy(to, o, x->depth * sizeof(float));
+        for (int64_t d = 0; d < x->depth; d += 16) {
+            if (d + 16 <= x->depth)
+                EACH_PART(i) *(vf *)(to + d + i * LANES) = at(o + d + i * LANES);
+            else
+                memcpy(to + d, o + d, (x->depth - d) * sizeof(float));
+        }
         if (!checked || wrong[r]) continue;
         double actual[KINDS] __attribute__((aligned(32)));
         const float *predicted = m->panel + r * PANEL;
         if (!softmax_agrees(x, x->sums[row0 + r], m->sums[r], predicted[COLUMN_OF_ONES], row0 + r, worst2 + 1)) continue;
-        double squares = sums_of_group(to, 0, x->depth, x->columns.weights, FP32, actual), noise = m->sums[BLOCK + r];
-        if (__builtin_expect(squares + noise < TINY, 0)) {
-            squares = in_full(to, NULL, x->depth);
-            noise = in_full(m->scores + r * m->ld_scores + c0 * CHUNK, m->nu_values + c0 * CHUNK, at_most(c1 * CHUNK, x->keys) - c0 * CHUNK);
-        }
-        agrees(x, &x->columns, actual, predicted, squares, noise, row0 + r, IN_OUT, worst2 + 1);
+        double squares = sums_of_group(to, 0, x->depth, x->columns.weights, FP32, m->noise + r * PARTS, actual);
+        if (__builtin_expect(squares < TINY, 0))
+            squares = in_full(to, NULL, x->depth) +
+                      in_full(m->scores + r * m->ld_scores + c0 * CHUNK, m->nu_values + c0 * CHUNK, at_most(c1 * CHUNK, x->keys) - c0 * CHUNK);
+        agrees(x, &x->columns, actual, predicted, squares, row0 + r, IN_OUT, worst2 + 1);
     }
 }
 
@@ -120,7 +117,7 @@ static int make_room(const abft_attended *x, room *m) {
     m->block = at_most(at_least(BLOCK_SCORES / m->ld_scores / 8 * 8, 8), BLOCK);
     const int64_t keys = m->chunks * x->width * m->ld_keys, values = x->keys * m->ld_values;
     float *packed = scratch(0, keys + m->chunks * wide + values + m->ld_scores);
-    float *mine = scratch(1, BLOCK * (wide + m->chunks * PANEL + m->padded_depth + 2) + m->block * m->ld_scores + m->ld_scores);
+    float *mine = scratch(1, BLOCK * (wide + m->chunks * PANEL + m->padded_depth + 1 + 16) + (m->block + 1) * m->ld_scores);
     if (!packed || !mine) return 0;
     m->keys = packed;
     m->nu_keys = m->keys + keys;
@@ -130,7 +127,8 @@ static int make_room(const abft_attended *x, room *m) {
     m->panel = m->q + BLOCK * wide;
     m->out = m->panel + BLOCK * m->chunks * PANEL;
     m->sums = m->out + BLOCK * m->padded_depth;
-    m->scores = m->sums + BLOCK * 2;
+    m->noise = (vf *)(m->sums + BLOCK);
+    m->scores = m->sums + BLOCK * (1 + 16);
     m->probabilities = m->scores + m->block * m->ld_scores;
     /* Blocks of fewer rows leave the last of them as they are: numbers, if not sums of any. */
     memset(m->scores, 0, m->block * m->ld_scores * sizeof(float));
@@ -221,7 +219,7 @@ int abft_multiply(const abft_factors *x, int threads) {
                         mine[r * x->depth + k] = r < rows ? x->a[h * x->as[0] + (r0 + r) * x->as[1] + k * x->as[2]] : 0.0f;
                 for (int64_t j0 = 0; j0 < x->columns; j0 += CHUNK)
                     product(mine, x->depth, tall, packed + j0 * x->depth / CHUNK * wide, wide, sixteens(at_most(CHUNK, x->columns - j0)), x->depth,
-                            c + j0, padded, NULL, 0, 1);
+                            c + j0, padded, NULL, 1);
                 for (int64_t r = 0; r < rows; r++)
                     memcpy(x->y + h * x->ys[0] + (r0 + r) * x->ys[1], c + r * padded, x->columns * sizeof(float));
             }
@@ -235,10 +233,17 @@ int abft_multiply(const abft_factors *x, int threads) {
 /* x = exp(x), each number as in the fused pass. */
 void abft_exponentials(float *x, int64_t count, int threads) {
 #pragma omp parallel for num_threads(threads) if (threads > 1)
-    for (int64_t i = 0; i < count / LANES * LANES; i += LANES) *(vf *)(x + i) = exp_of(at(x + i));
-    const int64_t whole = count / LANES * LANES;
-    const vf last = exp_of(first_numbers(x + whole, count - whole));
-    for (int64_t i = whole; i < count; i++) x[i] = last[i - whole];
+    for (int64_t i = 0; i < count / STRIDE * STRIDE; i += STRIDE) {
+        vf y[ABREAST];
+        EACH(j, ABREAST) y[j] = at(x + i + j * LANES);
+        exp_of(y, ABREAST);
+        EACH(j, ABREAST) *(vf *)(x + i + j * LANES) = y[j];
+    }
+    for (int64_t i = count / STRIDE * STRIDE; i < count; i += LANES) {
+        vf last = first_numbers(x + i, count - i);
+        exp_of(&last, 1);
+        for (int64_t j = i; j < at_most(count, i + LANES); j++) x[j] = last[j - i];
+    }
 }
 
 /* sums (rows) of p (rows, keys) or, with a q like p, of p ∘ q: in the order of the passes. */

@@ -6,11 +6,12 @@
 enum { CHUNK = 128, PANEL = 16, COLUMN_OF_ONES = KINDS, BLOCK = 64, BLOCK_SCORES = 96 * 1024, AHEAD = 16 };
 enum { NO_MASK, SEEN, ADDED }; /* a mask: bool (true: seen), or fp32, added to the scores */
 enum { IN_SCORES = 1, IN_PROBABILITIES, IN_SUM, IN_OUT, IN_DP, IN_DELTA, IN_DX, IN_DQ, IN_DK, IN_DV };
-/* Sixteen lanes are PARTS registers. TALL, BROAD: rows and sixteens of an accumulator that fit in all of them. */
+/* Sixteen lanes are PARTS registers. TALL: rows of an accumulator of up to three registers' columns, that fits in all of them.
+   PANEL_VECTORS: those of a panel that hold anything: at most eight columns. */
 #ifdef __AVX512F__
-enum { TALL = 8, BROAD = 3 };
+enum { TALL = 8, PANEL_VECTORS = 1 };
 #else
-enum { TALL = 4, BROAD = 1 };
+enum { TALL = 4, PANEL_VECTORS = 8 / LANES };
 #endif
 typedef int32_t mn __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef uint8_t bn __attribute__((vector_size(LANES), aligned(1), may_alias));
@@ -48,6 +49,10 @@ typedef struct {
 static const int32_t COUNTED[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 
 INLINE vf pick(mn where, vf a, vf b) { return (vf)(((mn)a & where) | ((mn)b & ~where)); }
+
+INLINE int64_t sixteens(int64_t n) { return (n + 15) / 16 * 16; }
+INLINE int64_t at_most(int64_t a, int64_t b) { return a < b ? a : b; }
+INLINE int64_t at_least(int64_t a, int64_t b) { return a > b ? a : b; }
 
 /* The larger number; b where one of them is none. */
 INLINE vf larger(vf a, vf b) {
@@ -111,88 +116,139 @@ INLINE d4 totals_of(const vf *a, const vf *b, const vf *c, const vf *d) {
 }
 
 INLINE float largest_of(const vf *parts) {
-    float m = parts[0][0];
-    for (int i = 0; i < 16; i++) m = parts[i / LANES][i % LANES] > m ? parts[i / LANES][i % LANES] : m;
+    vf most = parts[0];
+    for (int i = 1; i < PARTS; i++) most = larger(most, parts[i]);
+#if defined(__AVX512F__)
+    return _mm512_reduce_max_ps((__m512)most);
+#elif defined(__AVX__)
+    const __m128 four = _mm_max_ps(_mm256_castps256_ps128((__m256)most), _mm256_extractf128_ps((__m256)most, 1));
+    const __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)));
+#else
+    float m = most[0];
+    for (int i = 1; i < LANES; i++) m = most[i] > m ? most[i] : m;
     return m;
+#endif
 }
 
-/* exp of what is at most 88, within 2 ulp; 0 below the smallest normal number. Range reduction and coefficients: Cephes' expf (S. Moshier). */
-INLINE vf exp_of(vf x) {
-    const float magic = 12582912.0f; /* 1.5 · 2²³: adding it rounds to an integer, whose bits are the lowest */
-    const vf z = x * 1.44269504088896341f + magic, n = z - magic;
-    const vf r = x - n * 0.693359375f + n * 2.12194440e-4f;
-    vf y = r * 1.9875691500e-4f + 1.3981999507e-3f;
-    y = y * r + 8.3334519073e-3f;
-    y = y * r + 4.1665795894e-2f;
-    y = y * r + 1.6666665459e-1f;
-    y = y * r + 5.0000001201e-1f;
-    y = y * (r * r) + r + 1.0f;
-    const vf power = (vf)(((vu)z << 23) + 0x3f800000u);
-    return pick(x < -87.33654f, (vf){0}, y * power);
+/* Vectors whose exponentials are computed beside each other: of one alone every step would wait for the step before. */
+enum { ABREAST = PARTS > 1 ? PARTS : 4, STRIDE = ABREAST * LANES };
+#define EACH(I, COUNT) UNROLL for (int I = 0; I < (COUNT); I++)
+
+/* A constant for all of them: read once, it stays in its register. */
+INLINE vf same(float number) {
+    vf out = number - (vf){0};
+    HOLD(out);
+    return out;
 }
 
-/* exp(y)² = exp(2y) of what is at most 0: another polynomial (fitted to 1.2 · 10⁻⁷ of exp on ±ln 2 / 2, 1 at 0), of
-   another argument. Below exp(-87)² it is that: nothing beside a sum of 1. */
-INLINE vf square_of_exp(vf y) {
-    const float magic = 12582912.0f;
-    const vf x = larger(-87.0f - (vf){0}, y), z = x * 1.44269504088896341f + magic, r = x - (z - magic) * 0.69314718056f;
-    vf p = r * 8.3099640906e-3f + 4.1895508766e-2f;
-    p = p * r + 1.6667307913e-1f;
-    p = p * r + 4.9999168515e-1f;
-    p = p * r + 9.9999982119e-1f;
-    p = p * r + 1.0f;
-    p *= (vf)(((vu)z << 23) + 0x3f800000u);
-    return p * p;
+/* y = y · x + a constant */
+INLINE void next_power(vf *y, const vf *x, float constant, int count) {
+    const vf c = same(constant);
+    EACH(i, count) y[i] = fma_of(y[i], x[i], c);
+}
+
+/* x = r + n ln 2: z becomes 2ⁿ, x what n · high leaves of it. */
+INLINE void reduce(vf *x, vf *n, vf *z, float least, float high, int count) {
+    const vf magic = same(12582912.0f); /* 1.5 · 2²³: adding it rounds to an integer, whose bits are the lowest */
+    const vf none = same(least), log2e = same(1.44269504088896341f), minus = same(-high);
+    EACH(i, count) x[i] = larger(none, x[i]);
+    EACH(i, count) z[i] = fma_of(x[i], log2e, magic);
+    EACH(i, count) n[i] = z[i] - magic;
+    EACH(i, count) x[i] = fma_of(n[i], minus, x[i]);
+    const vu one = (vu)same(1.0f);
+    EACH(i, count) z[i] = (vf)(((vu)z[i] << 23) + one);
+}
+
+/* x = exp(x), of what is at most 88, within 2 ulp; 0 below exp(-87.7). ln 2 in two parts: Cephes' expf (S. Moshier); the polynomial is
+   fitted to 5 · 10⁻⁹ of exp on ±ln 2 / 2. */
+INLINE void exp_of(vf *x, int count) {
+    vf z[ABREAST], y[ABREAST];
+    reduce(x, y, z, -88.0f, 0.693359375f, count); /* the power of two of -88 is 0 */
+    const vf low = same(2.12194440e-4f), first = same(1.3814598592e-3f), second = same(8.3687169665e-3f);
+    EACH(i, count) x[i] = fma_of(y[i], low, x[i]);
+    EACH(i, count) y[i] = fma_of(x[i], first, second);
+    next_power(y, x, 4.1668388053e-2f, count);
+    next_power(y, x, 0.16666520631f, count);
+    next_power(y, x, 0.49999993448f, count);
+    next_power(y, x, 1.0f, count);
+    next_power(y, x, 1.0f, count);
+    EACH(i, count) x[i] = y[i] * z[i];
+}
+
+/* The roots of exp(2y), of what is at most 0: another polynomial (fitted to 1.2 · 10⁻⁷ of exp on ±ln 2 / 2, 1 at 0), of another
+   argument. Below exp(-87)² a square is that: nothing beside a sum of 1. */
+INLINE void root_of_exp(vf *y, int count) {
+    vf p[ABREAST], z[ABREAST];
+    reduce(y, p, z, -87.0f, 0.69314718056f, count);
+    const vf first = same(8.3099640906e-3f), second = same(4.1895508766e-2f);
+    EACH(i, count) p[i] = fma_of(y[i], first, second);
+    next_power(p, y, 1.6667307913e-1f, count);
+    next_power(p, y, 4.9999168515e-1f, count);
+    next_power(p, y, 9.9999982119e-1f, count);
+    next_power(p, y, 1.0f, count);
+    EACH(i, count) y[i] = p[i] * z[i];
 }
 
 /* --- products --------------------------------------------------------------------------------------------- */
 
-/* c (R, N vectors) = a (R, depth) · b (depth, …), or added to what is there. */
-#define MULTIPLY(NAME, V, R, N)                                                                                            \
-    INLINE void NAME(const float *a, int64_t lda, const float *b, int64_t ldb, int64_t depth, float *c, int64_t ldc, int first) { \
-        V sum[R][N];                                                                                                       \
-        UNROLL for (int r = 0; r < R; r++) UNROLL for (int j = 0; j < N; j++) sum[r][j] = (V){0};                          \
+/* c (TALL, N vectors) = a (TALL, depth) · b (depth, …), or added to what is there. Of the vectors the first `of_c` lie in c, the others
+   in `panel`. */
+#define MULTIPLY(NAME, N)                                                                                                  \
+    INLINE void NAME(const float *a, int64_t lda, const float *b, int64_t ldb, int64_t depth, float *c, int64_t ldc, int64_t of_c, \
+                     float *panel, int first) {                                                                            \
+        vf sum[TALL][N];                                                                                                   \
+        UNROLL for (int r = 0; r < TALL; r++) UNROLL for (int j = 0; j < N; j++) sum[r][j] = (vf){0};                      \
         for (int64_t k = 0; k < depth; k++) {                                                                              \
-            V p[N];                                                                                                        \
-            UNROLL for (int j = 0; j < N; j++) p[j] = *(const V *)(b + k * ldb + j * (int64_t)(sizeof(V) / 4));            \
-            UNROLL for (int r = 0; r < R; r++) UNROLL for (int j = 0; j < N; j++) sum[r][j] += a[r * lda + k] * p[j];      \
+            vf p[N];                                                                                                       \
+            UNROLL for (int j = 0; j < N; j++) {                                                                           \
+                p[j] = at(b + k * ldb + j * LANES);                                                                        \
+                HOLD(p[j]);                                                                                                \
+            }                                                                                                              \
+            UNROLL for (int r = 0; r < TALL; r++) UNROLL for (int j = 0; j < N; j++) sum[r][j] += a[r * lda + k] * p[j];   \
         }                                                                                                                  \
-        UNROLL for (int r = 0; r < R; r++) UNROLL for (int j = 0; j < N; j++) {                                            \
-            V *to = (V *)(c + r * ldc + j * (int64_t)(sizeof(V) / 4));                                                     \
-            if (!first) sum[r][j] += *to;                                                                                  \
-            *to = sum[r][j];                                                                                               \
+        UNROLL for (int j = 0; j < N; j++) {                                                                               \
+            float *column = j < of_c ? c + j * LANES : panel + (j - of_c) * LANES;                                         \
+            const int64_t step = j < of_c ? ldc : PANEL;                                                                   \
+            UNROLL for (int r = 0; r < TALL; r++) {                                                                        \
+                vf *to = (vf *)(column + r * step);                                                                        \
+                if (!first) sum[r][j] += *to;                                                                              \
+                *to = sum[r][j];                                                                                           \
+            }                                                                                                              \
         }                                                                                                                  \
     }
-MULTIPLY(multiply_1, vf, TALL, PARTS)
-MULTIPLY(multiply_2, vf, TALL, 2 * PARTS)
-MULTIPLY(multiply_3, vf, TALL, 3 * PARTS)
-MULTIPLY(multiply_panel, v8, 8, 1)
+MULTIPLY(multiply_1, 1)
+MULTIPLY(multiply_2, 2)
+MULTIPLY(multiply_3, 3)
 
-/* c (rows, n) = a (rows, depth) · b (depth, n), and panel (rows, PANEL) = a · the PANEL columns behind b's n. rows: a multiple of 8,
-   n of 16. */
+/* Vectors of the next tile of `left` of them: three, and two where three would leave one alone, whose sums would wait for each other. */
+INLINE int tile_of(int64_t left) { return left >= 5 || left == 3 ? 3 : left == 1 ? 1 : 2; }
+
+/* c (rows, n) = a (rows, depth) · b (depth, n), and panel (rows, PANEL) = a · the columns behind b's n. rows: a multiple of 8, n of 16. */
 static __attribute__((noinline)) void product(const float *a, int64_t lda, int64_t rows, const float *b, int64_t ldb, int64_t n, int64_t depth,
-                                              float *c, int64_t ldc, float *panel, int64_t ldp, int first) {
+                                              float *c, int64_t ldc, float *panel, int first) {
+    const int64_t of_c = n / LANES, all = of_c + (panel ? PANEL_VECTORS : 0);
     for (int64_t k0 = 0; k0 < depth; k0 += CHUNK, first = 0) {
-        const int64_t deep = depth - k0 < CHUNK ? depth - k0 : CHUNK;
-        const float *right = b + k0 * ldb;
+        const int64_t deep = at_most(CHUNK, depth - k0);
         for (int64_t r = 0; r < rows; r += TALL) {
-            const float *left = a + r * lda + k0;
-            float *to = c + r * ldc;
-            int64_t j = 0;
-            for (; BROAD >= 3 && j + 48 <= n; j += 48) multiply_3(left, lda, right + j, ldb, deep, to + j, ldc, first);
-            for (; BROAD >= 2 && j + 32 <= n; j += 32) multiply_2(left, lda, right + j, ldb, deep, to + j, ldc, first);
-            for (; j < n; j += 16) multiply_1(left, lda, right + j, ldb, deep, to + j, ldc, first);
+            const float *left = a + r * lda + k0, *right = b + k0 * ldb;
+            float *to = c + r * ldc, *sums = panel ? panel + r * PANEL : NULL;
+            for (int64_t j = 0, tile; j < all; j += tile) {
+                tile = tile_of(all - j);
+                if (tile == 3)
+                    multiply_3(left, lda, right + j * LANES, ldb, deep, to + j * LANES, ldc, of_c - j, sums, first);
+                else if (tile == 2)
+                    multiply_2(left, lda, right + j * LANES, ldb, deep, to + j * LANES, ldc, of_c - j, sums, first);
+                else
+                    multiply_1(left, lda, right + j * LANES, ldb, deep, to + j * LANES, ldc, of_c - j, sums, first);
+            }
         }
-        for (int64_t r = 0; panel && r < rows; r += 8) multiply_panel(a + r * lda + k0, lda, right + n, ldb, deep, panel + r * ldp, ldp, first);
     }
 }
 
 /* Rows of a head lie far apart, a page or more: nobody but us knows which is next. */
 INLINE void soon(const void *p, int64_t i, int dtype) { __builtin_prefetch((const char *)p + i * (dtype == FP32 ? 4 : 2)); }
 
-INLINE int64_t sixteens(int64_t n) { return (n + 15) / 16 * 16; }
-INLINE int64_t at_most(int64_t a, int64_t b) { return a < b ? a : b; }
-INLINE int64_t at_least(int64_t a, int64_t b) { return a > b ? a : b; }
 
 /* Squares of less than this in sum may have underflowed, and would leave the bound too small: they are summed again in fp64. */
 #define TINY 1e-30
@@ -207,11 +263,12 @@ static __attribute__((noinline, cold)) double in_full(const float *a, const floa
     return sum;
 }
 
-/* Σ w_j y and Σ y² of a row: as rowsums.h's, in registers. */
-INLINE double sums_of_group(const void *y, int64_t start, int64_t width, const float *signs, int dtype, double *sums) {
+/* Σ w_j y and Σ y² of a row, with what else is to be added to its squares: as rowsums.h's, in registers. */
+INLINE double sums_of_group(const void *y, int64_t start, int64_t width, const float *signs, int dtype, const vf *others, double *sums) {
     vf e[PARTS], one[PARTS], hi[PARTS], squares[PARTS], low[PARTS];
     EACH_PART(i) {
-        e[i] = one[i] = hi[i] = squares[i] = (vf){0};
+        e[i] = one[i] = hi[i] = (vf){0};
+        squares[i] = others ? others[i] : (vf){0};
         for (int j = 0; j < LANES; j++) low[i][j] = 2 * (i * LANES + j) - 15;
     }
     float digit = -(float)((width + FRAGMENT - 1) / FRAGMENT - 1);
@@ -259,6 +316,34 @@ INLINE void sums_over_keys(const float *columns, int64_t ld, int64_t keys, const
     for (int j = 0; j <= KINDS; j++) memcpy(sums[j], total[j], sizeof(total[j]));
 }
 
+/* to (columns, ld) = the first so many columns of from (rows, 16); rows: a multiple of 16. */
+INLINE void turn(const float *from, int64_t rows, int64_t columns, float *to, int64_t ld) {
+#ifdef __AVX__
+    for (int64_t e = 0; e < columns; e += 8)
+        for (int64_t n = 0; n < rows; n += 8) {
+            __m256 a[8], b[8];
+            UNROLL for (int i = 0; i < 8; i++) a[i] = _mm256_loadu_ps(from + (n + i) * 16 + e);
+            UNROLL for (int i = 0; i < 8; i += 2) {
+                b[i] = _mm256_unpacklo_ps(a[i], a[i + 1]);
+                b[i + 1] = _mm256_unpackhi_ps(a[i], a[i + 1]);
+            }
+            UNROLL for (int i = 0; i < 8; i += 4) UNROLL for (int j = 0; j < 2; j++) {
+                a[i + 2 * j] = _mm256_shuffle_ps(b[i + j], b[i + 2 + j], 0x44);
+                a[i + 2 * j + 1] = _mm256_shuffle_ps(b[i + j], b[i + 2 + j], 0xee);
+            }
+            UNROLL for (int i = 0; i < 4; i++) {
+                b[i] = _mm256_permute2f128_ps(a[i], a[i + 4], 0x20);
+                b[i + 4] = _mm256_permute2f128_ps(a[i], a[i + 4], 0x31);
+            }
+            UNROLL for (int i = 0; i < 8; i++)
+                if (e + i < columns) _mm256_storeu_ps(to + (e + i) * ld + n, b[i]);
+        }
+#else
+    for (int64_t e = 0; e < columns; e++)
+        for (int64_t n = 0; n < rows; n++) to[e * ld + n] = from[n * 16 + e];
+#endif
+}
+
 /* Some keys, transposed: packed (width, ld) with their weighted sums behind `padded` keys; nu (padded width): the noise of each column. */
 INLINE void pack_keys(const void *k, int64_t step, int64_t keys, int64_t width, const abft_group *g, float *packed, int64_t padded,
                       int64_t ld, float *nu, int checked, int dtype) {
@@ -270,8 +355,7 @@ INLINE void pack_keys(const void *k, int64_t step, int64_t keys, int64_t width, 
             EACH_PART(i) *(vf *)(columns[n] + i * LANES) = lanes_at_most(k, n * step + e0 + i * LANES, some - i * LANES, dtype);
         }
         memset(columns[keys], 0, (padded - keys) * sizeof(columns[0]));
-        for (int64_t e = 0; e < some; e++)
-            for (int64_t n = 0; n < padded; n++) packed[(e0 + e) * ld + n] = columns[n][e];
+        turn(columns[0], padded, some, packed + e0 * ld, ld);
         if (!checked) continue;
         double sums[16 / (2 * WIDE)][KINDS + 1][16];
         for (int i = 0; i < 16 / (2 * WIDE); i++)
@@ -298,7 +382,7 @@ INLINE void pack_values(const void *v, int64_t step, int64_t keys, int64_t depth
         }
         if (!checked) continue;
         /* Of the values themselves: their copy may be wrong. */
-        double sums[KINDS] __attribute__((aligned(32))), nu2 = sums_of_group(v, t * step, depth, g->weights, dtype, sums);
+        double sums[KINDS] __attribute__((aligned(32))), nu2 = sums_of_group(v, t * step, depth, g->weights, dtype, NULL, sums);
         *(v16 *)(to + padded) = (v16){0};
         if (__builtin_expect(nu2 < TINY, 0)) nu2 = in_full(to, NULL, depth);
         for (int j = 0; j < KINDS; j++) {
@@ -318,51 +402,77 @@ typedef struct {
     const char *mask; /* of the row */
 } seen_keys;
 
-/* LANES of a row's logits. */
+/* Which of LANES bytes are not zero. */
+INLINE mn not_zero(const char *bytes) {
+#if defined(__AVX512F__)
+    return (mn)(_mm512_cvtepu8_epi32(_mm_loadu_si128((const void *)bytes))) != 0;
+#elif defined(__AVX2__)
+    return (mn)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const void *)bytes)) != 0;
+#else
+    return __builtin_convertvector(*(const bn *)bytes, mn) != 0;
+#endif
+}
+
+/* LANES of a row's logits, all of them keys that it may see. */
+INLINE vf logits_inside(const float *s, int64_t n, const seen_keys *w, int mask_kind) {
+    if (mask_kind == SEEN) return pick(not_zero(w->mask + n), at(s + n), -INFINITY - (vf){0});
+    if (mask_kind == ADDED) return at(s + n) + at((const float *)w->mask + n);
+    return at(s + n);
+}
+
+/* … of them some. */
 INLINE vf logits(const float *s, int64_t n, const seen_keys *w, int64_t keys, int mask_kind) {
-    const vf none = -INFINITY - (vf){0};
+    if (n >= w->first && n + LANES <= w->last) return logits_inside(s, n, w, mask_kind);
+    const mn key = *(const mn *)COUNTED + (int32_t)n;
     vf x = at(s + n);
     if (mask_kind == SEEN) {
-        bn bytes = {0};
-        if (n + LANES <= keys)
-            bytes = *(const bn *)(w->mask + n);
-        else if (n < keys)
-            memcpy(&bytes, w->mask + n, keys - n);
-        x = pick(__builtin_convertvector(bytes, mn) != 0, x, none);
+        char bytes[LANES] = {0};
+        if (n < keys) memcpy(bytes, w->mask + n, at_most(LANES, keys - n));
+        x = pick(not_zero(bytes), x, -INFINITY - (vf){0});
     } else if (mask_kind == ADDED)
-        x += n + LANES <= keys ? at((const float *)w->mask + n) : first_numbers((const float *)w->mask + n, keys - n);
-    if (__builtin_expect(n < w->first || n + LANES > w->last, 0)) {
-        const mn key = *(const mn *)COUNTED + (int32_t)n;
-        x = pick((key >= (int32_t)w->first) & (key < (int32_t)w->last), x, none);
-    }
-    return x;
+        x += first_numbers((const float *)w->mask + n, keys - n);
+    return pick((key >= (int32_t)w->first) & (key < (int32_t)w->last), x, -INFINITY - (vf){0});
 }
 
 INLINE float maximum(const float *s, const seen_keys *w, int64_t keys, int mask_kind) {
     vf m[PARTS];
     EACH_PART(i) m[i] = -INFINITY - (vf){0};
-    for (int64_t n = w->first / 16 * 16; n < w->last; n += 16) EACH_PART(i) m[i] = larger(m[i], logits(s, n + i * LANES, w, keys, mask_kind));
+    int64_t n = w->first / 16 * 16;
+    for (; n < w->first; n += 16) EACH_PART(i) m[i] = larger(m[i], logits(s, n + i * LANES, w, keys, mask_kind));
+    for (; n + 16 <= w->last; n += 16) EACH_PART(i) m[i] = larger(m[i], logits_inside(s, n + i * LANES, w, mask_kind));
+    for (; n < w->last; n += 16) EACH_PART(i) m[i] = larger(m[i], logits(s, n + i * LANES, w, keys, mask_kind));
     const float found = largest_of(m);
     return found == -INFINITY ? 0.0f : found;
 }
 
-/* Σ p, of each CHUNK, then of these. p = exp(x - m) is written to `p`; or, if that is NULL, is exp(½x - ½m)², and l must be its sum. */
-INLINE float exponentials(const float *s, float m, float *p, const seen_keys *w, int64_t keys, int mask_kind) {
+/* `count` vectors of a row, from key n on: p = exp(x - m), which is written to `p`; or, `again`, exp(½x - ½m)². Added to `sum`. */
+INLINE void add_exponentials(const float *s, float m, float *p, int64_t n, const seen_keys *w, int64_t keys, int mask_kind, int again,
+                             int inside, int count, vf *sum) {
+    vf x[ABREAST];
+    EACH(i, count) x[i] = inside ? logits_inside(s, n + i * LANES, w, mask_kind) : logits(s, n + i * LANES, w, keys, mask_kind);
+    if (again) {
+        EACH(i, count) x[i] = x[i] * 0.5f - m * 0.5f;
+        root_of_exp(x, count);
+        EACH(i, count) sum[i % PARTS] = fma_of(x[i], x[i], sum[i % PARTS]);
+    } else {
+        EACH(i, count) x[i] -= m;
+        exp_of(x, count);
+        EACH(i, count) *(vf *)(p + n + i * LANES) = x[i];
+        EACH(i, count) sum[i % PARTS] += x[i];
+    }
+}
+
+/* Their sum, of each CHUNK, then of these: l, of both kinds. */
+INLINE float exponentials(const float *s, float m, float *p, const seen_keys *w, int64_t keys, int mask_kind, int again) {
     vf total[PARTS] = {{0}};
     for (int64_t c = w->first / CHUNK * CHUNK; c < w->last; c += CHUNK) {
         vf sum[PARTS];
         EACH_PART(i) sum[i] = (vf){0};
-        for (int64_t n = at_least(c, w->first / 16 * 16); n < at_most(c + CHUNK, w->last); n += 16)
-            EACH_PART(i) {
-                const vf x = logits(s, n + i * LANES, w, keys, mask_kind);
-                if (p) {
-                    const vf y = exp_of(x - m);
-                    *(vf *)(p + n + i * LANES) = y;
-                    sum[i] += y;
-                } else {
-                    sum[i] += square_of_exp(x * 0.5f - m * 0.5f);
-                }
-            }
+        const int64_t end = at_most(c + CHUNK, w->last);
+        int64_t n = at_least(c, w->first / 16 * 16);
+        for (; n < w->first; n += 16) add_exponentials(s, m, p, n, w, keys, mask_kind, again, 0, PARTS, sum);
+        for (; n + STRIDE <= end; n += STRIDE) add_exponentials(s, m, p, n, w, keys, mask_kind, again, 1, ABREAST, sum);
+        for (; n < end; n += 16) add_exponentials(s, m, p, n, w, keys, mask_kind, again, 0, PARTS, sum);
         EACH_PART(i) total[i] += sum[i];
     }
     return (float)total_of(total);
@@ -374,10 +484,10 @@ INLINE float exponentials(const float *s, float m, float *p, const seen_keys *w,
         return maximum(s, w, keys, KIND);                                                                                  \
     }                                                                                                                      \
     static __attribute__((noinline)) float sum_##NAME(const float *s, float m, float *p, const seen_keys *w, int64_t keys) { \
-        return exponentials(s, m, p, w, keys, KIND);                                                                       \
+        return exponentials(s, m, p, w, keys, KIND, 0);                                                                    \
     }                                                                                                                      \
     static __attribute__((noinline)) float squares_##NAME(const float *s, float m, const seen_keys *w, int64_t keys) {     \
-        return exponentials(s, m, NULL, w, keys, KIND);                                                                    \
+        return exponentials(s, m, NULL, w, keys, KIND, 1);                                                                 \
     }
 WITH_MASK(plain, NO_MASK)
 WITH_MASK(seen, SEEN)
@@ -391,16 +501,13 @@ typedef struct {
 static const softmax_of_row SOFTMAX[] = {
     {maximum_plain, sum_plain, squares_plain}, {maximum_seen, sum_seen, squares_seen}, {maximum_added, sum_added, squares_added}};
 
-/* Σ (a b)² over `count` numbers of both, padded to sixteens. */
-INLINE double noise_of(const float *a, const float *b, int64_t count) {
-    vf sum[PARTS];
-    EACH_PART(i) sum[i] = (vf){0};
+/* (a b)² of `count` numbers of both, padded to sixteens, added to `sum`. */
+INLINE void add_noise(const float *a, const float *b, int64_t count, vf *sum) {
     for (int64_t n = 0; n < count; n += 16)
         EACH_PART(i) {
             const vf z = at(a + n + i * LANES) * at(b + n + i * LANES);
             sum[i] = fma_of(z, z, sum[i]);
         }
-    return total_of(sum);
 }
 
 /* --- the comparison ------------------------------------------------------------------------------------------------ */
@@ -431,11 +538,11 @@ INLINE double most_of(d4 x) {
 #endif
 }
 
-/* Whether a row's sums are what is predicted of them. */
-INLINE int agrees(abft_attended *x, const abft_group *g, const double *actual, const float *predicted, double squares, double noise,
-                  int64_t row, int what, double *worst2) {
+/* Whether a row's sums are what is predicted of them. squares: its own, and its noise. */
+INLINE int agrees(abft_attended *x, const abft_group *g, const double *actual, const float *predicted, double squares, int64_t row,
+                  int what, double *worst2) {
     const d4 c = __builtin_convertvector(*(const v4 *)predicted, d4), residual = *(const d4 *)actual - c;
-    const d4 tau2 = *(const d4 *)g->accumulate2 * (squares + noise + c * c) + *(const d4 *)g->absolute2;
+    const d4 tau2 = *(const d4 *)g->accumulate2 * (squares + c * c) + *(const d4 *)g->absolute2;
     const d4 ratio2 = residual * residual / tau2;
     if (__builtin_expect(!all_of((ratio2 <= 1.0) & (tau2 < x->largest2)), 0)) {
         int j = 0;
@@ -447,6 +554,18 @@ INLINE int agrees(abft_attended *x, const abft_group *g, const double *actual, c
     const double most = most_of(ratio2);
     *worst2 = most > *worst2 ? most : *worst2;
     return 1;
+}
+
+/* Whether a chunk of a row of scores, or of dP, has the sums that are predicted. left: the row that multiplied. Behind its keys are zeros. */
+INLINE int chunk_agrees(abft_attended *x, const abft_group *g, const float *row, const float *left, const float *nu, int64_t depth,
+                        const float *predicted, int64_t number, int what, double *worst2) {
+    double actual[KINDS] __attribute__((aligned(32)));
+    vf noise[PARTS];
+    EACH_PART(i) noise[i] = (vf){0};
+    add_noise(left, nu, depth, noise);
+    double squares = sums_of_group(row, 0, sixteens(g->width), g->weights, FP32, noise, actual);
+    if (__builtin_expect(squares < TINY, 0)) squares = in_full(row, NULL, g->width) + in_full(left, nu, depth);
+    return agrees(x, g, actual, predicted, squares, number, what, worst2);
 }
 
 /* Whether l is its other sum and in its range, and P sums to 1. */

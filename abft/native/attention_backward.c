@@ -45,42 +45,61 @@ typedef struct {
     int doubtful; /* rows of this head are suspect: then its columns prove nothing */
 } gradient_room;
 
-/* c (R, N vectors) += aᵀ · b, a (depth, R): the chains that c holds go on. */
-#define MULTIPLY_TURNED(NAME, V, R, N)                                                                                     \
+/* c (TALL, N vectors) += aᵀ · b, a (depth, TALL): the chains that c holds go on. */
+#define MULTIPLY_TURNED(NAME, N)                                                                                           \
     INLINE void NAME(const float *a, int64_t lda, const float *b, int64_t ldb, int64_t depth, float *c, int64_t ldc) {     \
-        V sum[R][N];                                                                                                       \
-        UNROLL for (int r = 0; r < R; r++) UNROLL for (int j = 0; j < N; j++)                                              \
-            sum[r][j] = *(const V *)(c + r * ldc + j * (int64_t)(sizeof(V) / 4));                                          \
+        vf sum[TALL][N];                                                                                                   \
+        UNROLL for (int r = 0; r < TALL; r++) UNROLL for (int j = 0; j < N; j++) sum[r][j] = at(c + r * ldc + j * LANES);  \
         for (int64_t k = 0; k < depth; k++) {                                                                              \
-            V p[N];                                                                                                        \
-            UNROLL for (int j = 0; j < N; j++) p[j] = *(const V *)(b + k * ldb + j * (int64_t)(sizeof(V) / 4));            \
-            UNROLL for (int r = 0; r < R; r++) UNROLL for (int j = 0; j < N; j++) sum[r][j] += a[k * lda + r] * p[j];      \
+            vf p[N];                                                                                                       \
+            UNROLL for (int j = 0; j < N; j++) {                                                                           \
+                p[j] = at(b + k * ldb + j * LANES);                                                                        \
+                HOLD(p[j]);                                                                                                \
+            }                                                                                                              \
+            UNROLL for (int r = 0; r < TALL; r++) UNROLL for (int j = 0; j < N; j++) sum[r][j] += a[k * lda + r] * p[j];   \
         }                                                                                                                  \
-        UNROLL for (int r = 0; r < R; r++) UNROLL for (int j = 0; j < N; j++)                                              \
-            *(V *)(c + r * ldc + j * (int64_t)(sizeof(V) / 4)) = sum[r][j];                                                \
+        UNROLL for (int r = 0; r < TALL; r++) UNROLL for (int j = 0; j < N; j++) *(vf *)(c + r * ldc + j * LANES) = sum[r][j]; \
     }
-MULTIPLY_TURNED(turned_1, vf, TALL, PARTS)
-MULTIPLY_TURNED(turned_2, vf, TALL, 2 * PARTS)
-MULTIPLY_TURNED(turned_3, vf, TALL, 3 * PARTS)
-MULTIPLY_TURNED(turned_panel, v8, 8, 1)
+MULTIPLY_TURNED(turned_1, 1)
+MULTIPLY_TURNED(turned_2, 2)
+MULTIPLY_TURNED(turned_3, 3)
 
 /* c (rows, n + panel) += aᵀ · b: rows a multiple of 8, n of 16. */
 static __attribute__((noinline)) void product_turned(const float *a, int64_t lda, int64_t rows, const float *b, int64_t ldb, int64_t n,
                                                      int64_t depth, float *c, int64_t ldc, int panel) {
-    for (int64_t r = 0; r < rows; r += TALL) {
-        int64_t j = 0;
-        for (; BROAD >= 3 && j + 48 <= n; j += 48) turned_3(a + r, lda, b + j, ldb, depth, c + r * ldc + j, ldc);
-        for (; BROAD >= 2 && j + 32 <= n; j += 32) turned_2(a + r, lda, b + j, ldb, depth, c + r * ldc + j, ldc);
-        for (; j < n; j += 16) turned_1(a + r, lda, b + j, ldb, depth, c + r * ldc + j, ldc);
-    }
-    for (int64_t r = 0; panel && r < rows; r += 8) turned_panel(a + r, lda, b + n, ldb, depth, c + r * ldc + n, ldc);
+    const int64_t all = n / LANES + (panel ? PANEL_VECTORS : 0);
+    for (int64_t r = 0; r < rows; r += TALL)
+        for (int64_t j = 0, tile; j < all; j += tile) {
+            tile = tile_of(all - j);
+            const float *right = b + j * LANES;
+            float *to = c + r * ldc + j * LANES;
+            if (tile == 3)
+                turned_3(a + r, lda, right, ldb, depth, to, ldc);
+            else if (tile == 2)
+                turned_2(a + r, lda, right, ldb, depth, to, ldc);
+            else
+                turned_1(a + r, lda, right, ldb, depth, to, ldc);
+        }
 }
 
 /* P of the keys [from, to) of a row. One function for each kind of mask. */
 #define REMEMBER(NAME, KIND)                                                                                               \
     static __attribute__((noinline)) void remember_##NAME(const float *s, float m, float inverse, float *p, const seen_keys *w, \
                                                           int64_t keys, int64_t from, int64_t to) {                        \
-        for (int64_t n = from; n < to; n += LANES) *(vf *)(p + n) = exp_of(logits(s, n, w, keys, KIND) - m) * inverse;        \
+        for (int64_t n = from; n < to;) {                                                                                  \
+            vf x[ABREAST];                                                                                                 \
+            if (n >= w->first && n + STRIDE <= at_most(to, w->last)) {                                                     \
+                EACH(i, ABREAST) x[i] = logits_inside(s, n + i * LANES, w, KIND) - m;                                      \
+                exp_of(x, ABREAST);                                                                                        \
+                EACH(i, ABREAST) *(vf *)(p + n + i * LANES) = x[i] * inverse;                                              \
+                n += STRIDE;                                                                                               \
+            } else {                                                                                                       \
+                x[0] = logits(s, n, w, keys, KIND) - m;                                                                    \
+                exp_of(x, 1);                                                                                              \
+                *(vf *)(p + n) = x[0] * inverse;                                                                           \
+                n += LANES;                                                                                                \
+            }                                                                                                              \
+        }                                                                                                                  \
     }
 REMEMBER(plain, NO_MASK)
 REMEMBER(seen, SEEN)
@@ -95,7 +114,7 @@ INLINE void pack_row(const void *from, int64_t start, int64_t width, float scale
     for (int64_t e = 0; e < width; e += 16)
         EACH_PART(i) *(vf *)(to + e + i * LANES) = lanes_at_most(from, start + e + i * LANES, width - e - i * LANES, dtype) * scale;
     if (!checked) return;
-    double sums[KINDS] __attribute__((aligned(32))), squares = sums_of_group(from, start, width, g->weights, dtype, sums) * scale * scale;
+    double sums[KINDS] __attribute__((aligned(32))), squares = sums_of_group(from, start, width, g->weights, dtype, NULL, sums) * scale * scale;
     double nu2 = __builtin_expect(squares < TINY, 0) ? in_full(to, NULL, width) : squares;
     for (int j = 0; j < KINDS; j++) {
         sums[j] *= scale;
@@ -172,18 +191,6 @@ INLINE int row_agrees(abft_gradients *y, float l, const vf *sums, const float *d
     return 1;
 }
 
-/* Whether a chunk of a row of scores, or of dP, has the sums that are predicted. left: the row that multiplied. */
-INLINE int chunk_agrees(abft_attended *x, const abft_group *g, const float *row, const float *left, const float *nu, int64_t depth,
-                        const float *predicted, int64_t number, int what, double *worst2) {
-    double actual[KINDS] __attribute__((aligned(32)));
-    double squares = sums_of_group(row, 0, g->width, g->weights, FP32, actual), noise = noise_of(left, nu, depth);
-    if (__builtin_expect(squares + noise < TINY, 0)) {
-        squares = in_full(row, NULL, g->width);
-        noise = in_full(left, nu, depth);
-    }
-    return agrees(x, g, actual, predicted, squares, noise, number, what, worst2);
-}
-
 INLINE void hit_in(const abft_attended *x, int place, int64_t row, int64_t chunk, float *values) {
     if (__builtin_expect(x->strike == place && x->strike_column >= 0 && x->strike_column / CHUNK == chunk, 0)) hit(x, place, row, values);
 }
@@ -241,7 +248,7 @@ static __attribute__((noinline)) void block_of_gradients(abft_gradients *y, grad
     for (int64_t c = c0; c < c1; c++) {
         const int64_t at = c * CHUNK, n = sixteens(at_most(CHUNK, x->keys - at));
         float *scores = m->dx + at, *p = m->p + at;
-        product(m->q, m->ld_q, tall, m->keys + c * x->width * m->ld_chunk, m->ld_chunk, n, x->width, scores, m->ld, panel, PANEL, 1);
+        product(m->q, m->ld_q, tall, m->keys + c * x->width * m->ld_chunk, m->ld_chunk, n, x->width, scores, m->ld, panel, 1);
         for (int64_t r = 0; r < rows; r++) {
             float *row = m->dx + r * m->ld, *of_p = m->p + r * m->ld;
             const int64_t from = at_most(at_least(seen[r].first / 16 * 16, at), at + n), to = at_least(at_most(sixteens(seen[r].last), at + n), from);
@@ -256,7 +263,7 @@ static __attribute__((noinline)) void block_of_gradients(abft_gradients *y, grad
                                          m->nu_keys + c * m->wide, x->width, m->panel + r * PANEL, number[r], IN_SCORES, worst2 + OF_S);
         }
         product_turned(p, m->ld, n, m->g, m->ld_g, m->deep, rows, m->v.chain + at * m->v.ld, m->v.ld, checked);
-        product(m->g, m->ld_g, tall, m->values + c * x->depth * m->ld_chunk, m->ld_chunk, n, x->depth, scores, m->ld, panel, PANEL, 1);
+        product(m->g, m->ld_g, tall, m->values + c * x->depth * m->ld_chunk, m->ld_chunk, n, x->depth, scores, m->ld, panel, 1);
         for (int64_t r = 0; r < rows; r++) {
             hit_in(x, IN_DP, number[r], c, m->dx + r * m->ld);
             sums_of_row(m->p + r * m->ld, m->dx + r * m->ld, y->weights, at, at + n, m->sums + r * ROW_SUMS * PARTS, checked);
@@ -278,7 +285,7 @@ static __attribute__((noinline)) void block_of_gradients(abft_gradients *y, grad
                 memset(m->dx + r * m->ld + at, 0, n * sizeof(float));
         }
         product(m->dx + at, m->ld, tall, m->rows_of_k + at * m->ld_q, m->ld_q, m->wide, keys, m->dq, m->wide, checked ? m->dq_panel : NULL,
-                PANEL, c == c0);
+                c == c0);
         product_turned(m->dx + at, m->ld, n, m->q, m->ld_q, m->wide, rows, m->k.chain + at * m->k.ld, m->k.ld, checked);
     }
     for (int64_t r = 0; r < rows; r++) {
@@ -294,12 +301,11 @@ static __attribute__((noinline)) void block_of_gradients(abft_gradients *y, grad
             m->doubtful = 1;
             continue;
         }
-        double squares = sums_of_group(dq, 0, x->width, y->rows_of_q.weights, FP32, actual), noise = m->noise[r];
-        if (__builtin_expect(squares + noise < TINY, 0)) {
-            squares = in_full(dq, NULL, x->width);
-            noise = in_full(m->dx + r * m->ld + c0 * CHUNK, m->nu_rows + c0 * CHUNK, at_most(c1 * CHUNK, x->keys) - c0 * CHUNK);
-        }
-        agrees(x, &y->rows_of_q, actual, m->dq_panel + r * PANEL, squares, noise, number[r], IN_DQ, worst2 + OF_DQ);
+        double squares = sums_of_group(dq, 0, x->width, y->rows_of_q.weights, FP32, NULL, actual) + m->noise[r];
+        if (__builtin_expect(squares < TINY, 0))
+            squares = in_full(dq, NULL, x->width) +
+                      in_full(m->dx + r * m->ld + c0 * CHUNK, m->nu_rows + c0 * CHUNK, at_most(c1 * CHUNK, x->keys) - c0 * CHUNK);
+        agrees(x, &y->rows_of_q, actual, m->dq_panel + r * PANEL, squares, number[r], IN_DQ, worst2 + OF_DQ);
         add_columns(&m->v, m->g + r * m->ld_g, m->deep, found[0], found[0]);
         add_columns(&m->k, m->q + r * m->ld_q, m->wide, found[1], found[2]);
     }
@@ -355,10 +361,10 @@ static void deliver(abft_gradients *y, const key_sum *s, int fine, float *to, in
         memcpy(to + t * step, row, columns * sizeof(float));
         if (!x->checked) continue;
         double actual[KINDS] __attribute__((aligned(32))), noise = 0;
-        double squares = sums_of_group(row, 0, columns, g->weights, FP32, actual);
+        double squares = sums_of_group(row, 0, columns, g->weights, FP32, NULL, actual);
         if (__builtin_expect(squares < TINY, 0)) squares = in_full(row, NULL, columns);
         for (int j = 0; j < SKETCHES; j++) noise += (double)row[padded + SKETCHED + j] * row[padded + SKETCHED + j] / SKETCHES;
-        fine &= agrees(x, g, actual, row + padded, squares, noise, row0 + t, what, worst2);
+        fine &= agrees(x, g, actual, row + padded, squares + noise, row0 + t, what, worst2);
     }
     if (!x->checked || !fine) return;
     /* `tile` has served: the sums of the columns as they were delivered. */

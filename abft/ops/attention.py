@@ -49,9 +49,9 @@ def _attention(
     scale: float, causal: bool, offset: int, window: int, softcap: float, dropout: float,
     weights: bool, ledger_: Tensor, site: Tensor, policy_text: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    options = Options.read(scale, causal, offset, window, softcap, dropout)
+    options, number = Options.read(scale, causal, offset, window, softcap, dropout), sites.index_of(site)
     problem = Problem(q, k, v, mask, _seed(seed), options)
-    chosen = plans.now(policy_text, sites.index_of(site), "fprop", on_gpu=q.is_cuda)
+    chosen = plans.now(policy_text, number, "fprop", on_gpu=q.is_cuda)
     _refuse(problem.keys, q.shape[-1], v.shape[-1], problem.wide, chosen)
     if _in_kernels(q, chosen):
         chosen = plans.checked(chosen)
@@ -66,9 +66,15 @@ def _attention(
         return [("O", a.out), ("O", a.statistics)] + ([] if a.weights is None else [("O", a.weights)])
 
     with _plainly(q):
-        got = _execute(run, results, Tally(chosen, sites.index_of(site), "fprop", q.dtype, note=checked.on_strike))
+        got = _execute(run, results, Tally(chosen, number, "fprop", q.dtype, note=checked.on_strike))
     out, statistics, *rest = got
     return out, statistics, rest[0] if rest else q.new_empty(0)
+
+
+def _as_operator(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """The same with a result that is contiguous, as tracers are told."""
+    out, *rest = _attention(*arguments)
+    return out.contiguous(), *rest  # type: ignore[return-value]
 
 
 def _attention_backward(
@@ -197,8 +203,8 @@ def _on_meta_alone(q: Tensor) -> None:
         raise DeviceError(f"abft::attention has an operand or a site on meta beside real ones on {q.device}; materialise the model first")
 
 
-LIBRARY.impl("attention", _attention, "CPU")
-LIBRARY.impl("attention", _attention, "CUDA")
+LIBRARY.impl("attention", _as_operator, "CPU")
+LIBRARY.impl("attention", _as_operator, "CUDA")
 LIBRARY.impl("attention_backward", _attention_backward, "CPU")
 LIBRARY.impl("attention_backward", _attention_backward, "CUDA")
 torch.library.register_fake("abft::attention", _attention_meta, lib=LIBRARY)
@@ -210,6 +216,12 @@ for _op in (attention, attention_backward):
     torch.fx.node.has_side_effect(_op)
 
 
+def attention_of(*operands: Tensor) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+    """The operator, or what it does where nobody could tell: going through it costs as much as a small attention."""
+    # Dynamo traces this and knows the first answer; it could not trace the second question.
+    return attention if torch.compiler.is_compiling() or not nobody_watches(*operands) else _attention
+
+
 class CheckedAttention(torch.autograd.Function):
     """(out, weights or an empty tensor) of an attention; its gradients are checked, too."""
 
@@ -218,10 +230,7 @@ class CheckedAttention(torch.autograd.Function):
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, seed: Tensor | None, options: tuple[Any, ...], weights: bool,
         book: Tensor, site: Tensor, policy_text: str,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        # Dynamo traces this and knows the first answer; it could not trace the second question.
-        by_operator = torch.compiler.is_compiling() or not nobody_watches(q, k, v)
-        attend_: Callable[..., tuple[Tensor, Tensor, Tensor]] = attention if by_operator else _attention
-        out, statistics, full = attend_(q, k, v, mask, seed, *options, weights, book, site, policy_text)
+        out, statistics, full = attention_of(q, k, v)(q, k, v, mask, seed, *options, weights, book, site, policy_text)
         # The reference computes δ from probabilities, the kernels from the output.
         kept = out if q.device.type != "cpu" or _asks_for_kernels(policy_text) else None
         ctx.save_for_backward(q, k, v, mask, seed, kept, statistics)

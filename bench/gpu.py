@@ -60,6 +60,7 @@ ON_GPU = (
     Part("clean-bf16", ("clean", "--backend", "triton", "--dtype", "bf16", "--rows", "1e9", *UNTIL), 8),
     Part("faults-bf16", ("campaign", "--backend", "triton", "--dtype", "bf16", "--trials", "10", *UNTIL), 8),
     Part("clean-attention", ("attention-clean", "--backend", "triton", "--dtype", "bf16", *UNTIL), 4),
+    Part("faults-attention", ("attention-faults", "--backend", "triton", "--dtype", "bf16", "--trials", "100", *UNTIL), 4),
     _timed("times-small", SMALL, FORWARD, 4, "--passes", "forward", "--ways", "graph", "eager", "--dtypes", "bf16", "fp16"),
     Part("times-model", ("model", "--providers", *FEW, "--ways", *WAYS, "--dtypes", "bf16", "fp32", *FEW_FAULTS, *UNTIL), 4),
     Part("times-train", ("train", "--providers", "torch", "abft", "abft:guarded", "dmr", "--dtypes", "fp32", *FEW_FAULTS, *UNTIL), 3),

@@ -12,7 +12,7 @@ from bench.results import read
 
 Record = dict[str, Any]
 #: Kinds of records that are measurements.
-MEASURED = ("ceiling", "test", "probe", "calibration", "timing", "cell", "class", "candidate")
+MEASURED = ("ceiling", "test", "probe", "calibration", "timing", "cell", "class", "place", "candidate")
 
 
 def measured(out: Path) -> bool:
@@ -78,17 +78,32 @@ def _calibration(every: list[Record]) -> Iterator[str]:
 
 def _campaigns(files: dict[str, list[Record]]) -> Iterator[str]:
     for name, records in files.items():
-        cells = [r for r in records if r["kind"] == "cell"]
+        cells = [r for r in records if r["kind"] == "cell" and "rows" in r]
         if cells:
             rows, alarms = sum(r["rows"] for r in cells), sum(sum(r["alarms"].values()) for r in cells)
             worst = max(float(v) for r in cells for v in r["worst"].values())
             yield f"{name}: {alarms} alarms in {rows:,} rows (rate below {intervals.upper_limit(alarms, rows):.2g}), worst {worst:.2f}"
+        for part in ("forward", "backward"):  # cells of kernel_rows.py
+            mine = [r for r in records if r["kind"] == "cell" and f"{part}_rows" in r]
+            if mine:
+                rows, alarms = (sum(r[f"{part}_{what}"] for r in mine) for what in ("rows", "alarms"))
+                worst = max(float(r[f"{part}_worst"]) for r in mine)
+                below = intervals.upper_limit(alarms, rows)
+                yield f"{name}, {part}: {alarms} alarms in {rows:,} rows (rate below {below:.2g}), worst {worst:.2f}"
         classes = [r for r in records if r["kind"] == "class"]
         if classes:
             harmful, found, detected, repaired = (
                 sum(r.get(what, 0) for r in classes) for what in ("harmful", "harmful_detected", "detected", "repaired")
             )
             yield f"{name}: {found} of {harmful} harmful faults found, {repaired} of {detected} repaired bit for bit"
+        places = [r for r in records if r["kind"] == "place"]
+        if places:
+            harmful, found, detected, repaired, false = (
+                sum(r[what] for r in places)
+                for what in ("harmful", "harmful_detected", "detected", "repaired_bit_equal", "false_alarms")
+            )  # fmt: skip
+            yield (f"{name}: {found} of {harmful} harmful faults found, {repaired} of {detected} repaired bit for bit, "
+                   f"{false} false alarms")  # fmt: skip
 
 
 def _tuning(every: list[Record]) -> Iterator[str]:

@@ -188,9 +188,14 @@ def _found(s: Record) -> str:
     return f"{share(s['harmful_detected'], s['harmful'])} (at least {limit:.2f} %)"
 
 
+#: How the kernels of a fault campaign ran, by what the file's name says.
+KERNELS = {"emulated": "on emulated tensor cores", "triton": "on a GPU", "interpreted": "interpreted"}
+
+
 def attention_faults(page: str) -> str:
     def row(f: File, r: Record) -> tuple[object, ...]:
-        where = f"kernels, {f.arithmetic} on emulated tensor cores" if "emulated" in f.name else "CPU, fp32"
+        kind = next((kind for kind in KERNELS if kind in f.name), None)
+        where = f"kernels, {f.arithmetic} {KERNELS[kind]}" if kind else "CPU, fp32"
         where = f"over pages: {where}" if "decode" in f.name else where
         return (
             where, r["key"], f"{r['trials']:,}", f"{r['harmful']:,}", _found(r), small(r["largest_missed"]),

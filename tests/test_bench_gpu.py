@@ -166,6 +166,20 @@ def test_the_summary_names_what_went_wrong(tmp_path) -> None:
     assert "2 alarms in 1,000 rows" in text and "not accepted: bf16 k64" in text
 
 
+def test_the_summary_counts_the_campaigns_of_attention(tmp_path) -> None:
+    of_a_part = {"rows": 100, "alarms": 0, "worst": 0.25, "unchecked": 0}
+    Results("attention-clean-triton-bf16", folder=tmp_path).add(
+        "cell", **{f"{part}_{what}": value for part in ("forward", "backward") for what, value in of_a_part.items()}
+    )
+    faults = Results("attention-faults-triton-bf16", folder=tmp_path)
+    for place, seen in (("S", 9), ("dV", 10)):
+        faults.add("place", key=place, harmful=10, harmful_detected=seen, detected=20, repaired_bit_equal=19, false_alarms=0)
+    text = gpu_summary.of(tmp_path, [])
+    assert "attention-clean-triton-bf16, backward: 0 alarms in 100 rows" in text and "worst 0.25" in text
+    assert "attention-faults-triton-bf16: 19 of 20 harmful faults found, 38 of 40 repaired bit for bit, 0 false alarms" in text
+    assert gpu_summary.measured(tmp_path)
+
+
 def test_the_summary_names_launch_shapes_that_were_faster(tmp_path) -> None:
     r = Results("tune-x", folder=tmp_path)
     about = {"row": "16-bit", "height": None, "dtype": "bf16", "m": 8, "n": 16, "k": 32}

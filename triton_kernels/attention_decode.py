@@ -10,6 +10,7 @@ K and V must sum to lies with the pages (attention_pages.py); nothing is added u
 
     qk  (1) Σ w x₂ = scale · q · Σ_pages Σ w k        per part, from the registers that enter exp2, over all tokens that its pages hold
             and no token missing that the sequence has
+        (1') |m| <= scale ‖q‖ ‖K‖, K of the part's pages: as in attention_forward.py. Soft-caps only lessen |m|
     pv  (2) Σ_d w O = Σ_t p w·v_t / ℓ                 at the end, kinds e, hi, lo, by CUDA cores beside the matrix unit's P V
         (3) ℓ = P · 1, the matrix unit's; (4) 1 - 2⁻⁹ <= ℓ <= keys (1 + 2⁻⁹)          at the end and, (4), per part
         (5) Π α = exp2(m first - m last); (6) Π p = exp2(Σ x₂) over four keys EXPONENTIALS          per part
@@ -295,7 +296,7 @@ def _strike_rows(values, faults, PLACE: tl.constexpr, unit, rows, col):
 
 @triton.jit
 def _judge_sums_of_scores(queries, signed, squares, m, first, known, known_squares, missing, q, limits, n, unit, rows, FAULT):
-    """(1) of every row of a part."""
+    """(1) and (1') of every row of a part."""
     wide = queries.to(tl.float32)
     predicted = tl.sum(wide * known[None, :], 1)
     if FAULT is not None:
@@ -306,7 +307,11 @@ def _judge_sums_of_scores(queries, signed, squares, m, first, known, known_squar
     shifted = tl.where(m == float("-inf"), 0.0, tl.maximum(tl.abs(m), tl.abs(first)))
     own = limits.scores * tl.sqrt(tl.maximum(count / KAPPA_KEYS, 1.0)) + limits.slope
     tau = tl.abs(q.scale2) * own * size + limits.shift * tl.sqrt(count) * shifted + TINY
-    residual = tl.where(missing > 0, float("inf"), signed - predicted * q.scale2)
+    # Squares that underflow are of scores below one, as long as those that make ``noise`` do not overflow.
+    reach = tl.abs(q.scale2) * 1.01 * (tl.sqrt(tl.sum(wide * wide, 1)) * tl.sqrt(tl.sum(known_squares, 0))) + 1.0
+    residual = tl.where(shifted <= reach, signed - predicted * q.scale2, shifted)
+    tau = tl.where(shifted <= reach, tau, reach)
+    residual = tl.where(missing > 0, float("inf"), residual)
     return _also(_nothing(tl.zeros_like(tau)), residual, tau)
 
 

@@ -125,6 +125,8 @@ class Way(NamedTuple):
     plane: Any  # batch × heads of keys
     rows: Any
     dropout: Any
+    first_key: Any  # addresses, found before the loops: inside, the strides' upper halves would wait in registers
+    first_value: Any
 
 
 @triton.jit
@@ -217,7 +219,7 @@ def store_rows(out, statistics, y, m, l, scores, number, rows, D, rows_total, ma
         m = _strike_rows(m, FAULT, STATISTICS, scores, number, rows, 0)
         l = _strike_rows(l, FAULT, STATISTICS, scores, number, rows, 1)
     tl.store(statistics + row, m, mask=mask)
-    tl.store(statistics + tl.cast(rows_total, tl.int64) + row, l, mask=mask)
+    tl.store(statistics + rows_total + row, l, mask=mask)
 
 
 # --- a block of rows ------------------------------------------------------------------------------
@@ -231,7 +233,8 @@ def attend_block(q, k, v, sums, weights, scores, limits, number, block, E, D, FA
     batch, head, member = heads_of(scores, number)
     rows = block * BM + tl.arange(0, BM)
     base = dropout_base(scores, batch, head, member) if scores.dropped is not None else None
-    way = Way(batch, head, member, plane_of(scores, batch, head), rows, base)
+    way = Way(batch, head, member, plane_of(scores, batch, head), rows, base, start_of_keys(scores, k, batch, head, 0),
+              start_of_keys(scores, v, batch, head, 0))
     start = start_of_queries(scores, q, batch, head, member)
     queries = rectangle(start, q, rows, tl.arange(0, BE), scores.length, E)
     read = queries
@@ -282,7 +285,7 @@ def _step(m, l, acc, check, signed, first, fall, wrong, held, left, queries, k, 
     """One block of keys. HIDES: it may hold keys that some rows do not see."""
     cols = block * BN + tl.arange(0, BN)
     own = own_rows(scores, way.member, way.rows)
-    s = tl.dot(queries, tl.trans(_tile(k, scores, way, block, tl.arange(0, BE), scores.keys, E, BN, HIDES)), input_precision=PRECISION)
+    s = tl.dot(queries, tl.trans(_tile(way.first_key, k, block, tl.arange(0, BE), scores.keys, E, BN, HIDES)), input_precision=PRECISION)
     if FAULT is not None:
         s = strike(s, FAULT, S, way.plane, own, cols, 0, 1)
         m = _strike_rows(m, FAULT, M, scores, way.plane * scores.group + way.member, way.rows, block * BN)
@@ -335,16 +338,16 @@ def _step(m, l, acc, check, signed, first, fall, wrong, held, left, queries, k, 
             check += tl.dot(used, columns, input_precision=PRECISION) * tl.load(sums.scales + scale)[None, :]
         first = tl.where(first == float("-inf"), new, first)
         fall = fall * alpha
-    values = _tile(v, scores, way, block, tl.arange(0, BD), scores.keys, D, BN, HIDES)
+    values = _tile(way.first_value, v, block, tl.arange(0, BD), scores.keys, D, BN, HIDES)
     acc = tl.dot(used, values, acc * alpha[:, None], input_precision=PRECISION)
     return new, l, acc, check, signed, first, fall, wrong, held, left
 
 
 @triton.jit
-def _tile(t, scores, way, block, cols, ROWS, COLS, BN: tl.constexpr, HIDES: tl.constexpr):
+def _tile(first, t, block, cols, ROWS, COLS, BN: tl.constexpr, HIDES: tl.constexpr):
     """A block of keys or values, zero beyond the last; 32-bit offsets from a 64-bit start."""
     local = tl.arange(0, BN)
-    start = start_of_keys(scores, t, way.batch, way.head, way.member) + tl.cast(block, tl.int64) * BN * t.row
+    start = first + tl.cast(block * BN, tl.int64) * t.row
     inside = cols[None, :] < COLS
     if HIDES:
         inside &= local[:, None] < ROWS - block * BN
@@ -415,7 +418,7 @@ def _reach(q, size, sums, scores, way, end, E, BN: tl.constexpr, BE: tl.constexp
     """What no score of a row exceeds: ‖q‖ ‖K‖ over the keys before ``end``, with room for rounding; where squares underflow, what the
     sketches know of its size."""
     k = tl.arange(0, BE)
-    at = (first_prefix(scores, way.plane, BN) + end) * PREFIX_ROWS * E + SQUARES * E + k
+    at = prefix_of(scores, way.plane, end, E, BN) + SQUARES * E + k
     squares = tl.sum(tl.load(sums.prefix + at, mask=k < E, other=0.0), 0)
     start = start_of_queries(scores, q, way.batch, way.head, way.member)
     own = tl.zeros(size.shape, tl.float32)
@@ -426,13 +429,19 @@ def _reach(q, size, sums, scores, way, end, E, BN: tl.constexpr, BE: tl.constexp
 
 
 @triton.jit
+def prefix_of(scores, plane, block, E, BN: tl.constexpr):
+    """Where the sums of a head's keys before a block begin. Ten rows for every block of all heads are fewer than 2³¹."""
+    return tl.cast(tl.cast(first_prefix(scores, plane, BN) + block, tl.int32) * PREFIX_ROWS, tl.int64) * E
+
+
+@triton.jit
 def _sketches(sums, weights, scores, way, begin, end, E, PARTS: tl.constexpr, BN: tl.constexpr, BE: tl.constexpr, DTYPE: tl.constexpr):
     """((BE, 16) numbers that q multiplies, what undoes their scaling): Σ ε k in parts, ν u, and the ±_i sums, of the visited keys."""
     which, k = tl.arange(0, PANEL), tl.arange(0, BE)
     is_sum, is_sketch = which < PARTS, (which >= PARTS) & (which < PARTS + SKETCHES)
     source = tl.where(is_sum, SIGNED, tl.where(is_sketch, SQUARES, SPREADS + which - PARTS - SKETCHES))
     inside = (k[:, None] < E) & (which < PARTS + SKETCHES + SPREAD)[None, :]
-    plane = sums.prefix + first_prefix(scores, way.plane, BN) * PREFIX_ROWS * E
+    plane = sums.prefix + prefix_of(scores, way.plane, 0, E, BN)
     value = _between(plane, begin, end, source[None, :] * E + k[:, None], E, inside, scores)
     signed = _between(plane, begin, end, SIGNED * E + k, E, k < E, scores)
     u = tl.load(weights.keys_sketch + (which - PARTS)[None, :] * weights.keys_sketch_row + k[:, None],
@@ -455,9 +464,9 @@ def _sketches(sums, weights, scores, way, begin, end, E, PARTS: tl.constexpr, BN
 @triton.jit
 def _between(plane, begin, end, at, E, inside, scores):
     """A row of prefix sums at the last visited block, less that at the first."""
-    value = tl.load(plane + tl.cast(end, tl.int64) * PREFIX_ROWS * E + at, mask=inside, other=0.0)
+    value = tl.load(plane + tl.cast(end * PREFIX_ROWS, tl.int64) * E + at, mask=inside, other=0.0)
     if scores.window is not None:
-        value -= tl.load(plane + tl.cast(begin, tl.int64) * PREFIX_ROWS * E + at, mask=inside, other=0.0)
+        value -= tl.load(plane + tl.cast(begin * PREFIX_ROWS, tl.int64) * E + at, mask=inside, other=0.0)
     return value
 
 

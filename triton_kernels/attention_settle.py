@@ -18,31 +18,33 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .attention_forward import PV, QK, Attention, Evidence, attend_block, limits_of, store_rows, suspects
-from .attention_panel import PANEL, PREFIX_ROWS, SIGNED
+from .attention_forward import PV, QK, Attention, Evidence, attend_block, limits_of, prefix_of, store_rows, suspects
+from .attention_panel import PANEL, SIGNED
 from .attention_scores import Scores, heads_of, visited
-from .attention_sequences import first_prefix, first_row_of, key_block, plane_of, sequence_of, start_of_queries
+from .attention_sequences import first_row_of, key_block, plane_of, sequence_of, start_of_queries
 from .configs import REPAIR_PROGRAMS
 from .gemm import fault_argument, note_unit
 from .judgement import is_finite, ratio_of
-from .record import CLEAN, DETAILS, INPUT, OBSERVED, RECOMPUTED, TRANSIENT, UNCORRECTED, Labels, Units, add_verdicts, arrive, keep
+from .record import CLEAN, INPUT, OBSERVED, RECOMPUTED, TRANSIENT, UNCORRECTED, Labels, Units, add_verdicts, arrive, bits, keep
 from .summary import CASE, SUMMARY, UNQUIET
 
-#: Steps of the loop over keys in flight, at most: the registers of more are not there.
-STAGES = 1
+#: Where in a row's status its bits after the repetition begin.
+AGAIN = tl.constexpr(2)
 
 
 @triton.jit(do_not_specialize_on_alignment=["site"])
-def settle_attention(q, k, v, out, statistics, sums, weights, scores, limits, words, site, status, details, units, flags, summary,
-                     E, D, rows_total, tiles, roles, labels_qk, labels_pv, FAULT, CORRECT: tl.constexpr, CAUSAL: tl.constexpr,
-                     SCALED: tl.constexpr, EXPONENTIALS: tl.constexpr, PARTS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-                     BE: tl.constexpr, BD: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """A few programs share the blocks; they leave at once when nothing is suspect."""
+def settle_attention(q, k, v, out, statistics, sums, weights, scores, limits, words, site, status, details, details_pv, units, flags,
+                     summary, E, D, rows_total, tiles, roles, labels_qk, labels_pv, FAULT, CORRECT: tl.constexpr, PROGRAMS: tl.constexpr,
+                     CAUSAL: tl.constexpr, SCALED: tl.constexpr, EXPONENTIALS: tl.constexpr, PARTS: tl.constexpr, BM: tl.constexpr,
+                     BN: tl.constexpr, BE: tl.constexpr, BD: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """PROGRAMS share the blocks (fewer, if there are fewer blocks); they leave at once when nothing is suspect. First what multiplies,
+    then what is said of it: a loop that did both would keep what the verdicts need in registers while it multiplies, and spill."""
     if tl.load(summary + UNQUIET) > 0:
-        blocks = tl.cdiv(scores.length, BM)
-        of_pv, details_pv = summary + SUMMARY + CASE, details + DETAILS * tl.cast(rows_total, tl.int64)
-        for index in tl.range(tl.program_id(0), tiles, tl.num_programs(0), disable_licm=True):
+        of_pv = summary + SUMMARY + CASE
+        for index in tl.range(tl.program_id(0), tiles, PROGRAMS, disable_licm=True):
             if tl.load(flags + index) > 0:
+                # In the loop, not before it: compilers keep in registers what they once had there.
+                blocks = tl.cdiv(scores.length, BM)
                 number, block = index // blocks, index % blocks
                 note_unit(units.again, index)
                 if scores.cu_q is None:
@@ -56,19 +58,53 @@ def settle_attention(q, k, v, out, statistics, sums, weights, scores, limits, wo
                     coefficients = limits_of(limits, one.keys)
                 y, m, l, qk, pv = attend_block(q, k, v, sums, weights, own, coefficients, number, block, E, D, FAULT, CAUSAL, SCALED, True,
                                                EXPONENTIALS, PARTS, BM, BN, BE, BD, PRECISION)  # fmt: skip
-                rows, first = block * BM + tl.arange(0, BM), first_row_of(own, number) + block * BM
-                inside, row = rows < own.length, first + tl.arange(0, BM)
+                rows = block * BM + tl.arange(0, BM)
+                inside, row = rows < own.length, first_row_of(own, number) + rows
                 was = tl.load(status + row, mask=inside, other=0).to(tl.int32)
                 if CORRECT:
                     store_rows(out, statistics, y, m, l, own, number, rows, D, rows_total, inside & (was > 0), FAULT, BD)
                 still = suspects(qk, pv, roles) & tl.where(was > 0, QK | PV, 0)
-                # With right scores a row of O is right; alone it was wrong only if its scores were not.
-                of_values = tl.where((was & QK) > 0, still & PV, (was | still) & PV)
-                bad_scores, bad_values = _not_finite(q, sums, own, number, block, E, CAUSAL, BM, BN, BE)
-                _settle(details, qk, row, rows_total, index, summary, first, (was | still) & QK, still & QK, bad_scores, CORRECT)
-                _settle(details_pv, pv, row, rows_total, index, of_pv, first, of_values, still & PV, bad_scores | bad_values, CORRECT)
+                tl.store(status + row, (was | (still << AGAIN)).to(tl.int8), mask=inside)
+                _replace(details, qk, row, rows_total, inside & ((still & QK) > 0))
+                _replace(details_pv, pv, row, rows_total, inside & ((still & PV) > 0))
+        tl.debug_barrier()  # what other threads of this program wrote of its rows
+        for index in tl.range(tl.program_id(0), tiles, PROGRAMS, disable_licm=True):
+            if tl.load(flags + index) > 0:
+                _conclude(q, sums, scores, index, status, details, details_pv, summary, of_pv, E, rows_total, CORRECT, CAUSAL, BM, BN, BE)
         arrive(words, site, summary, details, units, rows_total, labels_qk)
         arrive(words, site, of_pv, details_pv, units, rows_total, labels_pv)
+
+
+@triton.jit
+def _replace(details, finding, row, rows_total, mask):
+    """What a record may say of rows that stay suspect: what the repetition found."""
+    tl.store(details + row, bits(finding.residual), mask=mask)
+    tl.store(details + rows_total + row, bits(finding.tau), mask=mask)
+
+
+@triton.jit
+def _conclude(q, sums, scores, index, status, details, details_pv, summary, of_pv, E, rows_total, CORRECT: tl.constexpr,
+              CAUSAL: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BE: tl.constexpr):  # fmt: skip
+    """The verdicts of a block that was computed again."""
+    blocks = tl.cdiv(scores.length, BM)
+    number, block = index // blocks, index % blocks
+    if scores.cu_q is None:
+        own = scores
+    else:
+        one = sequence_of(scores, number // (scores.heads * scores.group))
+        own = Scores(one.length, one.keys, scores.heads, scores.group, scores.scale, scores.scale2, one.offset, scores.window,
+                     scores.cap, scores.mask, scores.dropped, scores.seed_low, scores.seed_high, scores.undropped,
+                     scores.cu_q, scores.cu_k, scores.sequences, scores.tokens, scores.key_tokens, one.begin_q, one.begin_k,
+                     one.sequence)  # fmt: skip
+    rows, first = block * BM + tl.arange(0, BM), first_row_of(own, number) + block * BM
+    inside, row = rows < own.length, first + tl.arange(0, BM)
+    code = tl.load(status + row, mask=inside, other=0).to(tl.int32)
+    was, still = code & (QK | PV), code >> AGAIN
+    # With right scores a row of O is right; alone it was wrong only if its scores were not.
+    of_values = tl.where((was & QK) > 0, still & PV, (was | still) & PV)
+    bad_scores, bad_values = _not_finite(q, sums, own, number, block, E, CAUSAL, BM, BN, BE)
+    _settle(details, row, rows_total, index, summary, first, (was | still) & QK, still & QK, bad_scores, CORRECT)
+    _settle(details_pv, row, rows_total, index, of_pv, first, of_values, still & PV, bad_scores | bad_values, CORRECT)
 
 
 @triton.jit
@@ -79,9 +115,8 @@ def _not_finite(q, sums, scores, number, block, E, CAUSAL: tl.constexpr, BM: tl.
     begin, _, _, end = visited(scores, block * BM, CAUSAL, BM, BN)
     plane = plane_of(scores, batch, head)
     at = start_of_queries(scores, q, batch, head, member) + tl.cast(rows, tl.int64)[:, None] * q.row + tl.cast(e, tl.int64)[None, :] * q.col
-    # Volatile, or the queries would wait in registers since the attention read them.
-    queries = tl.load(at, mask=(rows[:, None] < scores.length) & (e[None, :] < E), other=0.0, volatile=True).to(tl.float32)
-    keys = tl.load(sums.prefix + (first_prefix(scores, plane, BN) + end) * PREFIX_ROWS * E + SIGNED * E + e, mask=e < E, other=0.0)
+    queries = tl.load(at, mask=(rows[:, None] < scores.length) & (e[None, :] < E), other=0.0).to(tl.float32)
+    keys = tl.load(sums.prefix + prefix_of(scores, plane, end, E, BN) + SIGNED * E + e, mask=e < E, other=0.0)
     bad = tl.max((~is_finite(queries)).to(tl.int32), 1) + tl.max((~is_finite(keys)).to(tl.int32), 0)
     bad_values = tl.zeros((BN,), tl.int32)
     for n in range(begin, end):
@@ -95,18 +130,16 @@ def _not_finite_values(sums, at):
 
 
 @triton.jit
-def _settle(details, finding, row, rows_total, tile, summary, first_row, found, still, bad, CORRECT: tl.constexpr):
+def _settle(details, row, rows_total, tile, summary, first_row, found, still, bad, CORRECT: tl.constexpr):
     """The verdicts of one role. found: rows that are its concern; still: of these, those that the repetition does not explain; bad: those
     of which an operand is not finite."""
     wrong = tl.where(bad, INPUT, UNCORRECTED if CORRECT else OBSERVED)
     verdict = tl.where(still > 0, wrong, RECOMPUTED if CORRECT else OBSERVED)
     verdict = tl.where(found > 0, verdict, CLEAN)
     zero, plane = tl.zeros(row.shape, tl.int32), tl.cast(rows_total, tl.int64)
-    mended = (found > 0) & (still == 0)
-    residual = tl.load(details + row, mask=mended, other=0).to(tl.float32, bitcast=True)
-    tau = tl.load(details + plane + row, mask=mended, other=0).to(tl.float32, bitcast=True)
-    residual, tau = tl.where(mended, residual, finding.residual), tl.where(mended, tau, finding.tau)
-    cause = tl.where(mended, TRANSIENT if CORRECT else 0, 0)
+    residual = tl.load(details + row, mask=found > 0, other=0).to(tl.float32, bitcast=True)
+    tau = tl.load(details + plane + row, mask=found > 0, other=0).to(tl.float32, bitcast=True)
+    cause = tl.where((found > 0) & (still == 0), TRANSIENT if CORRECT else 0, 0)
     keep(details, row, rows_total, residual, tau, zero - 1, cause, zero, zero + tile, found > 0)
     add_verdicts(summary, verdict, tl.where(found > 0, ratio_of(residual, tau), 0.0), first_row)
 
@@ -118,10 +151,10 @@ def settle(attention: Attention, evidence: Evidence, words: Tensor, site: Tensor
            correct: bool, faults: Tensor | None = None) -> None:  # fmt: skip
     """Launch. labels: of qk and of pv. ``faults`` hit the repetition."""
     heads, blocks, rows = attention.sizes
-    tiles, order = heads * blocks, attention.order()
-    order["num_stages"] = min(order["num_stages"], STAGES)  # what is in flight decides no bits
+    tiles = heads * blocks
     settle_attention[(min(tiles, REPAIR_PROGRAMS),)](
         *attention.operands(), evidence.out, evidence.statistics, evidence.sums, attention.weights, attention.scores, attention.limits,
-        words, site, evidence.status, evidence.details, Units(evidence.units, attention.units()), evidence.flags, evidence.summary,
-        attention.q.shape[-1], attention.v.shape[-1], rows, tiles, roles, *labels, fault_argument(faults), CORRECT=correct, **order,
+        words, site, evidence.status, *evidence.details, Units(evidence.units, attention.units()), evidence.flags, evidence.summary,
+        attention.q.shape[-1], attention.v.shape[-1], rows, tiles, roles, *labels, fault_argument(faults), CORRECT=correct,
+        PROGRAMS=REPAIR_PROGRAMS, **attention.order() | {"num_stages": attention.config.again},
     )  # fmt: skip

@@ -80,12 +80,17 @@ class Config:
 
 @dataclass(frozen=True)
 class AttentionConfig:
-    """Blocks of bm queries and bn keys, with the programs' warps, and the steps of the loop over keys in flight."""
+    """Blocks of bm queries and bn keys, with the programs' warps, and the steps of the loop over keys in flight.
+
+    again: those of a repetition, if it has not the registers for as many (or for fewer, which wait in registers, not in shared memory);
+    they decide no bits.
+    """
 
     bm: int
     bn: int
     warps: int
     stages: int
+    again: int = 1
 
 
 #: (architecture, kind of operand) → blocks by the columns of a head, padded to a power of two: those of the first that is wide enough.
@@ -93,7 +98,9 @@ class AttentionConfig:
 #: Not for Blackwell: Triton 3.6 fails there to compile what sums quads of exponentials.
 ATTENTION = {
     (80, "16-bit"): {64: AttentionConfig(128, 64, 8, 3), 128: AttentionConfig(64, 64, 8, 2), 256: AttentionConfig(64, 32, 8, 2)},
-    (90, "16-bit"): {64: AttentionConfig(128, 64, 8, 3), 128: AttentionConfig(128, 64, 8, 3), 256: AttentionConfig(128, 32, 8, 2)},
+    (90, "16-bit"): {
+        64: AttentionConfig(128, 64, 8, 3, again=2), 128: AttentionConfig(128, 64, 8, 3, again=3), 256: AttentionConfig(128, 32, 8, 2),
+    },
     (80, "ieee"): {64: AttentionConfig(64, 32, 4, 2), 256: AttentionConfig(32, 32, 8, 1)},
     (90, "ieee"): {64: AttentionConfig(64, 32, 4, 2), 256: AttentionConfig(32, 32, 8, 1)},
 }

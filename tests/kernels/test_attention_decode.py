@@ -8,7 +8,7 @@ import torch
 from abft.triton_kernels import attention_decode, attention_forward, configs
 
 import abft
-from abft import ledger
+from abft import keyweights, ledger
 from abft.attention import decode as reference
 from abft.attention import pages
 from abft.attention.decode import Request
@@ -211,6 +211,26 @@ def test_a_fault_in_every_place_is_repaired_to_the_very_bits(one, place, what):
     assert counts["recomputed"] == 1 and counts["checks"] == 4 and counts["products"] == 2 and counts["weight_faults"] == 0
     entry = record(words)
     assert (entry["row"], entry["rows"], entry["verdict"], entry["cause"]) == (1, 1, ledger.VERDICTS.index(abft.Verdict.RECOMPUTED), 1)
+
+
+def test_what_no_score_reaches_is_seen_where_its_weights_cancel(one):
+    """Two scores of 2⁴⁹ whose weights are opposite: what shifts a row by so much rounds away what its sum would tell."""
+    w, huge = keyweights.of_keys(16), BitOperation(keep=0, flip=0x58000000)
+    pair = next((i, j) for i in range(16) for j in range(i) if w[i] == -w[j])
+    out, words = one.run(torch.cat([descriptors("S", huge, 1, key) for key in pair]))
+    assert oracles.bits_equal(out, one.clean) and counted(words)["recomputed"] == 1 and counted(words)["uncorrected"] == 0
+    assert ledger.ROLE_NAMES[record(words)["role"]] == "qk"
+
+
+@pytest.mark.parametrize("softcap", [None, 50.0])
+def test_a_score_as_large_as_its_vectors_allow_is_clean(softcap):
+    """One key along its query, as |m| reaches ‖q‖ ‖K‖, and beside it keys of no length."""
+    one = Decoding(heads=1, group=1, length=1, lengths=[20], scale=30.0)
+    one.keys *= torch.arange(20, device=DEVICE)[:, None] == 7
+    one.keys[:, :, 7] = one.query[:, :, 0]
+    one.append(torch.zeros_like(one.lengths), one.lengths)
+    assert one(softcap=softcap).isfinite().all()
+    silent()
 
 
 @pytest.mark.parametrize("field", [0, 1, 2, 3, 4, None], ids=["m", "m's copy", "l", "l's copy", "a sum", "the accumulator"])

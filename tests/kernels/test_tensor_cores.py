@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from fractions import Fraction
 
 import numpy as np
@@ -163,3 +164,23 @@ def test_a_clean_campaign_of_attention_ends_in_time_goes_on_and_sums_up(tmp_path
         "forward": (2 * 2 * 33, 0, 0), "backward": (2 * (3 * 33 + 2 * 40), 0, 0),
     }  # fmt: skip
     assert all(0 < r["worst"] < 1 for r in summaries)
+
+
+def test_a_campaign_of_faults_in_attentions_kernels_ends_in_time_and_goes_on(tmp_path, monkeypatch):
+    """What a GPU would run, interpreted: causal attention, forward and backward; a harmful fault is found and repaired."""
+    from bench import attention_faults
+    from bench.results import UNFINISHED, read
+
+    small = replace(attention_faults.native(torch.float16), q=(1, 1, 20, 16), k=(1, 1, 20, 16), device="cpu")
+    assert small.forms == ({"is_causal": True},) and small.policy.backend == "triton"
+    monkeypatch.setattr(attention_faults, "interpreted", lambda dtype: small)
+    monkeypatch.setattr(attention_faults, "PLACES", {"dK": "qk"})
+    command = ["--backend", "interpreted", "--dtype", "fp16", "--trials", "1", "--out", str(tmp_path)]
+    assert attention_faults.main([*command, "--seconds", "0"]) == UNFINISHED
+    assert attention_faults.main(command) == 0
+    (r,) = (r for r in read(tmp_path / "attention-faults-interpreted-fp16.jsonl") if r["kind"] == "place")
+    assert (r["key"], r["trials"], r["harmful"], r["harmful_detected"], r["detected"], r["repaired_bit_equal"]) == ("dK", 1, 1, 1, 1, 1)
+    assert r["false_alarms"] == 0
+    assert attention_faults.main([*command, "--seconds", "0"]) == 0  # nothing is left to begin
+    with pytest.raises(SystemExit):
+        attention_faults.main([*command, "--decode"])

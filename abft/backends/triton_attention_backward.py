@@ -74,12 +74,15 @@ def _bounds(arithmetic: threshold.Arithmetic, dtype: torch.dtype, keys: int, dep
     # evaluations differ by √2 of it: 1.5 √e U is six of those. A unit that cuts off is wrong by at most U a step.
     of_score = max(1.5 * math.sqrt(e), e / arithmetic.depth)
     sums = vanishing, rounding + vanishing, rounding + vanishing, arithmetic.unit * of_score, arithmetic.floor_abs
-    none, one = (
-        (of(keys, width=e), of(depth, width=e), of(depth, of_probabilities, width=d)) for keys, depth in ((0, 0), (1, 1))
+    # Gradients of scores add up as coherently as probabilities: those of equal keys are equal, and a unit that cuts off cuts the same off
+    # each product.
+    none, one, whole = (
+        tuple(of(n, of_probabilities, width=w) for n, w in ((keys, e), (depth, e), (depth, d)))
+        for keys, depth in ((0, 0), (1, 1), (keys, depth))
     )
     if packed:
         return Bounds(of(e), of(d), *none, *sums, *(b - a for a, b in zip(none, one, strict=True)))
-    return Bounds(of(e), of(d), of(keys, width=e), of(depth, width=e), of(depth, of_probabilities, width=d), *sums)
+    return Bounds(of(e), of(d), *whole, *sums)
 
 
 def _labels(call: AttentionCall) -> Any:

@@ -140,7 +140,7 @@ def attend(
     if torch.is_grad_enabled():
         out, full = CheckedAttention.apply(q, k, v, mask, seed, options, weights, book, site, policy.text)
     else:
-        out, _, full = attention_of(q, k, v)(q, k, v, mask, seed, *options, weights, book, site, policy.text)
+        out, _, full = attention_of(q, k, v, mask)(q, k, v, mask, seed, *options, weights, book, site, policy.text)
         if attention_again.is_new(again):
             attention_again.remember(again, operands, Problem(q, k, v, mask, 0, chosen), policy)
     leading = (*batch[:-1], batch[-1] * group) if enable_gqa else batch

@@ -17,6 +17,7 @@ import copy
 import gc
 import itertools
 import random
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -90,6 +91,7 @@ def measure(case: Case, names: Sequence[str], results: Results, blocks: int, see
     drawn = random.Random(seed)
     turns = list(itertools.permutations(range(len(everyone))))
     drawn.shuffle(turns)
+    blocks = -(-blocks // len(turns)) * len(turns)  # every model belongs to every competitor equally often
     found = []
     for number in range(blocks):
         walks = [places[turns[number % len(turns)][i]][i] for i in range(len(everyone))]
@@ -126,12 +128,13 @@ def laps(walks: Sequence[list[Part]], inputs: Any, rounds: int, drawn: random.Ra
 
 def _record(case: Case, provider: Provider, clock: str, times: Any, baseline: Any, results: Results) -> dict[str, Any]:
     quotients = np.median(times / baseline, 1)
+    of_sums = float(times.sum() / baseline.sum())  # what few rounds take longer for, too, and whatever disturbed them
     low, high = intervals.median(quotients.tolist())
     w = case.workload
     return results.add(
         "in step", key=f"{w.name} {w.passes} {provider.name} {clock}", workload=w.name, passes=w.passes, provider=provider.name,
-        clock=clock, threads=torch.get_num_threads(), ratio=float(np.median(quotients)), interval=[low, high], blocks=len(times),
-        rounds=case.rounds, seconds=float(np.median(times)), baseline_seconds=float(np.median(baseline)),
+        clock=clock, threads=torch.get_num_threads(), ratio=float(np.median(quotients)), interval=[low, high], of_sums=of_sums,
+        blocks=len(times), rounds=case.rounds, seconds=float(np.median(times)), baseline_seconds=float(np.median(baseline)),
     )  # fmt: skip
 
 
@@ -141,7 +144,7 @@ def main(argv: list[str]) -> int:
     known = {case.workload.name: case for case in cases()}
     asking.add_argument("--cases", nargs="+", choices=known, default=list(known))
     asking.add_argument("--providers", nargs="+", default=COMPETITORS, metavar="NAME", help="beside torch, which is there twice")
-    asking.add_argument("--blocks", type=int, default=BLOCKS, help=f"default: {BLOCKS}; six at least")
+    asking.add_argument("--blocks", type=int, default=BLOCKS, help=f"default: {BLOCKS}; rounded up to whole turns")
     asking.add_argument("--threads", type=int, help="of torch")
     asking.add_argument("--out", type=Path, help="folder of the result (default: bench/results)")
     asking.add_argument("--fresh", action="store_true", help="forget earlier results")
@@ -154,7 +157,8 @@ def main(argv: list[str]) -> int:
     gc.disable()
     for name in options.cases:
         gc.collect()
-        if any(r.get("workload") == name for r in results.records):
+        if {r["provider"] for r in results.records if r.get("workload") == name} >= set(options.providers):
+            print(f"{name} is in {results.path.name}; --fresh measures it anew", file=sys.stderr)
             continue
         for r in measure(known[name], options.providers, results, options.blocks):
             print(f"{r['key']:<48} {r['ratio']:.4f} ({r['interval'][0]:.4f} to {r['interval'][1]:.4f})")

@@ -473,3 +473,21 @@ def test_the_softmax_check_fails_closed():
         total[0, 1], sums[0, 2] = wrong, wrong
         found = softmax.evidence(s, softmax.Softmax(soft.probabilities, soft.maxima, sums), total, tile).suspects()
         assert found.tolist() == [False, True, True, False]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)
+def test_a_token_repeated_for_long_is_clean(dtype):
+    """Sums of tens of thousands of equal numbers round alike at every step; beside the one key that differs, gradients of scores, too."""
+    torch.manual_seed(0)
+
+    def repeated() -> torch.Tensor:
+        x = torch.randn(1, 1, 1, 64).expand(1, 1, 32768, 64).clone()
+        x[..., 0, :] = torch.randn(64)
+        return x
+
+    q, k, v = (t.to(dtype).requires_grad_() for t in (torch.randn(1, 1, 8, 64) * 0.3, repeated() * 0.3, repeated()))
+    abft.report(reset=True)
+    y = abft.scaled_dot_product_attention(q, k, v)
+    torch.autograd.grad(y, (q, k, v), torch.randn(y.shape).to(dtype))
+    report = abft.report()
+    assert report.checks > 65536 and not report.events and report.worst < 0.5

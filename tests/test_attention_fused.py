@@ -18,6 +18,7 @@ from abft.attention import fused, steps
 from abft.attention.fused import IN_OUT, IN_PROBABILITIES, IN_SCORES, IN_SUM, Struck
 from abft.inject import Fault, faults
 from abft.native import library
+from abft.ops import attention_again
 
 pytestmark = pytest.mark.skipif(bool(library.why_not()), reason=f"nothing compiled: {library.why_not()}")
 QUIET = abft.Policy(on_uncorrected="record")
@@ -378,6 +379,50 @@ def test_a_call_like_an_earlier_one_is_not_decided_again(grouped, decided, struc
     with torch.no_grad(), faults(Fault("scale", "S", role="qk", index=(3, 0))):
         call()
     assert len(decided) == seen + 2
+
+
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64])
+def test_a_repeated_call_has_room_whatever_the_default_type_is(default):
+    q, k, v = _operands((4, 8, 1024, 8), keys=16, depth=8)
+    kept = torch.get_default_dtype()
+    attention_again._kept.__dict__.clear()
+    try:
+        torch.set_default_dtype(default)
+        with torch.no_grad():
+            first = abft.scaled_dot_product_attention(q, k, v)
+            assert torch.equal(abft.scaled_dot_product_attention(q, k, v), first)
+        room = attention_again._kept.statistics
+        assert room.dtype == torch.float32 and room.numel() >= 2 * 4 * 8 * 1024
+    finally:
+        torch.set_default_dtype(kept)
+
+
+def test_a_scale_that_is_a_tensor_is_read_at_every_call():
+    q, k, v = _operands((1, 2, 5, 8), keys=7, depth=8)
+    scale = torch.tensor(0.1)
+    with torch.no_grad():
+        for value in (0.1, 5.0, 0.3):
+            scale.fill_(value)
+            wanted = F.scaled_dot_product_attention(q.double(), k.double(), v.double(), scale=value)
+            assert (abft.scaled_dot_product_attention(q, k, v, scale=scale) - wanted).abs().max() < 1e-5
+
+
+def test_what_another_thread_forgot_is_decided_anew(decided):
+    q, k, v = _operands((1, 2, 5, 8), keys=7, depth=8)
+    with torch.no_grad():
+        first = abft.scaled_dot_product_attention(q, k, v)
+        assert attention_again.take(("no such key",), (q, k, v), 0) is None
+        attention_again._known.clear()
+        seen = len(decided)
+        assert torch.equal(abft.scaled_dot_product_attention(q, k, v), first) and len(decided) == seen + 1
+
+
+def test_kernels_that_were_asked_for_are_asked_again():
+    """What decides is the policy: a repeated call must not be given to another backend."""
+    q, k, v = _operands((1, 2, 5, 8), keys=7, depth=8)
+    with torch.no_grad():
+        known = [attention_again.key_of(q, k, v, None, False, None, False, abft.Policy(backend=b)) for b in ("auto", "triton")]
+    assert known[0] is not None and known[1] is None
 
 
 def test_the_result_lies_as_torchs_does():

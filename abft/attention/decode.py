@@ -156,11 +156,11 @@ def _judge_values(
     n, d = request.lengths.float()[:, None, None], o.shape[-1]
     squares = torch.exp(x * 0.5 - (m * 0.5).unsqueeze(-1)).square().sum(-1)
     nobody = squares == 0
-    unit = KAPPA_SOFTMAX * UNIT[torch.float32]
+    unit = ((KAPPA_SOFTMAX + n * threshold.KAPPA_PER_KEY) * UNIT[torch.float32]).expand_as(l)
     beyond = torch.where(l < 1.0, 1.0 - l, (l - n).clamp(min=0.0) / n.clamp(min=1.0))
     conditions = [
         (squares - l, unit * torch.maximum(squares, l)),
-        (p.sum(-1) - (~nobody).float(), torch.full_like(l, unit)),
+        (p.sum(-1) - (~nobody).float(), unit),
         (torch.where(nobody, l, beyond), torch.full_like(l, RANGE)),
     ]
     predicted = p @ g.columns[..., : len(KINDS)]

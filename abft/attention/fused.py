@@ -257,7 +257,7 @@ def described(
         x.mask_steps[:] = [0 if size == 1 else step for size, step in zip(sizes[:4], mask_steps[:4], strict=True)]
     plan = _plan(x.keys, x.width, x.depth)
     x.keys_group, x.last_keys, x.columns, x.largest2 = plan.keys, plan.last_keys, plan.columns, plan.largest2
-    x.softmax_bound, x.range = softmax.KAPPA_SOFTMAX * softmax.UNIT[torch.float32], softmax.RANGE
+    x.softmax_bound, x.range = softmax.kappa(x.keys) * softmax.UNIT[torch.float32], softmax.RANGE
     return Template(x, (plan,))
 
 

@@ -163,7 +163,7 @@ def _described(
     y.above_steps[:], y.dk_steps[:], y.dv_steps[:], y.tile = above_steps[:4], dk_steps[:3], dv_steps[:3], tile
     y.values_group, y.last_values, y.rows_of_q, y.rows_of_k, y.rows_of_v = plan.groups
     y.weights, y.sketches, y.sketch_step = plan.weights.ctypes.data, plan.sketches.ctypes.data, plan.sketches.strides[0] // 4
-    y.vanishing_bound, y.columns_bound = scoregrad.KAPPA_VANISHING * softmax.UNIT[torch.float32], plan.columns_bound
+    y.vanishing_bound, y.columns_bound = scoregrad.kappa(k[2]) * softmax.UNIT[torch.float32], plan.columns_bound
     return fused.Template(y, (forward, plan))
 
 
@@ -188,8 +188,8 @@ def _plan(keys: int, width: int, depth: int, queries: int) -> _Plan:
     last, cpu = keys % steps.CHUNK or steps.CHUNK, torch.device("cpu")
     kept: list[object] = []
     groups = (
-        fused.group(min(keys, steps.CHUNK), depth, kept), fused.group(last, depth, kept), fused.group(width, keys, kept),
-        fused.group(width, queries, kept), fused.group(depth, queries, kept, probabilities=True),
+        fused.group(min(keys, steps.CHUNK), depth, kept), fused.group(last, depth, kept),
+        *(fused.group(columns, n, kept, probabilities=True) for columns, n in ((width, keys), (width, queries), (depth, queries))),
     )  # fmt: skip
     # The tables are of powers of two: their rows can be read up to a whole vector, and zeros meet what lies behind the last key.
     weights = checksum.sketch_coefficients(-(-keys // 16) * 16, cpu)[0].numpy()

@@ -25,8 +25,8 @@ from abft.faults import Strike
 from abft.ledger import Outcome
 from abft.policy import Policy
 
-#: Products of which P is the left operand.
-OF_PROBABILITIES = ("O", "dV")
+#: Products that add up what is equal for equal keys or queries, P or dX: rounded alike, their errors add up, too.
+COHERENT = ("O", "dV", "dQ", "dK")
 #: Products that are added up over tiles.
 SUMMED = ("dK", "dV")
 
@@ -53,7 +53,7 @@ def strikes(tally: Tally, name: str, shape: tuple[int, int, int, int], dtype: to
     """What an injector sends to a product of (heads, rows, columns, depth), and to the softmax beside it, in ``places``."""
     if not tally.may_be_struck:
         return ()
-    layout = plan(shape[2], shape[3], dtype, tally.policy.panel, tally.policy.group, name in OF_PROBABILITIES).layout
+    layout = plan(shape[2], shape[3], dtype, tally.policy.panel, tally.policy.group, name in COHERENT).layout
     drawn = tally.strikes(ROLES[name], shape, dtype, (name, *places), layout.columns)
     # dK and dV are sums over tiles: there the place is the sum, and the product's own accumulators are "accumulator".
     return tuple(replace(s, place="accumulator") if s.place == name and name not in SUMMED else s for s in drawn)
@@ -131,7 +131,7 @@ class Panels:
             return None
         if self._keys.get(name) != keys:
             policy = self._tally.policy
-            p = plan(w.shape[1], w.shape[2], w.dtype, policy.panel, policy.group, name in OF_PROBABILITIES)
+            p = plan(w.shape[1], w.shape[2], w.dtype, policy.panel, policy.group, name in COHERENT)
             self._keys[name], self._panels[name] = keys, reference.build_panel(w, p.layout)
         return self._panels[name]
 
@@ -139,4 +139,4 @@ class Panels:
 def plan_for(call: Call, name: str) -> Plan:
     """The plan of a product of this name."""
     policy = call.policy
-    return plan(call.w.shape[1], call.a.shape[2], call.a.dtype, policy.panel, policy.group, name in OF_PROBABILITIES)
+    return plan(call.w.shape[1], call.a.shape[2], call.a.dtype, policy.panel, policy.group, name in COHERENT)

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from abft import threshold
 from abft.attention import steps
 from abft.attention.problem import Tile
 from abft.attention.softmax import UNIT, strike
@@ -27,6 +28,11 @@ from abft.ledger import Verdict
 #: Bound of both sums relative to |δ| + Σ_t |dX|, in units of 2⁻²³ (2⁻⁵²): largest measured 14.5, see bench/results/attention-clean.jsonl.
 KAPPA_VANISHING = 48.0
 PRODUCT = "dP"
+
+
+def kappa(keys: int) -> float:
+    """The bound of both sums of a row of so many keys, in units."""
+    return KAPPA_VANISHING + keys * threshold.KAPPA_PER_KEY
 
 
 @dataclass(frozen=True)
@@ -99,7 +105,7 @@ def _vanishing(g: SoftmaxGradient) -> tuple[np.ndarray, np.ndarray]:
     # the residual a million times what it adds to the bound.
     dtype = g.dx.dtype
     scale = g.delta.abs() + g.size
-    bound = scale * (KAPPA_VANISHING * UNIT[dtype]) + torch.finfo(dtype).tiny
+    bound = scale * (kappa(g.dx.shape[-1]) * UNIT[dtype]) + torch.finfo(dtype).tiny
     bound = torch.where(torch.isfinite(scale), bound, -1.0)  # an infinite bound would let anything pass
     residual = torch.maximum(g.dx.sum(-1).abs(), (torch.matmul(g.dx, _weights(g.dx)) - g.weighted).abs())
     return residual.reshape(-1).numpy(), bound.reshape(-1).numpy()

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from abft import threshold
 from abft.attention import steps
 from abft.attention.problem import Tile
 from abft.faults import Strike
@@ -26,6 +27,11 @@ KAPPA_SOFTMAX = 48.0
 #: The largest p is exp(0) = 1; the range of (3) is wider than any rounding. design: 1 - 2e-3 <= l <= N.
 RANGE = 2.0**-9
 UNIT = {torch.float32: 2.0**-23, torch.float64: 2.0**-52}
+
+
+def kappa(keys: int) -> float:
+    """The bound of (1) and (2) for a row of so many keys, in units."""
+    return KAPPA_SOFTMAX + keys * threshold.KAPPA_PER_KEY
 
 
 @dataclass
@@ -129,7 +135,7 @@ def evidence(s: Tensor, soft: Softmax, total: Tensor, tile: Tile, anew: bool = T
     second = (total - (expected > 0).to(total.dtype)).abs()
     outside = ~((sums >= 1 - RANGE) & (sums <= tile.shape[-1] * (1 + RANGE)) | (expected == 0) & (sums == 0))
     residual = torch.stack([first, second], -1).reshape(-1, 2).numpy()
-    return Evidence(residual, KAPPA_SOFTMAX * UNIT[ACCUMULATOR[s.dtype]], outside.reshape(-1).numpy())
+    return Evidence(residual, kappa(tile.shape[-1]) * UNIT[ACCUMULATOR[s.dtype]], outside.reshape(-1).numpy())
 
 
 def exactly(s: Tensor, tile: Tile, rows: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:

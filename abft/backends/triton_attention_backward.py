@@ -63,23 +63,28 @@ def _bounds(arithmetic: threshold.Arithmetic, dtype: torch.dtype, keys: int, dep
     for any number of queries and keys."""
     from abft.triton_kernels.attention_backward import Bounds
 
-    def of(k: int, arithmetic: threshold.Arithmetic = arithmetic, width: int = 1) -> float:
+    def of(k: int, width: int = 1) -> float:
         return arithmetic.unit * threshold.kappa(arithmetic, k, width=width)
+
+    def of_p(k: int, width: int) -> float:
+        """Of k probabilities: those of equal keys are equal, and so is what each addition loses."""
+        return arithmetic.unit * threshold.kappa(threshold.of_probabilities(arithmetic), k, width=width)
+
+    def of_ds(k: int, width: int) -> float:
+        """Of k gradients of scores, of which one may be as large as all others together: each addition loses of that sum, not of a growing
+        one. What cuts off loses hardly more; what rounds, U/2 each time."""
+        if arithmetic.base == threshold.KAPPA_BASE_FMA:
+            return arithmetic.unit * (threshold.kappa(arithmetic, 0, width=width) + k / 2)
+        return of_p(k, width)
 
     # The forward sums the probabilities that multiply V, rounded to half precision; its output is rounded, too.
     rounding = floating.UNIT_ROUNDOFF[dtype] if dtype != torch.float32 else 0.0
-    vanishing = KAPPA_SUMS * UNIT
-    of_probabilities = threshold.of_probabilities(arithmetic)
+    vanishing, of_row = KAPPA_SUMS * UNIT, (KAPPA_SUMS + keys * threshold.KAPPA_PER_KEY) * UNIT
     # Of ‖q‖ ‖k‖. Products that add up coherently: additions round by U/2/√3 of sums that grow to it, so by U √e/6 rms, and two
     # evaluations differ by √2 of it: 1.5 √e U is six of those. A unit that cuts off is wrong by at most U a step.
     of_score = max(1.5 * math.sqrt(e), e / arithmetic.depth)
-    sums = vanishing, rounding + vanishing, rounding + vanishing, arithmetic.unit * of_score, arithmetic.floor_abs
-    # Gradients of scores add up as coherently as probabilities: those of equal keys are equal, and a unit that cuts off cuts the same off
-    # each product.
-    none, one, whole = (
-        tuple(of(n, of_probabilities, width=w) for n, w in ((keys, e), (depth, e), (depth, d)))
-        for keys, depth in ((0, 0), (1, 1), (keys, depth))
-    )
+    sums = vanishing, rounding + of_row, rounding + of_row, arithmetic.unit * of_score, arithmetic.floor_abs
+    none, one, whole = ((of_ds(keys, e), of_ds(depth, e), of_p(depth, d)) for keys, depth in ((0, 0), (1, 1), (keys, depth)))
     if packed:
         return Bounds(of(e), of(d), *none, *sums, *(b - a for a, b in zip(none, one, strict=True)))
     return Bounds(of(e), of(d), *whole, *sums)

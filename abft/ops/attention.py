@@ -216,9 +216,10 @@ for _op in (attention, attention_backward):
     torch.fx.node.has_side_effect(_op)
 
 
-def attention_of(*operands: Tensor) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+def attention_of(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
     """The operator, or what it does where nobody could tell: going through it costs as much as a small attention."""
     # Dynamo traces this and knows the first answer; it could not trace the second question.
+    operands = (q, k, v) if mask is None else (q, k, v, mask)
     return attention if torch.compiler.is_compiling() or not nobody_watches(*operands) else _attention
 
 
@@ -230,7 +231,7 @@ class CheckedAttention(torch.autograd.Function):
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, seed: Tensor | None, options: tuple[Any, ...], weights: bool,
         book: Tensor, site: Tensor, policy_text: str,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        out, statistics, full = attention_of(q, k, v)(q, k, v, mask, seed, *options, weights, book, site, policy_text)
+        out, statistics, full = attention_of(q, k, v, mask)(q, k, v, mask, seed, *options, weights, book, site, policy_text)
         # The reference computes δ from probabilities, the kernels from the output.
         kept = out if q.device.type != "cpu" or _asks_for_kernels(policy_text) else None
         ctx.save_for_backward(q, k, v, mask, seed, kept, statistics)

@@ -51,11 +51,13 @@ def key_of(
     """What such a call is known by; None where it is decided anew."""
     if torch.compiler.is_compiling() or torch.is_grad_enabled() or faults.active is not None:
         return None
-    if policy.dynamic or policy.redundancy != "none":
+    if policy.dynamic or policy.redundancy != "none" or policy.backend == "triton":
         return None
+    if not (scale is None or type(scale) in (float, int)) or type(causal) is not bool or type(enable_gqa) is not bool:
+        return None  # a tensor may be another number next time
     operands = (query, key, value) if mask is None else (query, key, value, mask)
     for t in operands:
-        if not isinstance(t, Tensor) or t.is_nested:
+        if not isinstance(t, Tensor) or t.is_nested or not t.is_cpu:
             return None
     if not nobody_watches(*operands) or forward_ad._current_level >= 0 or torch.is_autocast_enabled("cpu"):
         return None
@@ -99,12 +101,13 @@ def remember(key: Any, operands: tuple[Tensor, ...], problem: Problem, policy: P
 
 
 def take(key: Any, operands: tuple[Tensor, ...], number: int) -> tuple[Tensor, fused.Passed | None] | None:
-    """(the result (batch, heads, queries, columns), what the pass found if there are suspect rows) of a known call; None: memory is short.
+    """(the result (batch, heads, queries, columns), what the pass found if there are suspect rows) of a known call; None: decide anew.
 
     Without suspects its checks are counted at the site of this number.
     """
-    known = _known[key]
-    assert known is not None
+    known = _known.get(key)
+    if known is None:  # another thread forgot it just now
+        return None
     memory = operands[0].new_empty(known.shape)
     places, address = fused.room_for_places(known.rows)
     statistics = _statistics(known.rows)
@@ -143,5 +146,5 @@ def _statistics(rows: int) -> Tensor:
     room: Tensor | None = getattr(_kept, "statistics", None)
     if room is None or room.numel() < 2 * rows:
         with torch.inference_mode(False):
-            room = _kept.statistics = torch.empty(max(2 * rows, 4096))
+            room = _kept.statistics = torch.empty(max(2 * rows, 4096), dtype=torch.float32, device="cpu")
     return room

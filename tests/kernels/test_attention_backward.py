@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from functools import cache
 
 import kernel_harness as harness
+import numpy as np
 import oracles
 import pytest
 import torch
 from torch import Tensor
 
 import abft
-from abft import ledger
+from abft import ledger, threshold
 from abft.attention import forward
 from abft.attention.problem import Options, Problem
 from abft.attention.tally import Tally
@@ -376,3 +377,24 @@ def test_only_roles_that_are_named_are_counted(struck):
     case, _ = struck
     run = case.run(Policy(roles={"qk"}, on_uncorrected="record"), (hit("dV", False, (29, 3), KINDS["bit 30"]),))
     assert run.detected == 0 and run.counters["checks"] == 2 * 40 + 48 and run.counters["products"] == 3
+
+
+@pytest.mark.parametrize("place", [0, 1024])
+def test_one_key_beside_many_equal_ones_is_within_the_bound_of_sums_one_by_one(place: int) -> None:
+    """fp32 on units that round after each product: their chain, in numpy, of a dQ whose terms are all equal but one."""
+    keys, width, rng = 2048, 16, np.random.default_rng(0)
+    k = np.full((keys, width), 0.43, np.float32)
+    k[place] = 1.1
+    ds = np.full((64, keys), -1.0, np.float32) * rng.standard_normal((64, 1)).astype(np.float32) / np.float32(keys - 1)
+    ds[:, place] = -ds[:, place] * np.float32(keys - 1)
+    weights = backend._weights(width, 2, torch.device("cpu")).numpy()
+    right = np.concatenate([k, (k.astype(np.float64) @ weights.T).astype(np.float32)], 1).astype(np.float64)
+    chain = np.zeros((64, width + 2), np.float32)
+    for t in range(keys):  # exact product, one rounding: an fma
+        chain = (chain.astype(np.float64) + ds[:, t : t + 1].astype(np.float64) * right[t]).astype(np.float32)
+    actual, predicted = chain[:, :width].astype(np.float64) @ weights.T, chain[:, width:].astype(np.float64)
+    size = np.sqrt((chain[:, :width].astype(np.float64) ** 2).sum(1, keepdims=True) + predicted**2)
+    ratio = np.abs(actual - predicted) / size
+    bounds = backend._bounds(threshold.FMA_32, torch.float32, keys, 64, width, width)
+    assert ratio.max() < bounds.dq
+    assert ratio.max() > threshold.FMA_32.unit * threshold.kappa(threshold.FMA_32, keys, width=width)  # independent numbers need less

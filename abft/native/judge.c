@@ -24,8 +24,10 @@ typedef struct {
 } abft_plan;
 
 /* TASK: rows of a block of statistics, and that one thread multiplies; TASKS: so many before their results are looked at. DEPTH: numbers
-   of a row that are multiplied at a time, which with those of the panel stay in the nearest cache. Below FEW rows bf16 is widened. */
-enum { ROWS = 8, TASK = 32, TASKS = 4, DEPTH = 384, NARROW = 128, SOON = 16, QUAD = 4, TALL = 3, BROAD = 2, FEW = 16 };
+   of a row that are multiplied at a time, which with those of the panel stay in the nearest cache. Below FEW rows bf16 is widened. LINE:
+   numbers of a line of the cache. ROWS_AHEAD: so many rows before they are multiplied their memory is asked for. */
+enum { ROWS = 8, TASK = 32, TASKS = 4, DEPTH = 384, NARROW = 128, SOON = 16, QUAD = 4, TALL = 3, BROAD = 2, FEW = 16,
+       LINE = 64 / 4, ROWS_AHEAD = 6 };
 
 /* What is multiplied, and by what it is judged. */
 typedef struct {
@@ -94,13 +96,18 @@ INLINE void multiply_along(const float *a, int64_t rs, int rows, const float *pa
     }
 }
 
-static __attribute__((noinline)) void multiply_rows(const float *a, int64_t rs, int64_t rows, const abft_columns *to, int64_t k0, int64_t depth) {
+/* ahead: numbers from a row to the one whose memory is asked for with it, a page or two further, which no unit of the processor foresees;
+   0: rows are near. */
+static __attribute__((noinline)) void multiply_rows(const float *a, int64_t rs, int64_t rows, const abft_columns *to, int64_t k0, int64_t depth,
+                                                    int64_t ahead) {
     const float *panel = to->panel + k0;
     const int64_t k = to->k, wide = to->wide;
     for (int64_t m = 0; m < rows;) {
         const int tall = rows - m >= TALL;
         const float *here = a + m * rs;
         float *raw = to->raw + m * wide;
+        for (int64_t i = 0; ahead && i < depth; i += LINE)
+            for (int r = 0; r < (tall ? TALL : 1); r++) __builtin_prefetch(here + r * rs + ahead + i);
         int64_t c = 0;
         for (; c + QUAD <= to->columns; c += QUAD)
             tall ? multiply_along(here, rs, TALL, panel + c * k, k, QUAD, depth, raw + c, wide)
@@ -169,7 +176,7 @@ INLINE void predict(const abft_plan *p, const abft_product *x, int64_t m0, int64
             }
             multiply_columns(block, to, k0, depth, sums);
         } else if (dtype == FP32 && ks == 1) {
-            multiply_rows((const float *)x->a + m0 * rs + k0, rs, rows, to, k0, depth);
+            multiply_rows((const float *)x->a + m0 * rs + k0, rs, rows, to, k0, depth, x->rows > TASK ? ROWS_AHEAD * rs : 0);
         } else {
             for (int64_t m = 0; m < rows; m++) {
                 const int64_t at = (m0 + m) * rs + k0 * ks;
@@ -177,7 +184,7 @@ INLINE void predict(const abft_plan *p, const abft_product *x, int64_t m0, int64
                 for (; ks == 1 && k + LANES <= depth; k += LANES) *(vf *)(block + m * DEPTH + k) = lanes_of(x->a, at + k, dtype);
                 for (; k < depth; k++) block[m * DEPTH + k] = one_of(x->a, at + k * ks, dtype);
             }
-            multiply_rows(block, DEPTH, rows, to, k0, depth);
+            multiply_rows(block, DEPTH, rows, to, k0, depth, 0);
         }
     }
     for (int64_t m = 0; across && m < rows; m++)

@@ -153,7 +153,7 @@ def _again(
     again: Any, site: Tensor | None, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool, scale: float | None,
     enable_gqa: bool, policy: Policy, name: str,
 ) -> Tensor | None:  # fmt: skip
-    """A call that is known, by the shortest way; None if memory is short."""
+    """A call that is known, by the shortest way; None: decide anew."""
     number = sites.functional(name, policy.on_uncorrected).index if site is None else sites.number_of(site)
     found = attention_again.take(again, (query, key, value) if mask is None else (query, key, value, mask), number)
     if found is None:
